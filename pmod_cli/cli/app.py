@@ -1,0 +1,52 @@
+"""The Typer application and the entry point of the console script."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from pmod_cli import __version__
+from pmod_cli.cli.output import report_error
+
+app = typer.Typer(
+    name="pmod",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Turn a LLaVA model into a Mixture-of-Depths model (p-MoD), fine-tune it, measure what it saves, evaluate it.",
+    epilog="Try it without a GPU or network: [bold]pmod demo[/bold]",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"pmod {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a gate was not met, 2 bad input or environment, 130 Ctrl-C.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv[1:]`` by default.
+    """
+    try:
+        app(args=argv, prog_name="pmod")
+    except Exception as error:
+        code = report_error(error)
+        if code is None:
+            raise
+        sys.exit(code)
+    except KeyboardInterrupt as error:
+        sys.exit(report_error(error))

@@ -1,0 +1,73 @@
+"""What every command shares: results to stdout, everything else to stderr, errors as one line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+
+from pmod_cli.errors import PmodError
+
+SCHEMA_VERSION = 1
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def emit_json(command: str, result: Any) -> None:
+    """Print the one JSON object that ``--json`` promises (see ``docs/json.md``).
+
+    Args:
+        command: Name of the command, e.g. ``"convert"``.
+        result: Anything ``json`` can write.
+    """
+    document = {"schema_version": SCHEMA_VERSION, "command": command, "result": result}
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def report_error(error: BaseException) -> int | None:
+    """Print a user-facing error on stderr as one line.
+
+    Args:
+        error: What a command raised.
+
+    Returns:
+        The exit code, or None when the error is not one of the user's making and should be seen whole.
+    """
+    if isinstance(error, PmodError):
+        _line(str(error))
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        _line("interrupted; what was finished is kept")
+        return 130
+    if isinstance(error, BrokenPipeError):
+        # The reader of our pipeline went away (`pmod ... | head`): not an error worth a line.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, OSError) and error.errno in _OS_HINTS:
+        where = f" ({error.filename})" if error.filename else ""
+        _line(f"{os.strerror(error.errno)}{where}: {_OS_HINTS[error.errno]}")
+        return 2
+    return None
+
+
+_OS_HINTS = {
+    errno.ENOSPC: "free some space or choose another output folder",
+    errno.EDQUOT: "free some space or choose another output folder",
+    errno.EACCES: "choose a place you may read and write",
+    errno.EPERM: "choose a place you may read and write",
+    errno.EROFS: "choose a writable place",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "give a file, not a folder",
+}
+
+
+def _line(message: str) -> None:
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,40 @@
+"""The errors that a user can cause, each with the exit code it ends in."""
+
+from __future__ import annotations
+
+
+class PmodError(Exception):
+    """Bad input or environment: one clear line, exit code 2.
+
+    Args:
+        message: What is wrong, in one line.
+        hint: What to do about it, in one line; shown after the message.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class GateError(PmodError):
+    """A limit that the user set was not met: exit code 1."""
+
+    exit_code = 1
+
+
+class MissingExtraError(PmodError):
+    """An optional dependency is not installed.
+
+    Args:
+        package: The package that could not be imported.
+        extra: The extra of ``pmod-cli`` that brings it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed", f"pip install 'pmod-cli[{extra}]'")

@@ -1,0 +1,64 @@
+"""Model families: one file a family, one line here.
+
+A family is a transformers image-text-to-text model and its p-MoD counterpart. This registry is light (no torch),
+so that conversion and profiling can read it; the classes live in the family's own module.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from pmod_cli.errors import PmodError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        name: How recipes and messages call it.
+        base_type: ``model_type`` of the dense transformers model.
+        architecture: Class name of the p-MoD model.
+        decoders: ``model_type`` of the supported language models.
+    """
+
+    name: str
+    base_type: str
+    architecture: str
+    decoders: tuple[str, ...]
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of the p-MoD model."""
+        return f"pmod_{self.base_type}"
+
+    def module(self) -> ModuleType:
+        """Import the family's classes (this imports torch)."""
+        return importlib.import_module(f"pmod_cli.families.{self.name}")
+
+
+FAMILIES = (
+    Family("llava", "llava", "PmodLlavaForConditionalGeneration", ("llama", "mistral", "qwen2")),
+    Family("llava_next", "llava_next", "PmodLlavaNextForConditionalGeneration", ("llama", "mistral", "qwen2")),
+)
+
+
+def find_family(model_type: str) -> Family:
+    """The family of a dense or p-MoD ``model_type``.
+
+    Raises:
+        PmodError: If no family has it; the message names those that exist.
+    """
+    for family in FAMILIES:
+        if model_type in (family.base_type, family.model_type):
+            return family
+    supported = ", ".join(family.base_type for family in FAMILIES)
+    raise PmodError(f"model type {model_type!r} is not supported", f"supported: {supported}")
+
+
+def register_auto_classes() -> None:
+    """Tell transformers' Auto classes about every p-MoD family (this imports torch)."""
+    for family in FAMILIES:
+        family.module().register()

@@ -1,0 +1,227 @@
+"""Recipes: a YAML file that says how to make a p-MoD model of a baseline and how to train it.
+
+Validated strictly: an unknown key is an error that names the nearest known key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pmod_cli.errors import PmodError
+from pmod_cli.modeling.schedule import SCHEDULES, Ratios
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModSettings(_Section):
+    """The Mixture-of-Depths part of a recipe; the defaults are the paper's."""
+
+    schedule: Literal["shifted_cosine", "shifted_linear", "constant", "interleaved", "explicit"] = (
+        "shifted_cosine"
+    )
+    shift: float = Field(0.5, ge=0, le=1)
+    ceiling: float = Field(0.85, gt=0, le=1)
+    floor: float = Field(0.15, ge=0, le=1)
+    ratio: float = Field(0.5, gt=0, le=1)
+    first_layer: int = Field(2, ge=0)
+    last_layer: int | None = None
+    ratios: tuple[float | None, ...] | None = None
+    weight_norm: Literal["tanh", "sigmoid", "softmax", "none"] = "tanh"
+    weight_scale: float = 0.2
+    weight_bias: float = 1.0
+    router_bias: bool = True
+    target_tokens: Literal["vision", "vision_hr", "all"] = "vision"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModSettings:
+        if (self.ratios is not None) != (self.schedule == "explicit"):
+            raise ValueError("mod.ratios goes with mod.schedule: explicit, and only with it")
+        for ratio in self.ratios or ():
+            if ratio is not None and not 0 < ratio <= 1:
+                raise ValueError(f"mod.ratios: {ratio} is outside (0, 1]")
+        if self.floor > self.ceiling:
+            raise ValueError("mod.floor is above mod.ceiling")
+        return self
+
+    def retention_ratios(self, num_layers: int) -> Ratios:
+        """Apply the schedule to a decoder of ``num_layers`` layers: one ratio a layer, None for dense.
+
+        Raises:
+            PmodError: If the schedule does not fit that number of layers.
+        """
+        parameters = {
+            "shifted_cosine": ("shift", "ceiling", "floor"),
+            "shifted_linear": ("shift", "ceiling", "floor"),
+            "constant": ("ratio", "first_layer", "last_layer"),
+            "interleaved": ("ratio",),
+            "explicit": ("ratios",),
+        }[self.schedule]
+        try:
+            return SCHEDULES[self.schedule](num_layers, **{name: getattr(self, name) for name in parameters})
+        except ValueError as error:
+            raise PmodError(f"schedule {self.schedule}: {error}") from error
+
+
+class LoraSettings(_Section):
+    """LoRA on the decoder's linear layers; routers are trained in full beside it."""
+
+    r: int = Field(128, gt=0)
+    alpha: int = Field(256, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+
+
+class TrainSettings(_Section):
+    """How to fine-tune; the defaults are the paper's (section 4.1) unless the field says otherwise."""
+
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int = Field(-1, description="Stop after so many optimizer steps; -1 for whole epochs.")
+    global_batch_size: int = Field(128, gt=0)
+    micro_batch_size: int = Field(4, gt=0, description="Samples a device holds at once.")
+    learning_rate: float = Field(2e-5, gt=0)
+    router_learning_rate: float | None = None
+    lr_scheduler: str = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    adam_beta2: float = Field(0.999, gt=0, lt=1)
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    gradient_checkpointing: bool = True
+    max_length: int = Field(2048, gt=0)
+    image_aspect_ratio: Literal["pad", "anyres", "processor"] = "processor"
+    group_by_modality_length: bool = True
+    freeze_vision_tower: bool = True
+    attn_implementation: str | None = None
+    num_workers: int = Field(4, ge=0)
+    max_bad_samples: int = Field(100, ge=0)
+    ratio_warmup_steps: int = Field(0, ge=0)
+    save_steps: int = Field(500, gt=0)
+    logging_steps: int = Field(10, gt=0)
+    report_to: tuple[str, ...] = ()
+    seed: int = 42
+    lora: LoraSettings | None = None
+
+
+class Recipe(_Section):
+    """A whole recipe."""
+
+    name: str
+    description: str = ""
+    family: str | None = Field(None, description="llava, llava_next, ...: the family it is meant for.")
+    source: str | dict[str, str] | None = Field(
+        None, description="The baseline: a hub id, or parts (language_model, vision_tower, projector)."
+    )
+    config: str | None = Field(None, description="Geometry for profiling without a checkpoint.")
+    mod: ModSettings = ModSettings()
+    train: TrainSettings = TrainSettings()
+
+
+def recipe_dir() -> Path:
+    """The folder of shipped recipes: inside an installed wheel, or at the top of a source checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "recipes"
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the shipped recipes, sorted."""
+    return sorted(path.stem for path in recipe_dir().glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a shipped recipe by name, or any by path.
+
+    Args:
+        name_or_path: ``llava-1.5-7b`` or ``./mine.yaml``.
+        overrides: ``key.sub=value`` pairs (values are YAML), applied last.
+
+    Raises:
+        PmodError: Unknown name, unreadable file, invalid YAML, unknown key or bad value.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in {".yaml", ".yml"}:
+        shipped = recipe_dir() / f"{name_or_path}.yaml"
+        if not shipped.is_file():
+            near = nearest(str(name_or_path), shipped_recipes())
+            raise PmodError(
+                f"no recipe named {str(name_or_path)!r}",
+                f"did you mean {near}?" if near else f"shipped: {', '.join(shipped_recipes())}; or give a .yaml file",
+            )
+        path = shipped
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PmodError(f"no recipe file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise PmodError(f"cannot read recipe {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise PmodError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise PmodError(f"recipe {path} is not a mapping of keys to values")
+    data.setdefault("name", path.stem)
+    return parse_recipe(data, overrides, str(path))
+
+
+def default_recipe(overrides: Sequence[str] = ()) -> Recipe:
+    """The paper's settings, for when no recipe is named."""
+    return parse_recipe({"name": "default"}, overrides, "default recipe")
+
+
+def parse_recipe(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe, after applying ``key.sub=value`` overrides.
+
+    Raises:
+        PmodError: Unknown key (the nearest known one is named) or bad value.
+    """
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise PmodError(f"--set {override}: expected key=value", "e.g. --set mod.floor=0.1")
+        *sections, last = key.strip().split(".")
+        target = data
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise PmodError(f"--set {override}: {section} is not a section")
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise PmodError(f"--set {override}: {value!r} is not a YAML value") from error
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise PmodError(f"{where}: {_explain(error)}") from None
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like ``word``, or None if nothing is near."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+_SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
+    (): Recipe,
+    ("mod",): ModSettings,
+    ("train",): TrainSettings,
+    ("train", "lora"): LoraSettings,
+}
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = tuple(str(part) for part in first["loc"])
+    dotted = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        *parents, key = location
+        section = _SECTIONS.get(tuple(parents))
+        known = list(section.model_fields) if section else []
+        near = nearest(key, known)
+        return f"unknown key {dotted}" + (f", did you mean {'.'.join([*parents, near])}?" if near else f"; known: {', '.join(known)}")
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{dotted}: {message}" if dotted else message
