@@ -1,0 +1,63 @@
+"""What a p-MoD checkpoint's ``config.json`` says under ``mod``: self-describing, no schedule to re-derive."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from pmod_cli.modeling.schedule import Ratios
+
+WEIGHT_NORMS = ("tanh", "sigmoid", "softmax", "none")
+TARGET_TOKENS = ("vision", "vision_hr", "all")
+
+
+@dataclass(frozen=True)
+class MoDConfig:
+    """The Mixture-of-Depths part of a model's configuration.
+
+    Attributes:
+        retention_ratios: One entry a decoder layer: None for a dense layer, else the share of target tokens kept.
+        weight_norm: Function f of the router's weight ``w = weight_bias + weight_scale * f(logit)``.
+        weight_scale: See ``weight_norm``.
+        weight_bias: See ``weight_norm``.
+        router_bias: Whether the router's linear map has a bias.
+        target_tokens: Which tokens are routed: ``vision``, ``vision_hr`` (high-resolution sub-images only) or ``all``.
+    """
+
+    retention_ratios: Ratios
+    weight_norm: str = "tanh"
+    weight_scale: float = 0.2
+    weight_bias: float = 1.0
+    router_bias: bool = True
+    target_tokens: str = "vision"
+
+    def __post_init__(self) -> None:
+        for ratio in self.retention_ratios:
+            if ratio is not None and not 0 <= ratio <= 1:
+                raise ValueError(f"retention ratio {ratio} is outside [0, 1]")
+        if self.weight_norm not in WEIGHT_NORMS:
+            raise ValueError(f"unknown weight norm {self.weight_norm!r}; known: {', '.join(WEIGHT_NORMS)}")
+        if self.target_tokens not in TARGET_TOKENS:
+            raise ValueError(f"unknown target tokens {self.target_tokens!r}; known: {', '.join(TARGET_TOKENS)}")
+
+    @property
+    def mod_layers(self) -> list[int]:
+        """Indices of the Mixture-of-Depths layers."""
+        return [layer for layer, ratio in enumerate(self.retention_ratios) if ratio is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``config.json``."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> MoDConfig:
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ValueError: Unknown key or bad value.
+        """
+        unknown = set(data) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown key in the mod section of the config: {', '.join(sorted(unknown))}")
+        return cls(**data)
