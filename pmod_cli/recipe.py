@@ -151,7 +151,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             near = nearest(str(name_or_path), shipped_recipes())
             raise PmodError(
                 f"no recipe named {str(name_or_path)!r}",
-                f"did you mean {near}?" if near else f"shipped: {', '.join(shipped_recipes())}; or give a .yaml file",
+                f"did you mean {near}?"
+                if near
+                else f"shipped: {', '.join(shipped_recipes())}; or give a .yaml file",
             )
         path = shipped
     try:
@@ -222,6 +224,8 @@ def _explain(error: ValidationError) -> str:
         section = _SECTIONS.get(tuple(parents))
         known = list(section.model_fields) if section else []
         near = nearest(key, known)
-        return f"unknown key {dotted}" + (f", did you mean {'.'.join([*parents, near])}?" if near else f"; known: {', '.join(known)}")
+        return f"unknown key {dotted}" + (
+            f", did you mean {'.'.join([*parents, near])}?" if near else f"; known: {', '.join(known)}"
+        )
     message = first["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if dotted else message

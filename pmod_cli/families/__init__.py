@@ -41,7 +41,9 @@ class Family:
 
 FAMILIES = (
     Family("llava", "llava", "PmodLlavaForConditionalGeneration", ("llama", "mistral", "qwen2")),
-    Family("llava_next", "llava_next", "PmodLlavaNextForConditionalGeneration", ("llama", "mistral", "qwen2")),
+    Family(
+        "llava_next", "llava_next", "PmodLlavaNextForConditionalGeneration", ("llama", "mistral", "qwen2")
+    ),
 )
 
 

@@ -39,7 +39,9 @@ class MoDConfig:
         if self.weight_norm not in WEIGHT_NORMS:
             raise ValueError(f"unknown weight norm {self.weight_norm!r}; known: {', '.join(WEIGHT_NORMS)}")
         if self.target_tokens not in TARGET_TOKENS:
-            raise ValueError(f"unknown target tokens {self.target_tokens!r}; known: {', '.join(TARGET_TOKENS)}")
+            raise ValueError(
+                f"unknown target tokens {self.target_tokens!r}; known: {', '.join(TARGET_TOKENS)}"
+            )
 
     @property
     def mod_layers(self) -> list[int]:

@@ -1,0 +1,218 @@
+"""The Mixture-of-Depths decoder layer with symmetric token reweighting (STRing).
+
+p-MoD, arXiv 2412.04449, sections 3.1 and 3.2. With ``h = x + attention(norm(x))`` among the kept tokens:
+a kept vision token becomes ``h + w * mlp(norm(h))``, a skipped one ``w * x``, a text token ``h + mlp(norm(h))``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from pmod_cli.modeling.cache import KeptTokensLayer
+from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.modeling.plan import LayerRouting, RoutingPlan
+from pmod_cli.modeling.router import Router, select_tokens, selection_keys
+from pmod_cli.modeling.settings import MoDConfig
+
+
+class MoDDecoderLayer:
+    """Mixed in before a transformers pre-norm decoder layer (Llama, Mistral, Qwen2 ...).
+
+    The baseline's parameters keep their names; ``router`` is the only new module.
+
+    Attributes:
+        router: See `Router`.
+        retention_ratio: Share of the routed tokens that the layer keeps.
+    """
+
+    router: Router
+    retention_ratio: float
+
+    def add_router(self, hidden_size: int, config: MoDConfig, ratio: float) -> None:
+        """Give the layer its router and its retention ratio."""
+        self.router = Router(hidden_size, config)
+        self.retention_ratio = ratio
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        past_key_values: Cache | None = None,
+        routing_plan: RoutingPlan | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run the layer on the kept tokens; scale and pass on the others.
+
+        Args:
+            hidden_states: Residual stream, [batch, tokens, hidden].
+            attention_mask: The model's mask for dense layers; used as it is where this layer's cache is empty
+                and nothing is routed.
+            position_ids: [1 or batch, tokens].
+            cache: The KV cache, adopted by `adopt_cache`, or None.
+            use_cache: Passed on.
+            position_embeddings: RoPE tables (cos, sin), [1 or batch, tokens, head_dim] each.
+            past_key_values: Name of ``cache`` before transformers 5.24.
+            routing_plan: Tokens of this forward pass; None is a chunk without routed tokens or padding.
+            **kwargs: Passed on to the attention.
+
+        Returns:
+            Residual stream, [batch, tokens, hidden].
+        """
+        cache = cache if cache is not None else past_key_values
+        store = None if cache is None else cache.layers[self.self_attn.layer_idx]  # type: ignore[attr-defined]
+        shared = {CACHE_ARGUMENT: cache, "use_cache": use_cache, **kwargs}
+        if routing_plan is None or routing_plan.target_mask is None:
+            if store is not None and store.slots:
+                real = None if routing_plan is None else routing_plan.real_mask
+                attention_mask = self._mask(hidden_states, store, real)
+            if store is not None and routing_plan is not None:
+                store.announce(hidden_states.shape[1], None, routing_plan.real_mask)
+            hidden_states = super().forward(  # type: ignore[misc]
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                **shared,
+            )
+            return self._with_router_gradient(hidden_states)
+        return self._routed(hidden_states, position_ids, position_embeddings, store, routing_plan, shared)
+
+    def _routed(
+        self,
+        hidden_states: Tensor,
+        position_ids: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        store: KeptTokensLayer | None,
+        plan: RoutingPlan,
+        shared: dict[str, Any],
+    ) -> Tensor:
+        batch, length, width = hidden_states.shape
+        assert plan.target_mask is not None
+        assert plan.rank is not None
+        logits = self.router(hidden_states)
+        weights = self.router.weights(logits, plan.target_mask)
+        keys = selection_keys(logits, plan.target_mask, plan.real_mask, plan.rank)
+        indices, valid = select_tokens(keys, plan.kept_lengths(self.retention_ratio))
+        if plan.record is not None:
+            plan.record[self.self_attn.layer_idx] = _routing(logits, weights, indices, valid)  # type: ignore[attr-defined]
+
+        weights = weights.to(hidden_states.dtype).view(-1, 1)
+        flat = hidden_states.reshape(-1, width)
+        passed_on = flat * weights
+        if indices.shape[1] == 0:
+            if store is not None:
+                self._announce_nothing(store, length, indices)
+            return passed_on.view(batch, length, width)
+
+        # One list of rows of the flattened batch serves the gather and the scatter.
+        rows = (
+            indices if batch == 1 else indices + length * torch.arange(batch, device=indices.device)[:, None]
+        )
+        rows = rows.reshape(-1)
+        kept = flat.index_select(0, rows).view(batch, -1, width)
+        attention_mask = self._mask(kept, store, valid)
+        if store is not None:
+            store.announce(length, indices, valid)
+        attended, _ = self.self_attn(  # type: ignore[attr-defined]
+            hidden_states=self.input_layernorm(kept),  # type: ignore[attr-defined]
+            attention_mask=attention_mask,
+            position_ids=None if position_ids is None else _take(position_ids, indices),
+            position_embeddings=tuple(_take(table, indices) for table in position_embeddings or ()),
+            **shared,
+        )
+        residual = kept + attended
+        branch = self.mlp(self.post_attention_layernorm(residual))  # type: ignore[attr-defined]
+        processed = torch.addcmul(
+            residual.view(-1, width), branch.view(-1, width), weights.index_select(0, rows)
+        )
+        if valid is not None:
+            # An unused slot points at a token that the sample does not keep: it stays as it was passed on.
+            processed = torch.where(valid.view(-1, 1), processed, passed_on.index_select(0, rows))
+        return passed_on.index_copy(0, rows, processed).view(batch, length, width)
+
+    def _mask(self, queries: Tensor, store: KeptTokensLayer | None, valid: Tensor | None) -> Any:
+        """Causal mask among this layer's own slots, in the form that the attention implementation takes.
+
+        Args:
+            queries: [batch, new slots, hidden].
+            store: The layer's cache before these are added, or None.
+            valid: False for unused or padding slots among the new ones, [batch, new slots], or None.
+        """
+        batch, new = queries.shape[:2]
+        past = 0 if store is None else store.slots
+        past_valid = None if store is None else store.valid
+        if valid is not None or past_valid is not None:
+            ones = torch.ones(batch, max(past, new), dtype=torch.bool, device=queries.device)
+            valid = torch.cat(
+                [
+                    ones[:, :past] if past_valid is None else past_valid,
+                    ones[:, :new] if valid is None else valid,
+                ],
+                dim=-1,
+            )
+        config = self.self_attn.config  # type: ignore[attr-defined]
+        implementation = config._attn_implementation
+        if "flash" in implementation:
+            return valid
+        if implementation == "sdpa" and valid is None and (new == 1 or past == 0):
+            return None  # the kernel's own causal path, or a single query that sees everything
+
+        def visible(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            causal = key <= query
+            if valid is None:
+                return causal
+            # An unused slot sees itself: a row without any key would be NaN, and spread in the backward pass.
+            return causal & (valid[sample, key] | (key == query))
+
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+            batch_size=batch,
+            q_length=new,
+            kv_length=past + new,
+            q_offset=past,
+            mask_function=visible,
+            attention_mask=None,
+            allow_is_causal_skip=False,
+            dtype=queries.dtype,
+            device=queries.device,
+            config=config,
+        )
+
+    def _with_router_gradient(self, hidden_states: Tensor) -> Tensor:
+        """In training, a zero gradient for the router: sharded training waits for every parameter's."""
+        if not (self.training and torch.is_grad_enabled()):  # type: ignore[attr-defined]
+            return hidden_states
+        total = sum(parameter.sum() for parameter in self.router.parameters())
+        return hidden_states + (0.0 * total).to(hidden_states.dtype)
+
+    def _announce_nothing(self, store: KeptTokensLayer, length: int, indices: Tensor) -> None:
+        """A chunk of which the layer keeps no token still lengthens the sequence."""
+        attention = self.self_attn  # type: ignore[attr-defined]
+        heads, size = attention.config.num_key_value_heads, attention.head_dim
+        weight = attention.k_proj.weight
+        empty = torch.empty(indices.shape[0], heads, 0, size, dtype=weight.dtype, device=indices.device)
+        store.announce(length, indices, None)
+        store.update(empty, empty)
+
+
+def _take(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Rows of ``tensor`` [1 or batch, tokens, ...] at ``indices`` [batch, kept]."""
+    if tensor.shape[0] == 1:
+        return tensor[0].index_select(0, indices.reshape(-1)).view(*indices.shape, *tensor.shape[2:])
+    if tensor.dim() == 2:
+        return tensor.gather(1, indices)
+    return tensor.gather(1, indices[..., None].expand(-1, -1, tensor.shape[-1]))
+
+
+def _routing(logits: Tensor, weights: Tensor, indices: Tensor, valid: Tensor | None) -> LayerRouting:
+    kept = torch.zeros_like(logits, dtype=torch.bool)
+    kept = kept.scatter(1, indices, True if valid is None else valid)  # type: ignore[arg-type]
+    return LayerRouting(logits, weights, kept, indices, valid)

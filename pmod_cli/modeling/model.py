@@ -1,0 +1,260 @@
+"""What turns a transformers image-text-to-text class into its p-MoD counterpart.
+
+A family (``pmod_cli/families``) mixes these in before its transformers classes: `MoDConfigMixin` into the
+config, `MoDMultimodalModel` into the inner model (vision tower, projector, language model), and wraps the outer
+model's ``forward`` with `with_routing`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+from transformers.utils.generic import can_return_tuple
+
+from pmod_cli.modeling.cache import adopt_cache
+from pmod_cli.modeling.compat import CACHE_ARGUMENT, multimodal_output
+from pmod_cli.modeling.decoders import take_over, to_mod
+from pmod_cli.modeling.plan import LayerRouting, RoutingPlan, count_tokens
+from pmod_cli.modeling.settings import MoDConfig
+
+
+class MoDConfigMixin:
+    """Mixed into a family's config, which declares the field ``mod: dict | None = None``."""
+
+    @property
+    def mod_config(self) -> MoDConfig:
+        """The ``mod`` section; without one every layer is dense.
+
+        Raises:
+            ValueError: If the section has an unknown key or a bad value.
+        """
+        section: dict[str, Any] | None = self.mod  # type: ignore[attr-defined]
+        if section is None:
+            return MoDConfig([None] * self.text_config.num_hidden_layers)  # type: ignore[attr-defined]
+        return MoDConfig.from_dict(section)
+
+
+class MoDMultimodalModel:
+    """Mixed in before a family's inner model (e.g. `LlavaModel`).
+
+    Attributes:
+        output_class: The inner model's output (e.g. `LlavaModelOutputWithPast`).
+    """
+
+    output_class: type
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.mod = config.mod_config
+        self.language_model = to_mod(self.language_model, self.mod)  # type: ignore[has-type]
+        self.post_init()  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module) -> Any:
+        """The p-MoD counterpart of a family's dense inner model, which is taken over, not copied."""
+        model = take_over(dense, lambda: cls(dense.config))
+        model.language_model = to_mod(dense.language_model, model.mod)
+        return model
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_mask: Tensor | None = None,
+        routing_record: dict[int, LayerRouting] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the dense model's, and besides:
+
+        Args:
+            input_ids: Prompt with expanded image tokens, [batch, tokens].
+            pixel_values: See the family's image processor.
+            image_sizes: (height, width) of each image, [images, 2], where the family wants them.
+            attention_mask: 1 for real tokens, [batch, past + tokens]; None if nothing is padded.
+            position_ids: [1 or batch, tokens].
+            cache: A `DynamicCache`.
+            past_key_values: Its name before transformers 5.24.
+            inputs_embeds: [batch, tokens, hidden], in place of ``input_ids``.
+            use_cache: Whether to fill a cache.
+            mm_encoder_outputs: ``{"image": ...}``: images that are already encoded.
+            vision_feature_layer: Layer of the tower; the config's by default.
+            vision_feature_select_strategy: The config's by default.
+            vision_mask: True for vision tokens, [batch, tokens]; needed only with ``inputs_embeds`` into which
+                the image features are already written.
+            routing_record: Filled with each Mixture-of-Depths layer's `LayerRouting`.
+            **kwargs: Passed on to the language model.
+
+        Raises:
+            ValueError: Neither or both of ``input_ids`` and ``inputs_embeds``; image tokens and image features
+                that differ in number; an attention mask that is not 2-D; a cache that cannot hold kept tokens.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if attention_mask is not None and (
+            not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2
+        ):
+            raise ValueError("a p-MoD model takes a 2-D attention mask (1 for real tokens)")
+        cache = cache if cache is not None else past_key_values
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if image_outputs is None and pixel_values is not None and pixel_values.shape[0]:
+            options = {
+                "image_sizes": image_sizes,
+                "vision_feature_layer": vision_feature_layer,
+                "vision_feature_select_strategy": vision_feature_select_strategy,
+            }
+            image_outputs = self.get_image_features(  # type: ignore[attr-defined]
+                pixel_values,
+                return_dict=True,
+                **{name: value for name, value in options.items() if value is not None},
+            )
+        features = None if image_outputs is None else list(image_outputs.pooler_output)
+
+        if features is not None and vision_mask is None:
+            vision_mask = self._image_token_mask(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
+        plan, attention_mask = self._plan(
+            vision_mask, attention_mask, features, inputs_embeds, routing_record
+        )
+        if features is not None:
+            assert vision_mask is not None
+            flat = torch.cat(features, dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(vision_mask[..., None], flat)
+
+        text_config = self.language_model.config
+        use_cache = text_config.use_cache if use_cache is None else use_cache
+        checkpointing = self.training and getattr(self.language_model, "gradient_checkpointing", False)  # type: ignore[attr-defined]
+        if use_cache and cache is None and not checkpointing:
+            cache = DynamicCache(config=text_config)
+        if cache is not None:
+            adopt_cache(cache, self.mod.mod_layers, text_config.num_hidden_layers)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            routing_plan=plan,
+            **{CACHE_ARGUMENT: cache},
+            **kwargs,
+        )
+        return multimodal_output(self.output_class, outputs, image_outputs)
+
+    def _image_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """True where an image feature goes, [batch, tokens]."""
+        token = self.config.image_token_id  # type: ignore[attr-defined]
+        if input_ids is not None:
+            return input_ids == token
+        assert inputs_embeds is not None
+        marker = self.get_input_embeddings()(torch.tensor(token, device=inputs_embeds.device))  # type: ignore[attr-defined]
+        return (inputs_embeds == marker).all(-1)
+
+    def _plan(
+        self,
+        vision_mask: Tensor | None,
+        attention_mask: Tensor | None,
+        features: list[Tensor] | None,
+        inputs_embeds: Tensor,
+        record: dict[int, LayerRouting] | None,
+    ) -> tuple[RoutingPlan | None, Tensor | None]:
+        """The routing plan, and the attention mask, None if it hides nothing. One host synchronisation."""
+        batch, length = inputs_embeds.shape[:2]
+        real_mask = None if attention_mask is None else attention_mask[:, -length:].bool()
+        whole_mask = None if attention_mask is None else attention_mask.bool()
+        vision, real, whole = count_tokens(vision_mask, real_mask, whole_mask)
+        if whole_mask is not None and whole == [whole_mask.shape[1]] * batch:
+            attention_mask = real_mask = None
+        num_real = real if real_mask is not None else [length] * batch
+        if features is not None:
+            expected = sum(len(feature) for feature in features)
+            if sum(vision) != expected:
+                raise ValueError(f"{sum(vision)} image tokens in the prompt for {expected} image features")
+        if vision_mask is None or not any(vision):
+            return (None if real_mask is None else RoutingPlan(None, real_mask)), attention_mask
+        targets, counts = self._targets(vision_mask, real_mask, vision, num_real, features)
+        return RoutingPlan.from_counts(targets, real_mask, counts, num_real, record), attention_mask
+
+    def _targets(
+        self,
+        vision_mask: Tensor,
+        real_mask: Tensor | None,
+        num_vision: list[int],
+        num_real: list[int],
+        features: list[Tensor] | None,
+    ) -> tuple[Tensor, list[int]]:
+        """Routed tokens of a chunk with images, [batch, tokens], and their number in each sample."""
+        if self.mod.target_tokens == "all":
+            return (torch.ones_like(vision_mask) if real_mask is None else real_mask), num_real
+        if self.mod.target_tokens == "vision_hr" and features is not None:
+            return self._high_resolution(vision_mask, num_vision, [len(feature) for feature in features])
+        return vision_mask, num_vision
+
+    def _high_resolution(
+        self, vision_mask: Tensor, num_vision: list[int], lengths: list[int]
+    ) -> tuple[Tensor, list[int]]:
+        """Vision tokens behind each image's base tile; of an image without tiles, all."""
+        vision = self.config.vision_config  # type: ignore[attr-defined]
+        base = (vision.image_size // vision.patch_size) ** 2
+        flags = [index >= base or length == base for length in lengths for index in range(length)]
+        counts, start = [], 0
+        for number in num_vision:
+            counts.append(sum(flags[start : start + number]))
+            start += number
+        source = torch.tensor(flags, device=vision_mask.device)
+        return torch.zeros_like(vision_mask).masked_scatter(vision_mask, source), counts
+
+
+class MoDForConditionalGeneration:
+    """Mixed in before a family's outer model (e.g. `LlavaForConditionalGeneration`).
+
+    Attributes:
+        inner_class: The family's `MoDMultimodalModel`.
+    """
+
+    inner_class: type[MoDMultimodalModel]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model = self.inner_class.from_dense(self.model)  # type: ignore[has-type]
+        self.post_init()  # type: ignore[attr-defined]
+
+
+def with_routing(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Give an outer model's ``forward`` the option ``output_routing=True``.
+
+    The output then has ``routing``: one entry a decoder layer, None for a dense layer and for a pass without
+    routed tokens, else its `LayerRouting`. The signature that transformers inspects stays the dense model's.
+    """
+
+    @functools.wraps(forward)
+    def routed(self: Any, *args: Any, output_routing: bool = False, **kwargs: Any) -> Any:
+        if not output_routing:
+            return forward(self, *args, **kwargs)
+        record: dict[int, LayerRouting] = {}
+        outputs = forward(self, *args, routing_record=record, **kwargs)
+        layers = self.config.text_config.num_hidden_layers
+        routing = tuple(record.get(index) for index in range(layers))
+        if isinstance(outputs, tuple):
+            return (*outputs, routing)
+        outputs["routing"] = routing
+        return outputs
+
+    return routed

@@ -1,0 +1,139 @@
+"""The router: a logit a token, its normalised weight, and the choice of the tokens that a layer keeps.
+
+p-MoD, arXiv 2412.04449, section 3.1 (TanhNorm); exact semantics as recorded from the released code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pmod_cli.modeling.settings import MoDConfig
+
+
+class Router(nn.Module):
+    """One linear map ``hidden_size -> 1``, zero at the start, so that every weight starts at ``weight_bias``.
+
+    Logits and weights are computed in fp32 whatever the model's dtype: in half precision a few dozen distinct
+    values would have to rank hundreds of tokens.
+
+    Args:
+        hidden_size: Width of the decoder's residual stream.
+        config: Weight normalisation and whether there is a bias.
+    """
+
+    def __init__(self, hidden_size: int, config: MoDConfig) -> None:
+        super().__init__()
+        self.norm, self.scale, self.offset = config.weight_norm, config.weight_scale, config.weight_bias
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(1)) if config.router_bias else None
+
+    def reset_parameters(self) -> None:
+        """Zero the router: the layer then starts as the baseline's."""
+        nn.init.zeros_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Raw logits.
+
+        Args:
+            hidden_states: Residual stream (not normalised), [batch, tokens, hidden].
+
+        Returns:
+            Logits in fp32, [batch, tokens].
+        """
+        bias = None if self.bias is None else self.bias.float()
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return F.linear(hidden_states.float(), self.weight.float(), bias).squeeze(-1)
+        return F.linear(hidden_states.float(), self.weight.float(), bias).squeeze(-1)
+
+    def weights(self, logits: Tensor, target_mask: Tensor) -> Tensor:
+        """Normalised weights ``offset + scale * f(logit)``; 1 for every token that is not routed.
+
+        Args:
+            logits: [batch, tokens], fp32.
+            target_mask: True for routed (vision) tokens, [batch, tokens].
+
+        Returns:
+            Weights in fp32, [batch, tokens].
+        """
+        if self.norm == "tanh":
+            normalised = torch.tanh(logits)
+        elif self.norm == "sigmoid":
+            normalised = torch.sigmoid(logits)
+        elif self.norm == "softmax":
+            # A sample without routed tokens would be a row of -inf, whose softmax is NaN in the gradient too.
+            floor = torch.finfo(logits.dtype).min
+            normalised = torch.softmax(logits.masked_fill(~target_mask, floor), dim=-1)
+        else:
+            normalised = logits
+        return torch.where(target_mask, self.offset + self.scale * normalised, 1.0)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{self.weight.shape[-1]} -> 1, {self.offset:g} + {self.scale:g} * {self.norm}"
+
+
+def spread_rank(target_mask: Tensor) -> Tensor:
+    """A rank for breaking exact ties, such that the first k of it lie evenly over the image for every k.
+
+    Token j of a sample's routed tokens gets ``j * golden_ratio`` modulo 1 in 32-bit integers (Fibonacci hashing),
+    which is the same on every device. Its prefixes are low-discrepancy along rows and columns.
+
+    Args:
+        target_mask: True for routed tokens, [batch, tokens].
+
+    Returns:
+        Ranks below 2**32, smallest first, int64 [batch, tokens].
+    """
+    order = target_mask.long().cumsum(-1) - 1
+    return (order * 0x9E3779B1) & 0xFFFFFFFF
+
+
+def selection_keys(logits: Tensor, target_mask: Tensor, real_mask: Tensor | None, rank: Tensor) -> Tensor:
+    """Integers whose descending order is the order in which a layer keeps tokens.
+
+    First every real token that is not routed, then routed tokens by logit, exact ties by `spread_rank`, last
+    padding. No two routed tokens of a sample share a key, so the choice does not depend on the device's top-k.
+
+    Args:
+        logits: [batch, tokens], fp32.
+        target_mask: True for routed tokens, [batch, tokens].
+        real_mask: False for padding, [batch, tokens]; None if nothing is padded.
+        rank: What `spread_rank` gave.
+
+    Returns:
+        int64 [batch, tokens].
+    """
+    bits = (logits.detach() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 the same bits
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # order of the floats, as signed integers
+    keys = (ordered.long() << 32) | (0xFFFFFFFF - rank)
+    limits = torch.iinfo(torch.int64)
+    keys = keys.masked_fill(~target_mask, limits.max)
+    return keys if real_mask is None else keys.masked_fill(~real_mask, limits.min)
+
+
+def select_tokens(keys: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None]:
+    """The tokens that a layer keeps, in their original order.
+
+    Args:
+        keys: What `selection_keys` gave, [batch, tokens].
+        lengths: How many tokens each sample keeps, text included.
+
+    Returns:
+        Indices [batch, max(lengths)], ascending, and a mask [batch, max(lengths)] that is False where a sample
+        has fewer tokens (the index is then some token that is not kept); None if all lengths are equal.
+    """
+    longest = max(lengths)
+    top = keys.topk(longest, dim=-1).indices
+    if min(lengths) == longest:
+        return top.sort(dim=-1).values, None
+    slots = torch.arange(longest, device=keys.device)
+    surplus = slots >= torch.tensor(lengths, device=keys.device)[:, None]
+    # Sorting 2 * index + surplus sorts by index and carries the mask along.
+    coded = (top * 2 + surplus).sort(dim=-1).values
+    return coded >> 1, (coded & 1) == 0
