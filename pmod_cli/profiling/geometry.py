@@ -1,0 +1,178 @@
+"""The sizes of a LLaVA-like model that counting needs, read from its transformers config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pmod_cli.errors import PmodError
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The language model: a Llama-like decoder with gated MLP.
+
+    Attributes:
+        hidden: Width of the residual stream.
+        layers: Number of decoder layers.
+        heads: Query heads.
+        kv_heads: Key and value heads (fewer than ``heads`` with grouped queries).
+        head_dim: Width of one head.
+        intermediate: Width of the MLP.
+        vocab: Rows of the embedding table and of the LM head.
+        qkv_bias: Whether the query, key and value projections have a bias.
+        output_bias: Whether the attention's output projection has a bias.
+        mlp_bias: Whether the MLP's projections have a bias.
+        tied: Whether the LM head shares the embedding table.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tied: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any, tied: bool) -> Decoder:
+        """Read a ``text_config``."""
+        heads = config.num_attention_heads
+        attention_bias = bool(getattr(config, "attention_bias", False))
+        return cls(
+            hidden=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate=config.intermediate_size,
+            vocab=config.vocab_size,
+            # Qwen2's bias is part of its architecture, not a setting.
+            qkv_bias=attention_bias or config.model_type == "qwen2",
+            output_bias=attention_bias,
+            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            tied=tied,
+        )
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A CLIP vision tower.
+
+    Attributes:
+        hidden: Width of the residual stream.
+        layers: Number of layers, those after the selected feature layer included.
+        used_layers: Layers that the selected feature depends on.
+        features: Number of feature layers joined (1 unless the config selects several).
+        intermediate: Width of the MLP.
+        patch: Side of a patch, pixels.
+        image: Side of the (square) input, pixels.
+        channels: Colour channels.
+        selects_cls: Whether the CLS token is passed on to the projector (``full`` selection).
+    """
+
+    hidden: int
+    layers: int
+    used_layers: int
+    features: int
+    intermediate: int
+    patch: int
+    image: int
+    channels: int
+    selects_cls: bool
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image // self.patch
+
+    @property
+    def tokens(self) -> int:
+        """Tokens inside the tower: patches and CLS."""
+        return self.grid**2 + 1
+
+    @property
+    def selected(self) -> int:
+        """Tokens of one crop that the projector sees."""
+        return self.tokens - (not self.selects_cls)
+
+    @classmethod
+    def from_config(cls, config: Any) -> Tower:
+        """Read the vision side of a whole model's config.
+
+        Raises:
+            PmodError: If the tower is not CLIP's.
+        """
+        vision = config.vision_config
+        if vision.model_type != "clip_vision_model":
+            raise PmodError(
+                f"cannot count a vision tower of type {vision.model_type!r}", "supported: clip_vision_model"
+            )
+        selected = config.vision_feature_layer
+        chosen = [selected] if isinstance(selected, int) else list(selected)
+        layers = vision.num_hidden_layers
+        return cls(
+            hidden=vision.hidden_size,
+            layers=layers,
+            # hidden_states has layers + 1 entries: index 0 is the embedding, -1 the last layer's output.
+            used_layers=max(index % (layers + 1) for index in chosen),
+            features=len(chosen),
+            intermediate=vision.intermediate_size,
+            patch=vision.patch_size,
+            image=vision.image_size,
+            channels=vision.num_channels,
+            selects_cls=config.vision_feature_select_strategy == "full",
+        )
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A whole dense model.
+
+    Attributes:
+        model_type: transformers' name of the dense model.
+        decoder: Language model.
+        tower: Vision tower.
+        projector_bias: Whether the two projector layers have biases.
+        pinpoints: LLaVA-NeXT's grids, (height, width) in pixels; empty for one crop an image.
+        image_token: Id of the image placeholder.
+    """
+
+    model_type: str
+    decoder: Decoder
+    tower: Tower
+    projector_bias: bool
+    pinpoints: tuple[tuple[int, int], ...]
+    image_token: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> Geometry:
+        """Read a dense or p-MoD config (transformers object, defaults filled in).
+
+        Raises:
+            PmodError: If the vision tower is not supported.
+        """
+        text = config.text_config
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        return cls(
+            model_type=config.model_type.removeprefix("pmod_"),
+            decoder=Decoder.from_config(text, tied),
+            tower=Tower.from_config(config),
+            projector_bias=bool(config.multimodal_projector_bias),
+            pinpoints=tuple((h, w) for h, w in getattr(config, "image_grid_pinpoints", None) or ()),
+            image_token=config.image_token_id,
+        )
+
+    @property
+    def original_vocab(self) -> int:
+        """Vocabulary before the image token and padding rows were added for it.
+
+        ``llava-hf`` appends them (32000 -> 32064 for Vicuna); a vocabulary whose image token lies elsewhere
+        was not enlarged.
+        """
+        added = self.decoder.vocab - self.image_token
+        return self.image_token if 0 < added <= 64 else self.decoder.vocab

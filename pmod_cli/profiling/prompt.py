@@ -1,0 +1,148 @@
+"""How many vision tokens and crops an image becomes, from the geometry alone; and the prompt that is profiled."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from pmod_cli.errors import PmodError
+from pmod_cli.profiling.geometry import Geometry
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class ImageTokens:
+    """What one image becomes.
+
+    Attributes:
+        tokens: Vision tokens in the language model's input.
+        base_tokens: Those of the base tile (the whole image); the others are high resolution.
+        crops: Images that the vision tower sees.
+    """
+
+    tokens: int
+    base_tokens: int
+    crops: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is profiled: one image and some text a sample.
+
+    Attributes:
+        image: Tokens and crops of the image; None for a prompt of text only.
+        image_size: (height, width) of the image in pixels.
+        text_tokens: Text tokens a sample, special tokens included.
+        new_tokens: Tokens generated a sample.
+        batch: Samples, all alike (no padding).
+        dtype: Type of weights, activations and KV cache.
+        all_logits: Whether prefill computes logits at every position (a plain ``forward``) or only at the last
+            (as ``generate`` does).
+    """
+
+    image: ImageTokens | None
+    image_size: tuple[int, int] | None
+    text_tokens: int = 35
+    new_tokens: int = 64
+    batch: int = 1
+    dtype: str = "bfloat16"
+    all_logits: bool = True
+
+    @property
+    def vision_tokens(self) -> int:
+        """Vision tokens a sample."""
+        return self.image.tokens if self.image else 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens a sample before generation."""
+        return self.vision_tokens + self.text_tokens
+
+    @property
+    def bytes_per_value(self) -> int:
+        """Size of one value of ``dtype``."""
+        return DTYPE_BYTES[self.dtype]
+
+    def routed_tokens(self, target: str) -> int:
+        """Tokens a sample that an MoD layer chooses from; the others are always kept.
+
+        Args:
+            target: ``vision``, ``vision_hr`` or ``all``, as in the model's config. A prompt without an image is not
+                routed, and an image without high-resolution tiles counts as one.
+        """
+        if self.image is None:
+            return 0
+        if target == "all":
+            return self.prompt_tokens
+        high_resolution = self.image.tokens - self.image.base_tokens
+        return high_resolution if target == "vision_hr" and high_resolution else self.vision_tokens
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read ``WIDTHxHEIGHT`` in pixels.
+
+    Returns:
+        (height, width), as transformers orders them.
+
+    Raises:
+        PmodError: If it is not two positive numbers.
+    """
+    match = re.fullmatch(r"\s*([1-9]\d*)\s*[xX×]\s*([1-9]\d*)\s*", text)
+    if not match:
+        raise PmodError(f"image size {text!r} is not WIDTHxHEIGHT in pixels", "e.g. 672x672")
+    return int(match[2]), int(match[1])
+
+
+def default_image_size(geometry: Geometry) -> tuple[int, int]:
+    """The (height, width) that gives the most vision tokens: what papers report."""
+    sizes = geometry.pinpoints or ((geometry.tower.image, geometry.tower.image),)
+    return max(sizes, key=lambda size: image_tokens(geometry, size).tokens)
+
+
+def image_tokens(geometry: Geometry, size: tuple[int, int]) -> ImageTokens:
+    """Count vision tokens and crops of one image, as the model's processor lays it out.
+
+    LLaVA-1.5 sees every image as one crop. LLaVA-NeXT adds the tiles of the best grid, cuts off the grid's padding,
+    and ends each row with a newline token (Liu et al. 2024, ``spatial_unpad``).
+
+    Args:
+        geometry: The model.
+        size: (height, width) of the image, pixels.
+
+    Raises:
+        PmodError: If the image is too thin for the grid to show any of it.
+    """
+    tower = geometry.tower
+    base = tower.selected
+    if not geometry.pinpoints:
+        return ImageTokens(base, base, 1)
+    height, width = size
+    grid_height, grid_width = _best_grid(size, geometry.pinpoints)
+    tiles_down, tiles_across = grid_height // tower.image, grid_width // tower.image
+    rows, columns = tower.grid * tiles_down, tower.grid * tiles_across
+    if width / height > columns / rows:
+        rows -= (rows - _shown(height, columns / width)) // 2 * 2
+    else:
+        columns -= (columns - _shown(width, rows / height)) // 2 * 2
+    return ImageTokens(base + rows * (columns + 1), base, 1 + tiles_down * tiles_across)
+
+
+def _shown(side: int, scale: float) -> int:
+    # Rounding to 7 places before truncation is transformers' (the released code truncates at once).
+    return int(round(side * scale, 7))
+
+
+def _best_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The grid that shows most of the image's pixels; of equals the one that wastes least, then the first."""
+    height, width = size
+
+    def fitness(grid: tuple[int, int]) -> tuple[int, int]:
+        scale = min(grid[1] / width, grid[0] / height)
+        shown = min(int(width * scale) * int(height * scale), width * height)
+        return shown, -(grid[0] * grid[1] - shown)
+
+    best = max(grids, key=fitness)
+    if fitness(best)[0] == 0:
+        raise PmodError(f"an image of {width}x{height} pixels is too thin for the model's grids")
+    return best

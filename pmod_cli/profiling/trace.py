@@ -1,0 +1,124 @@
+"""Counting by fvcore: the real model's graph is traced, and each operator of it counted.
+
+fvcore counts one per multiply-add, knows nothing of fused attention (hence our handle), and leaves out what the
+output does not depend on (the vision tower's layers after the selected one).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from pmod_cli.errors import MissingExtraError
+from pmod_cli.profiling.closed_form import PhaseCount
+from pmod_cli.profiling.paths import (
+    Counts,
+    DecoderPath,
+    VisionPath,
+    assemble,
+    cache_lengths,
+    decoder_input,
+    filled_cache,
+    pixel_input,
+    routing_plan,
+)
+from pmod_cli.profiling.prompt import Workload
+
+
+def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
+    """Trace a prefill and the first decode step.
+
+    Args:
+        model: Dense or p-MoD, on the meta device.
+        work: Image, text and batch.
+
+    Returns:
+        MACs of prefill and of the decode step.
+
+    Raises:
+        MissingExtraError: If fvcore is not installed.
+    """
+    tokens = work.prompt_tokens
+    prompt = (*decoder_input(model, work, tokens, tokens), routing_plan(model, work))
+    prefill = _trace(_Bound(DecoderPath(model, work), prompt[2]), prompt[:2])
+    vision: Counts = {}
+    if work.image:
+        path = VisionPath(model)
+        with _traceable_patches(path.tower):
+            vision = _trace(path, (pixel_input(model, work),))
+    cache = filled_cache(model, work)
+    lengths = cache_lengths(cache)
+    step = _trace(DecoderPath(model, work, cache), decoder_input(model, work, 1, tokens + 1))
+    return assemble(prefill, vision, lengths), assemble(step, {}, [1] * len(lengths))
+
+
+class _Bound(DecoderPath):
+    """A `DecoderPath` with its routing plan: what is traced may take tensors only."""
+
+    def __init__(self, path: DecoderPath, plan: Any) -> None:
+        nn.Module.__init__(self)
+        self.__dict__.update(path.__dict__)
+        self.plan = plan
+
+    def forward(self, embeddings: Tensor, mask: Tensor, plan: Any = None) -> Tensor:
+        return super().forward(embeddings, mask, self.plan)
+
+
+def _trace(module: nn.Module, inputs: tuple[Tensor, ...]) -> Counts:
+    with torch.no_grad(), warnings.catch_warnings(), _NoReinterpretation():
+        warnings.simplefilter("ignore")  # fvcore's use of torch.jit
+        try:
+            from fvcore.nn import FlopCountAnalysis
+        except ImportError:
+            raise MissingExtraError("fvcore", "profile") from None
+        analysis = FlopCountAnalysis(module, inputs)
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return analysis.by_module_and_operator()
+
+
+def _attention_macs(inputs: list[Any], _outputs: list[Any]) -> int:
+    """Score and value products: query [..., S, D] with key [..., S_k, D] and value [..., S_k, D_v]."""
+    query, key, value = (argument.type().sizes() for argument in inputs[:3])
+    return prod(query) * key[-2] + prod(query[:-1]) * key[-2] * value[-1]
+
+
+class _NoReinterpretation(TorchFunctionMode):
+    """Casts where a model reinterprets bits (``view(dtype)``, which torch.jit cannot trace): shapes stay the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.view and len(args) == 2 and isinstance(args[1], torch.dtype):
+            func = Tensor.to
+        return func(*args, **(kwargs or {}))
+
+
+class _UnfoldedPatches(nn.Module):
+    """A patch convolution as unfold and linear, the same multiply-adds: on meta a convolution cannot be traced."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution, self.weight = convolution, convolution.weight
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = F.unfold(pixels, self.convolution.kernel_size, stride=self.convolution.stride)
+        features = F.linear(patches.transpose(1, 2), self.weight.flatten(1), self.convolution.bias)
+        return features.transpose(1, 2)[..., None]
+
+
+@contextmanager
+def _traceable_patches(tower: Any) -> Iterator[None]:
+    embeddings = tower.embeddings
+    convolution = embeddings.patch_embedding
+    embeddings.patch_embedding = _UnfoldedPatches(convolution)
+    try:
+        yield
+    finally:
+        embeddings.patch_embedding = convolution
