@@ -1,8 +1,8 @@
 """pmod: turn a multimodal LLM into a Mixture-of-Depths model (p-MoD, arXiv 2412.04449).
 
 ``import pmod_cli`` is enough to make transformers' Auto classes know the p-MoD model types. Neither torch
-nor transformers is imported for that: the classes are registered at the moment transformers loads its Auto
-machinery, or at once if it already has.
+nor transformers is imported for that: the classes are registered as soon as transformers itself is imported, or
+at once if it already is.
 """
 
 import wrapt
@@ -10,7 +10,9 @@ import wrapt
 __version__ = "0.1.0"
 
 
-@wrapt.when_imported("transformers.models.auto")
+# The hook is on the top-level package: one on its Auto modules would run in the middle of the import of a model
+# that uses them, and our subclasses would find that model half made.
+@wrapt.when_imported("transformers")
 def _register(_module: object) -> None:
     from pmod_cli.families import register_auto_classes
 

@@ -5,6 +5,13 @@ Nothing in this package imports torch or transformers at module level: ``pmod --
 
 from __future__ import annotations
 
-from pmod_cli.cli.app import main
+from pmod_cli.cli.app import app, main
 
-__all__ = ["main"]
+# The order of registration is the order in ``pmod --help``: the order in which the verbs are used.
+for _verb in ("demo", "convert", "inspect", "finetune", "data", "profile", "generate", "eval"):
+    try:
+        __import__(f"pmod_cli.cli.{_verb}")
+    except ModuleNotFoundError:  # being written
+        pass
+
+__all__ = ["app", "main"]

@@ -5,10 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaModel,
@@ -22,6 +18,7 @@ from pmod_cli.modeling.model import (
     MoDMultimodalModel,
     with_routing,
 )
+from pmod_cli.modeling.registration import register_classes
 
 
 class PmodLlavaConfig(MoDConfigMixin, LlavaConfig):
@@ -47,8 +44,5 @@ class PmodLlavaForConditionalGeneration(MoDForConditionalGeneration, LlavaForCon
 
 
 def register() -> None:
-    """Register with the Auto classes."""
-    AutoConfig.register("pmod_llava", PmodLlavaConfig, exist_ok=True)
-    AutoModel.register(PmodLlavaConfig, PmodLlavaModel, exist_ok=True)
-    AutoModelForImageTextToText.register(PmodLlavaConfig, PmodLlavaForConditionalGeneration, exist_ok=True)
-    AutoProcessor.register(PmodLlavaConfig, LlavaProcessor, exist_ok=True)
+    """Register with transformers."""
+    register_classes(PmodLlavaConfig, PmodLlavaModel, PmodLlavaForConditionalGeneration, LlavaProcessor)

@@ -5,10 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoProcessor,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextModel,
@@ -22,6 +18,7 @@ from pmod_cli.modeling.model import (
     MoDMultimodalModel,
     with_routing,
 )
+from pmod_cli.modeling.registration import register_classes
 
 
 class PmodLlavaNextConfig(MoDConfigMixin, LlavaNextConfig):
@@ -47,10 +44,7 @@ class PmodLlavaNextForConditionalGeneration(MoDForConditionalGeneration, LlavaNe
 
 
 def register() -> None:
-    """Register with the Auto classes."""
-    AutoConfig.register("pmod_llava_next", PmodLlavaNextConfig, exist_ok=True)
-    AutoModel.register(PmodLlavaNextConfig, PmodLlavaNextModel, exist_ok=True)
-    AutoModelForImageTextToText.register(
-        PmodLlavaNextConfig, PmodLlavaNextForConditionalGeneration, exist_ok=True
+    """Register with transformers."""
+    register_classes(
+        PmodLlavaNextConfig, PmodLlavaNextModel, PmodLlavaNextForConditionalGeneration, LlavaNextProcessor
     )
-    AutoProcessor.register(PmodLlavaNextConfig, LlavaNextProcessor, exist_ok=True)

@@ -23,6 +23,9 @@ class KeptTokensLayer(DynamicLayer):
             behind them, one a token, are the end of the sequence.
     """
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self._clear()

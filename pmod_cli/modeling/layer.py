@@ -190,7 +190,7 @@ class MoDDecoderLayer:
         """In training, a zero gradient for the router: sharded training waits for every parameter's."""
         if not (self.training and torch.is_grad_enabled()):  # type: ignore[attr-defined]
             return hidden_states
-        total = sum(parameter.sum() for parameter in self.router.parameters())
+        total = torch.stack([parameter.sum() for parameter in self.router.parameters()]).sum()
         return hidden_states + (0.0 * total).to(hidden_states.dtype)
 
     def _announce_nothing(self, store: KeptTokensLayer, length: int, indices: Tensor) -> None:
@@ -214,5 +214,5 @@ def _take(tensor: Tensor, indices: Tensor) -> Tensor:
 
 def _routing(logits: Tensor, weights: Tensor, indices: Tensor, valid: Tensor | None) -> LayerRouting:
     kept = torch.zeros_like(logits, dtype=torch.bool)
-    kept = kept.scatter(1, indices, True if valid is None else valid)  # type: ignore[arg-type]
+    kept = kept.scatter(1, indices, True if valid is None else valid)
     return LayerRouting(logits, weights, kept, indices, valid)

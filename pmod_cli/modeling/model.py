@@ -81,7 +81,7 @@ class MoDMultimodalModel:
         routing_record: dict[int, LayerRouting] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the dense model's, and besides:
+        """Encode the images, find the vision tokens, and run the decoder with its routing plan.
 
         Args:
             input_ids: Prompt with expanded image tokens, [batch, tokens].

@@ -1,0 +1,167 @@
+"""The KV cache holds kept tokens only, and decoding on it equals a full forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import pad, pictures, prompt, tiny_model
+from transformers import DynamicCache, StaticCache
+
+from pmod_cli.modeling.cache import KeptTokensLayer
+from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.modeling.schedule import kept_tokens
+from pmod_cli.modeling.settings import MoDConfig
+
+
+def prefill(model, ids, cache, **inputs):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache}, **inputs)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_cached_decode_equals_full_forward(decoder, attention):
+    model = tiny_model(decoder=decoder)
+    model.set_attn_implementation(attention)
+    ids, pixels = torch.tensor([prompt(1, 12)]), pictures(1)
+    with torch.no_grad():
+        full = model(input_ids=ids, pixel_values=pixels).logits[0]
+    # All tokens behind the image one at a time, then two at a time: the image is routed in the prefill alone.
+    start = ids.shape[1] - 8
+    for step in (1, 2):
+        cache = DynamicCache(config=model.config.text_config)
+        logits = [prefill(model, ids[:, :start], cache, pixel_values=pixels).logits[0]]
+        for position in range(start, ids.shape[1], step):
+            logits.append(prefill(model, ids[:, position : position + step], cache).logits[0])
+        torch.testing.assert_close(torch.cat(logits), full, atol=1e-5, rtol=0)
+
+
+def test_lengths_are_the_schedule():
+    model = tiny_model()
+    ids = torch.tensor([prompt(2, 9)])
+    cache = DynamicCache()
+    prefill(model, ids, cache, pixel_values=pictures(2))
+    text = ids.shape[1] - 50
+    expected = [
+        50 + text if r is None else text + kept_tokens(50, r) for r in model.model.mod.retention_ratios
+    ]
+    assert [layer.keys.shape[-2] for layer in cache.layers] == expected
+    assert [layer.values.shape[-2] for layer in cache.layers] == expected
+    assert all(layer.get_seq_length() == ids.shape[1] for layer in cache.layers)
+    assert cache.get_seq_length() == ids.shape[1]
+    assert min(expected) < text + 0.2 * 50
+
+
+def test_continuing_with_a_second_image_in_the_second_turn():
+    """Both images in one batch item on a cache equals the same two turns, sample by sample, in a padded batch."""
+    model = tiny_model()
+    first, second = [prompt(1, 6, seed=1), prompt(1, 9, seed=2)], [prompt(1, 5, seed=3), prompt(0, 4, seed=4)]
+    pixels = pictures(3)
+    alone = []
+    for sample in range(2):
+        cache = DynamicCache()
+        prefill(model, torch.tensor([first[sample]]), cache, pixel_values=pixels[sample : sample + 1])
+        extra = {"pixel_values": pixels[2:]} if sample == 0 else {}
+        logits = prefill(model, torch.tensor([second[sample]]), cache, **extra).logits
+        alone.append((logits[0, -1], prefill(model, torch.tensor([[5]]), cache).logits[0, -1]))
+    cache = DynamicCache()
+    ids, mask = pad(first, "left")
+    start = (mask.cumsum(-1) - 1).clamp(min=0)
+    prefill(model, ids, cache, attention_mask=mask, pixel_values=pixels[:2], position_ids=start)
+    more, more_mask = pad(second, "left")
+    mask = torch.cat([mask, more_mask], dim=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    turn = prefill(
+        model,
+        more,
+        cache,
+        attention_mask=mask,
+        pixel_values=pixels[2:],
+        position_ids=positions[:, -more.shape[1] :],
+    ).logits
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], dim=1)
+    step = prefill(
+        model,
+        torch.tensor([[5], [5]]),
+        cache,
+        attention_mask=mask,
+        position_ids=mask.sum(-1, keepdim=True) - 1,
+    ).logits
+    for sample in range(2):
+        torch.testing.assert_close(turn[sample, -1], alone[sample][0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(step[sample, -1], alone[sample][1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("removed", [1, 3, 8, 14, 30])
+def test_crop_equals_never_having_seen_the_tokens(removed):
+    """Up to 12 words follow the image: larger cuts go into the routed chunk."""
+    model = tiny_model(mod=MoDConfig([None, 0.5] * 4))
+    ids = torch.tensor([prompt(1, 12)])
+    cache = DynamicCache()
+    before = prefill(model, ids[:, :-3], cache, pixel_values=pictures(1))
+    prefill(model, ids[:, -3:], cache)
+    slots = [layer.keys.shape[-2] for layer in cache.layers]
+    cache.crop(-removed)
+    assert cache.get_seq_length() == ids.shape[1] - removed
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, KeptTokensLayer):
+            kept = before if removed <= 3 else None
+            assert layer.slots <= slots[index] - min(removed, 11)
+            positions = layer._all_positions(1, torch.zeros(1))
+            assert int(positions.max()) < ids.shape[1] - removed
+            assert kept is None or layer.slots == slots[index] - removed
+    if removed <= 3:
+        again = prefill(model, ids[:, -removed:], cache).logits
+        with torch.no_grad():
+            full = model(input_ids=ids, pixel_values=pictures(1)).logits
+        torch.testing.assert_close(again, full[:, -removed:], atol=1e-5, rtol=0)
+
+
+def test_crop_of_a_padded_batch_inside_the_routed_chunk():
+    model = tiny_model(mod=MoDConfig([None, 0.5] * 4))
+    ids, mask = pad([prompt(1, 8), prompt(0, 8), prompt(2, 4)], "left")
+    cache = DynamicCache()
+    prefill(model, ids, cache, attention_mask=mask, pixel_values=pictures(3))
+    layer = cache.layers[1]
+    used = [int(row.sum()) for row in layer.valid]
+    cache.crop(-10)
+    assert [int(row.sum()) for row in layer.valid] < used
+    assert layer.keys.shape[-2] == layer.valid.shape[-1] == layer.positions.shape[-1]
+    assert layer.get_seq_length() == ids.shape[1] - 10
+
+
+def test_reorder_select_and_repeat():
+    model = tiny_model()
+    ids, mask = pad([prompt(1, 8), prompt(0, 8), prompt(2, 4)], "left")
+    inputs = {"attention_mask": mask, "pixel_values": pictures(3)}
+    step_ids, step_mask = torch.tensor([[7], [8], [9]]), torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+    order = torch.tensor([2, 0, 0])
+    for change, rows in (
+        (lambda cache: cache.reorder_cache(order), order),
+        (lambda cache: cache.batch_select_indices(order), order),
+        (lambda cache: cache.batch_repeat_interleave(2), torch.tensor([0, 0, 1, 1, 2, 2])),
+    ):
+        cache, plain = DynamicCache(), DynamicCache()
+        prefill(model, ids, cache, **inputs)
+        prefill(model, ids, plain, **inputs)
+        expected = prefill(model, step_ids, plain, attention_mask=step_mask).logits
+        change(cache)
+        actual = prefill(model, step_ids[rows], cache, attention_mask=step_mask[rows]).logits
+        torch.testing.assert_close(actual, expected[rows], atol=1e-5, rtol=0)
+
+
+def test_reset_and_reuse():
+    model = tiny_model()
+    ids, pixels = torch.tensor([prompt(1, 8)]), pictures(1)
+    cache = DynamicCache()
+    first = prefill(model, ids, cache, pixel_values=pixels).logits
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    torch.testing.assert_close(prefill(model, ids, cache, pixel_values=pixels).logits, first, atol=0, rtol=0)
+
+
+def test_static_cache_is_refused_with_the_reason():
+    model = tiny_model()
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+    with pytest.raises(ValueError, match=r"another number of tokens in each layer.*DynamicCache"):
+        prefill(model, torch.tensor([prompt(1, 8)]), cache, pixel_values=pictures(1))

@@ -1,0 +1,236 @@
+"""The model classes: registration, saving and loading, equality with the dense baseline, routing output."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import IMAGE, dense_counterpart, pad, pictures, prompt, tiny_config, tiny_model
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from pmod_cli.modeling.schedule import kept_tokens
+from pmod_cli.modeling.settings import MoDConfig
+
+IDS, PIXELS = torch.tensor([prompt(1, 10)]), pictures(1)
+
+
+@pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_keeping_every_token_is_the_baseline_exactly(decoder, attention):
+    model = tiny_model(decoder=decoder, mod=MoDConfig([1.0] * 8))
+    for layer in model.model.language_model.layers:
+        layer.router.reset_parameters()
+    dense = dense_counterpart(model)
+    for each in (model, dense):
+        each.set_attn_implementation(attention)
+    with torch.no_grad():
+        assert torch.equal(
+            model(input_ids=IDS, pixel_values=PIXELS).logits, dense(input_ids=IDS, pixel_values=PIXELS).logits
+        )
+        text = torch.tensor([prompt(0, 10)])
+        assert torch.equal(model(input_ids=text).logits, dense(input_ids=text).logits)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "pixel_values": PIXELS}
+    assert torch.equal(model.generate(**inputs, **options), dense.generate(**inputs, **options))
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_all_layers_dense_is_the_baseline(family):
+    model = tiny_model(family, mod=None)
+    dense = dense_counterpart(model)
+    text = torch.tensor([prompt(0, 10)])
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=text).logits, dense(input_ids=text).logits)
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in dense.named_parameters()]
+
+
+def names_in(path):
+    with safe_open(path, "pt") as file:
+        return set(file.keys())
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next"])
+def test_save_load_generate_round_trip(family, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["model_type"] == f"pmod_{family}"
+    assert config["mod"]["retention_ratios"] == model.model.mod.retention_ratios
+    assert config["mod"]["retention_ratios"][:2] == [None, None]
+    # The baseline's names on disk stay as they are (transformers writes LLaVA's older ones); only routers are new.
+    dense_counterpart(model).save_pretrained(tmp_path / "dense")
+    saved, dense = (names_in(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "dense"))
+    routers = {name for name in saved if ".router." in name}
+    assert {re.sub(r".*layers", "layers", name) for name in routers} == {
+        f"layers.{layer}.router.{part}" for layer in range(2, 8) for part in ("weight", "bias")
+    }
+    assert saved - routers == dense
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    inputs = {"input_ids": IDS, "pixel_values": PIXELS}
+    if family == "llava_next":
+        inputs = {"input_ids": torch.tensor([prompt(0, 10)])}
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(loaded.generate(**inputs, **options), model.generate(**inputs, **options))
+
+
+def test_missing_router_tensors_start_at_zero(tmp_path, caplog):
+    model = tiny_model()
+    dense_counterpart(model).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "pmod_llava", "mod": model.model.mod.to_dict()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    routers = {name: value for name, value in loaded.named_parameters() if ".router." in name}
+    assert set(info["missing_keys"]) == set(routers)
+    assert len(routers) == 12
+    assert all(not value.any() for value in routers.values())
+
+
+def test_transformers_alone_refuses_the_checkpoint(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(tmp_path)!r})"
+    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert alone.returncode != 0
+    assert "pmod_llava" in alone.stderr
+    together = subprocess.run(
+        [sys.executable, "-c", "import pmod_cli\n" + code], capture_output=True, text=True
+    )
+    assert together.returncode == 0, together.stderr
+
+
+@pytest.mark.parametrize("order", ["import pmod_cli, transformers", "import transformers, pmod_cli"])
+def test_import_registers_whatever_the_order(order):
+    code = (
+        f"{order}\nfrom transformers import AutoConfig, LlavaConfig\n"
+        "assert type(AutoConfig.for_model('pmod_llava')).__name__ == 'PmodLlavaConfig'\n"
+        "assert type(AutoConfig.for_model('pmod_llava_next')).__name__ == 'PmodLlavaNextConfig'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_alone_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys, pmod_cli, pmod_cli.cli\n"
+        "assert not {'torch', 'transformers', 'pydantic', 'lmms_eval', 'fvcore'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_output_routing():
+    model = tiny_model()
+    prompts = [prompt(1, 6), prompt(2, 3)]
+    ids, mask = pad(prompts, "left")
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=mask, pixel_values=pictures(3))
+        routed = model(input_ids=ids, attention_mask=mask, pixel_values=pictures(3), output_routing=True)
+        as_tuple = model(
+            input_ids=ids,
+            attention_mask=mask,
+            pixel_values=pictures(3),
+            output_routing=True,
+            return_dict=False,
+        )
+    assert "routing" not in plain
+    assert torch.equal(plain.logits, routed.logits)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], plain.logits)
+    assert len(as_tuple[-1]) == 8
+    vision = ids == IMAGE
+    for ratio, routing in zip(model.model.mod.retention_ratios, routed.routing, strict=True):
+        if ratio is None:
+            assert routing is None
+            continue
+        counts = (routing.kept & vision).sum(-1).tolist()
+        assert counts == [kept_tokens(25, ratio), kept_tokens(50, ratio)]
+        assert torch.equal(routing.kept & ~vision, mask.bool() & ~vision)
+        for sample in range(2):
+            slots = slice(None) if routing.kept_slots is None else routing.kept_slots[sample]
+            assert (
+                routing.kept[sample].nonzero().flatten().tolist() == routing.indices[sample][slots].tolist()
+            )
+        torch.testing.assert_close(routing.weights[vision], 1 + 0.2 * routing.logits[vision].tanh())
+        assert (routing.weights[~vision] == 1).all()
+
+
+def test_skipped_tokens_are_scaled_and_nothing_else():
+    """STRing: a skipped vision token leaves the layer as its weight times what came in."""
+    model = tiny_model()
+    inputs: dict[int, torch.Tensor] = {}
+    outputs: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.register_forward_hook(
+            lambda _, args, output, index=index: (
+                (inputs.update({index: args[0]}), outputs.update({index: output}))[2:] or None
+            )
+        )
+    with torch.no_grad():
+        routing = model(input_ids=IDS, pixel_values=PIXELS, output_routing=True).routing
+    for index, layer in enumerate(routing):
+        if layer is not None:
+            skipped = ~layer.kept
+            expected = inputs[index] * layer.weights[..., None]
+            assert torch.equal(outputs[index][skipped], expected[skipped])
+            assert not torch.equal(outputs[index], expected)
+
+
+def test_counts_that_do_not_match_are_an_error():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="25 image tokens in the prompt for 50 image features"):
+        model(input_ids=IDS, pixel_values=pictures(2))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match="2-D attention mask"):
+        model(input_ids=IDS, pixel_values=PIXELS, attention_mask=torch.ones(1, 1, 35, 35))
+
+
+def test_bad_configurations_are_errors():
+    with pytest.raises(ValueError, match="3 retention ratios for 8 decoder layers"):
+        tiny_model(mod=MoDConfig([None, 0.5, 0.5]))
+    with pytest.raises(ValueError, match=r"1\.5 is outside"):
+        MoDConfig([None, 1.5])
+    with pytest.raises(ValueError, match="unknown weight norm 'tan'"):
+        MoDConfig([0.5], weight_norm="tan")
+    with pytest.raises(ValueError, match="unknown key in the mod section"):
+        MoDConfig.from_dict({"retention_ratios": [0.5], "norm": "tanh"})
+    config = tiny_config(decoder="mistral", sliding_window=16)
+    with pytest.raises(ValueError, match="sliding-window"):
+        AutoModelForImageTextToText.from_config(config)
+
+
+@pytest.mark.parametrize("target", ["vision", "vision_hr", "all"])
+def test_target_tokens(target):
+    model = tiny_model("llava_next", mod=MoDConfig([None, 0.5] * 4, target_tokens=target))
+    size = torch.tensor([[40, 30]])
+    pixels = torch.randn(1, 5, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    features = model.model.get_image_features(pixels, image_sizes=size, return_dict=True).pooler_output[0]
+    ids = torch.tensor([prompt(1, 8, tokens=len(features))])
+    with torch.no_grad():
+        routing = model(input_ids=ids, pixel_values=pixels, image_sizes=size, output_routing=True).routing[1]
+    vision = ids == IMAGE
+    first = int(vision[0].nonzero()[0])
+    base = torch.zeros_like(vision)
+    base[:, first : first + 25] = True
+    targets = {"vision": vision, "vision_hr": vision & ~base, "all": torch.ones_like(vision)}[target]
+    assert len(features) > 25
+    assert routing.kept[~targets].all()
+    assert int((routing.kept & targets).sum()) == kept_tokens(int(targets.sum()), 0.5)
+    assert (routing.weights[~targets] == 1).all()
+
+
+def test_text_only_training_gives_every_router_a_zero_gradient():
+    model = tiny_model().train()
+    text = torch.tensor([prompt(0, 10)])
+    model(input_ids=text, labels=text).loss.backward()
+    routers = [p for name, p in model.named_parameters() if ".router." in name]
+    assert len(routers) == 12
+    assert all(p.grad is not None and not p.grad.any() for p in routers)

@@ -1,0 +1,114 @@
+"""Choice of tokens: by logit, exact ties spread evenly, padding never."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmod_cli.modeling.router import Router, select_tokens, selection_keys, spread_rank
+from pmod_cli.modeling.settings import MoDConfig
+
+
+def choose(logits, target, real, keep):
+    keys = selection_keys(logits, target, real, spread_rank(target))
+    return select_tokens(keys, keep)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10_000), length=st.integers(1, 60), share=st.floats(0, 1))
+def test_keeps_the_largest_logits_and_all_text(seed, length, share):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, length, generator=generator)
+    target = torch.rand(3, length, generator=generator) < 0.7
+    real = torch.rand(3, length, generator=generator) < 0.9
+    target &= real
+    kept = [int(share * int(row.sum())) for row in target]
+    keep = [k + int((row & ~t).sum()) for k, t, row in zip(kept, target, real, strict=True)]
+    indices, valid = choose(logits, target, real, keep)
+    for sample in range(3):
+        slots = torch.ones_like(indices[sample], dtype=torch.bool) if valid is None else valid[sample]
+        chosen = indices[sample][slots].tolist()
+        vision = target[sample].nonzero().flatten().tolist()
+        best = sorted(vision, key=lambda i: -float(logits[sample, i]))[: kept[sample]]
+        text = (real & ~target)[sample].nonzero().flatten().tolist()
+        assert chosen == sorted(best + text)
+        assert len(set(indices[sample].tolist())) == indices.shape[1]
+
+
+def test_extreme_logits_never_select_text_or_padding():
+    """The release ranks by the normalised weight, in which a very low logit ties with padding."""
+    logits = torch.tensor([[-50.0, -60.0, 0.0, -55.0, float("-inf"), 9.0]])
+    target = torch.tensor([[True, True, False, True, True, False]])
+    real = torch.tensor([[True, True, True, True, True, False]])
+    indices, valid = choose(logits, target, real, [3])
+    assert indices.tolist() == [[0, 2, 3]]
+    assert valid is None
+
+
+def test_zero_and_minus_zero_tie():
+    target = torch.ones(1, 8, dtype=torch.bool)
+    plus, minus = torch.zeros(1, 8), torch.tensor([[0.0, -0.0] * 4])
+    assert choose(plus, target, None, [3])[0].tolist() == choose(minus, target, None, [3])[0].tolist()
+
+
+@pytest.mark.parametrize("width", [10, 24])
+@pytest.mark.parametrize("ratio", [0.15, 0.3, 0.5, 0.85])
+def test_ties_are_spread_evenly_over_rows_columns_and_quarters(width, ratio):
+    count = width * width
+    keep = math.trunc(count * ratio)
+    indices, _ = choose(
+        torch.zeros(1, count + 4), torch.tensor([[True] * count + [False] * 4]), None, [keep + 4]
+    )
+    grid = torch.zeros(count)
+    grid[indices[0][:-4]] = 1
+    grid = grid.view(width, width)
+    assert grid.sum() == keep
+    half = width // 2
+    quarters = torch.stack([grid[:half, :half], grid[:half, half:], grid[half:, :half], grid[half:, half:]])
+    assert (quarters.sum(dim=(1, 2)) - keep / 4).abs().max() <= max(2, 0.03 * half * half)
+    for lines in (grid.mean(0), grid.mean(1)):
+        assert (lines - ratio).abs().max() < 0.21
+
+
+def test_ties_choose_nested_sets():
+    target = torch.ones(1, 100, dtype=torch.bool)
+    sets = [set(choose(torch.zeros(1, 100), target, None, [keep])[0][0].tolist()) for keep in range(1, 101)]
+    assert all(small < large for small, large in pairwise(sets))
+
+
+def test_half_precision_ranks_in_full_precision():
+    """bf16 has so few values near 1 that hundreds of tokens would tie; the logits must not be rounded to it."""
+    router = Router(256, MoDConfig([0.5])).to(torch.bfloat16)
+    torch.nn.init.normal_(router.weight, std=0.02)
+    hidden = torch.randn(1, 576, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = router(hidden)
+    assert logits.dtype == torch.float32
+    assert logits.unique().numel() > 570
+    assert logits.bfloat16().unique().numel() < 500
+
+
+@pytest.mark.parametrize("norm", ["tanh", "sigmoid", "softmax", "none"])
+def test_fresh_router_starts_at_the_baseline(norm):
+    router = Router(8, MoDConfig([0.5], weight_norm=norm))
+    target = torch.tensor([[True, True, False]])
+    hidden = torch.randn(1, 3, 8)
+    weights = router.weights(router(hidden), target)
+    start = {"tanh": 1.0, "sigmoid": 1.1, "softmax": 1.1, "none": 1.0}[norm]
+    assert weights.tolist()[0] == pytest.approx([start, start, 1.0])
+
+
+def test_softmax_of_a_sample_without_targets_is_finite():
+    router = Router(8, MoDConfig([0.5], weight_norm="softmax"))
+    torch.nn.init.normal_(router.weight)
+    hidden = torch.randn(2, 4, 8, requires_grad=True)
+    target = torch.tensor([[True, True, False, True], [False] * 4])
+    weights = router.weights(router(hidden), target)
+    weights.sum().backward()
+    assert torch.equal(weights[1], torch.ones(4))
+    assert torch.isfinite(hidden.grad).all()
