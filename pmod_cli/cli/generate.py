@@ -1,0 +1,56 @@
+"""``pmod generate``: one answer to one prompt, with or without a picture."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pmod_cli.cli.app import app
+from pmod_cli.cli.output import emit_json, stdout
+
+
+@app.command("generate")
+def generate_command(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, dense or p-MoD.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What to ask; the chat template is applied.")],
+    image: Annotated[Path | None, typer.Option("--image", help="A picture; without one, text only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 128,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")
+    ] = "auto",
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Answer one prompt, greedily.
+
+    Examples:
+      pmod generate llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "What is on the sofa?"
+
+      pmod generate ./pmod-llava-1.5-7b --prompt "Name three primary colours." --json
+    """
+    from pmod_cli.generation import Prompt, VisionLanguageModel, check_source, open_image
+
+    check_source(model)
+    images = (open_image(image),) if image else ()
+    loaded = VisionLanguageModel.load(model, dtype=dtype, device=device)
+    started = time.perf_counter()
+    [answer] = loaded.generate([Prompt(prompt, images)], max_new_tokens=max_new_tokens)
+    seconds = time.perf_counter() - started
+    if not as_json:
+        stdout.print(answer.text, markup=False, soft_wrap=True)
+        return
+    emit_json(
+        "generate",
+        {
+            "model": model,
+            "image": str(image) if image else None,
+            "prompt": prompt,
+            "answer": answer.text,
+            "prompt_tokens": answer.prompt_tokens,
+            "new_tokens": answer.new_tokens,
+            "seconds": round(seconds, 4),
+        },
+    )

@@ -1,0 +1,257 @@
+"""Everything that touches lmms-eval's tasks and evaluator; the version tried is 0.7.3."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import random
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pmod_cli.errors import MissingExtraError, PmodError
+from pmod_cli.recipe import nearest
+
+if TYPE_CHECKING:
+    from pmod_cli.evaluation.adapter import PmodLmms
+
+SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+"""lmms-eval's defaults, written down because a report has to name them."""
+
+_ERROR = "pmod_error"
+
+
+@dataclass
+class TaskRun:
+    """What one pass of a model over one task gave.
+
+    Attributes:
+        task: Name of the task.
+        metrics: ``metric,filter`` to aggregated value, as lmms-eval names them; only numbers.
+        samples: One dictionary a document, in order: ``doc_id``, ``doc`` (no pictures), ``target``, ``prompt``,
+            ``answer``, ``metrics``, and for a failed one ``error``.
+        failures: Errors by document, or by metric for an aggregation that raised.
+    """
+
+    task: str
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+    failures: dict[int | str, str] = field(default_factory=dict)
+
+
+def import_lmms_eval() -> None:
+    """Import lmms-eval with its log on stderr.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            import lmms_eval.evaluator
+            import lmms_eval.models  # noqa: F401
+            from loguru import logger
+            from PIL import ImageFile
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(error.name or "lmms-eval", "eval") from None
+    # lmms-eval points loguru at stdout, where only results belong.
+    logger.remove()
+    logger.add(sys.stderr, level="ERROR")
+    # And it lets Pillow fill up cut-off pictures with grey: such a sample is to be reported, not answered.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+class Tasks:
+    """The tasks that lmms-eval knows, those of the user's own folders first.
+
+    Args:
+        names: The tasks that are wanted: if the user's folders hold them all, lmms-eval's own two thousand are not
+            read, which takes seconds.
+        include_paths: Folders with task YAML files. A task of theirs replaces lmms-eval's of the same name.
+    """
+
+    def __init__(self, names: Sequence[str], include_paths: Sequence[str | Path] = ()) -> None:
+        import_lmms_eval()
+        from lmms_eval import tasks as builtin
+        from lmms_eval.tasks import TaskManager
+
+        folders = [str(Path(path).resolve()) for path in include_paths]
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise PmodError(f"--include-path {folder}: no such folder")
+        make = functools.partial(TaskManager, include_defaults=False, model_name="pmod")
+        self.manager: Any = make(include_path=folders)
+        if not all(self._kind(name) in ("task", "python_task") for name in names):
+            # The first folder that has a name wins, so lmms-eval's own comes last.
+            self.manager = make(include_path=[*folders, str(Path(builtin.__file__).parent)])
+
+    def leaves(self, name: str) -> list[str]:
+        """The tasks that a name stands for: itself, or the members of a group or tag.
+
+        Raises:
+            PmodError: Unknown name (the nearest is named), or a group of a kind that is not supported.
+        """
+        kind = self._kind(name)
+        if kind is None:
+            near = nearest(name, self.manager.all_tasks)
+            raise PmodError(f"lmms-eval has no task {name!r}", f"did you mean {near}?" if near else None)
+        if kind in ("task", "python_task"):
+            return [name]
+        members = self.manager.task_index[name]["task"]
+        if members == -1:
+            members = self.manager._get_config(name)["task"]
+        if not all(isinstance(member, str) for member in members):
+            raise PmodError(f"{name} is a group that changes its tasks' settings", "name its tasks instead")
+        return [leaf for member in members for leaf in self.leaves(member)]
+
+    def config(self, name: str) -> dict[str, Any]:
+        """A task's YAML, includes resolved."""
+        return self.manager._get_config(name)
+
+    def load(self, name: str) -> Any:
+        """Load a task with its data.
+
+        Raises:
+            PmodError: If the data cannot be had.
+        """
+        from lmms_eval.tasks import get_task_dict
+        from tenacity import RetryError
+
+        try:
+            return get_task_dict([name], self.manager, "simple")[name]
+        except RetryError as error:
+            cause = error.last_attempt.exception()
+            raise PmodError(f"the data of task {name} cannot be had: {cause}") from cause
+
+    def _kind(self, name: str) -> str | None:
+        return self.manager.task_index[name]["type"] if name in self.manager.task_index else None
+
+
+def run_task(
+    lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output: Path, rank: int = 0
+) -> TaskRun | None:
+    """Evaluate a model on one loaded task.
+
+    Args:
+        lm: The model; its ``failures`` say which samples raised.
+        tasks: Where the task comes from.
+        task: The task.
+        limit: Only the first so many documents.
+        output: Folder for the submission files that some tasks write.
+        rank: This process's rank.
+
+    Returns:
+        The run on rank 0, None elsewhere.
+    """
+    from lmms_eval import evaluator
+
+    name = task.config.task
+    aggregation_failures: dict[int | str, str] = {}
+    with _guarded(task, aggregation_failures), contextlib.redirect_stdout(sys.stderr):
+        results = evaluator.simple_evaluate(
+            model=lm,
+            tasks=[task],
+            task_manager=tasks.manager,
+            limit=limit,
+            bootstrap_iters=0,  # its bootstrap is not paired; ours is in stats.py
+            log_samples=True,
+            process_docs_parallel=1,  # metrics that guess draw from one global random state
+            cli_args=Namespace(output_path=str(output), process_with_media=False, reasoning_tags=None),
+            **SEEDS,
+        )
+    own = {doc_id: error for (task_name, doc_id), error in lm.failures.items() if task_name == name}
+    failures: dict[int | str, str] = {}
+    for part in gather(own):
+        failures |= part
+    if results is None:
+        return None
+    samples = [_sample(entry, failures) for entry in results["samples"][name]]
+    samples.sort(key=lambda sample: sample["doc_id"])
+    failures |= {sample["doc_id"]: sample["error"] for sample in samples if sample["error"]}
+    numbers = {
+        key: float(value)
+        for key, value in results["results"][name].items()
+        if "," in key and "_stderr" not in key and _is_number(value)
+    }
+    return TaskRun(name, numbers, samples, failures | aggregation_failures)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all processes, by rank."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def _guarded(task: Any, failures: dict[int | str, str]) -> Iterator[None]:
+    """Let no exception in a task's scoring end the run, and no guess depend on the order of the documents."""
+    task.process_results = _guard_document(task)
+    aggregations = dict(task._aggregation_list)
+    for metric, function in aggregations.items():
+        task._aggregation_list[metric] = _guard_aggregation(metric, function, failures)
+    try:
+        yield
+    finally:
+        del task.process_results
+        task._aggregation_list.update(aggregations)
+
+
+def _guard_document(task: Any) -> Callable[..., dict[str, Any]]:
+    # Without lmms-eval's retries: five attempts two seconds apart, at a function that will raise again.
+    score = getattr(type(task).process_results, "__wrapped__", type(task).process_results)
+
+    def process_results(doc: dict[str, Any], results: list[Any], **options: Any) -> dict[str, Any]:
+        # MMMU guesses a letter if it finds none: give each document its own guess, whatever came before.
+        random.seed(
+            json.dumps({key: doc[key] for key in sorted(doc)}, default=lambda value: type(value).__name__)
+        )
+        try:
+            return score(task, doc, results, **options)
+        except Exception as error:
+            return {_ERROR: f"scoring raised {type(error).__name__}: {error}"}
+
+    return process_results
+
+
+def _guard_aggregation(
+    metric: str, function: Callable[..., Any], failures: dict[int | str, str]
+) -> Callable[..., Any]:
+    @functools.wraps(function)  # lmms-eval looks at the signature
+    def aggregate(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except Exception as error:
+            failures[metric] = f"aggregation raised {type(error).__name__}: {error}"
+            return None
+
+    return aggregate
+
+
+def _sample(entry: dict[str, Any], failures: dict[int | str, str]) -> dict[str, Any]:
+    known = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash"}
+    error = failures.get(entry["doc_id"]) or entry.get(_ERROR)
+    answer = entry["resps"][0]
+    return {
+        "doc_id": entry["doc_id"],
+        "doc": entry["doc"],
+        "target": entry["target"],
+        "prompt": entry["arguments"][0],
+        "answer": None if error else answer[0] if isinstance(answer, list) else answer,
+        "tokens": entry["token_counts"][0],
+        "metrics": {key: entry[key] for key in entry.keys() - known - {"input_media", _ERROR}},
+        "error": error,
+    }
+
+
+def _is_number(value: Any) -> bool:
+    import numbers
+
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value

@@ -1,0 +1,80 @@
+"""What was evaluated, with what: the checkpoint's fingerprint and the versions in play."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pmod_cli
+from pmod_cli.errors import PmodError
+
+_CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.bin", "*.model", "*.txt")
+_PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "accelerate", "pillow", "torchvision")
+
+
+def checkpoint_folder(source: str | Path) -> Path:
+    """The folder that a checkpoint is in: itself, or the hub's copy of it.
+
+    Raises:
+        PmodError: If a hub id's files are not on this machine.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), local_files_only=True))
+    except Exception as error:
+        raise PmodError(f"{source} is not on this machine: {error}") from error
+
+
+def fingerprint(source: str | Path) -> str:
+    """SHA-256 over the contents of a checkpoint's files, weights included; where the folder is does not matter."""
+    folder = checkpoint_folder(source)
+    files = sorted({path for pattern in _CONTENT for path in folder.glob(pattern)})
+    with ThreadPoolExecutor(4) as pool:
+        digests = pool.map(_digest_file, files)
+    return digest([[path.name, value] for path, value in zip(files, digests, strict=True)])
+
+
+def describe(source: str | Path) -> dict[str, Any]:
+    """Name, fingerprint and kind of a checkpoint."""
+    config = json.loads((checkpoint_folder(source) / "config.json").read_text(encoding="utf-8"))
+    mod = config.get("mod")
+    return {
+        "source": str(source),
+        "fingerprint": fingerprint(source),
+        "model_type": config.get("model_type"),
+        "retention_ratios": mod["retention_ratios"] if mod else None,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions of everything that has a say in a score."""
+    found: dict[str, str | None] = {"pmod": pmod_cli.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of anything that JSON can write."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            state.update(chunk)
+    return state.hexdigest()

@@ -1,0 +1,174 @@
+"""What an evaluation gives: scores with their errors, by task and by model, and where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pmod_cli.evaluation import stats
+from pmod_cli.evaluation.harness import TaskRun
+from pmod_cli.evaluation.metrics import Metric, metric_of, sample_score, strata_of
+from pmod_cli.evaluation.stats import Difference, Strata, Stratum
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model's score on one task, or on a group of tasks.
+
+    Attributes:
+        value: In points, usually percent; None if any sample failed, or if there is no number.
+        stderr: Bootstrap standard error.
+        samples: How many were evaluated.
+        failed: How many raised, or could not be scored.
+        metrics: All of lmms-eval's numbers by task.
+        strata: What the score is made of.
+    """
+
+    value: float | None
+    stderr: float | None
+    samples: int
+    failed: int
+    metrics: dict[str, dict[str, float]]
+    strata: Strata | None = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Without the strata."""
+        return {key: getattr(self, key) for key in ("value", "stderr", "samples", "failed", "metrics")}
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """A requested task's row.
+
+    Attributes:
+        name: As it was asked for.
+        tasks: The tasks behind the name.
+        metric: What the score is.
+        model: The model's score.
+        baseline: The baseline's score, if there is one.
+        difference: Model less baseline.
+    """
+
+    name: str
+    tasks: list[str]
+    metric: str
+    model: Score
+    baseline: Score | None = None
+    difference: Difference | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``results.json``."""
+        difference = self.difference
+        return {
+            "name": self.name,
+            "tasks": self.tasks,
+            "metric": self.metric,
+            "model": self.model.to_dict(),
+            "baseline": self.baseline.to_dict() if self.baseline else None,
+            "difference": vars(difference) | {"significant": difference.significant} if difference else None,
+        }
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """A whole evaluation.
+
+    Attributes:
+        tasks: One result a requested task, in the order asked for.
+        model: What was evaluated: path, fingerprint, how it ran.
+        baseline: The same of the baseline.
+        environment: Versions, seeds, host.
+        settings: What the user asked for.
+        failures: Failed samples by role and task, each with its error.
+        seconds: Wall time.
+    """
+
+    tasks: list[TaskResult]
+    model: dict[str, Any]
+    baseline: dict[str, Any] | None
+    environment: dict[str, Any]
+    settings: dict[str, Any]
+    failures: dict[str, dict[str, dict[str, str]]]
+    seconds: float
+
+    @property
+    def failed_samples(self) -> int:
+        """Samples that raised, over all tasks and both models."""
+        return sum(len(errors) for tasks in self.failures.values() for errors in tasks.values())
+
+    @property
+    def first_failure(self) -> str | None:
+        """The first of them, in words."""
+        for role, tasks in self.failures.items():
+            for task, errors in tasks.items():
+                for sample, error in errors.items():
+                    return f"the first is {role}, {task}, {sample}: {error}"
+        return None
+
+    def score(self, task: str) -> float | None:
+        """The model's score on a requested task."""
+        return next(result.model.value for result in self.tasks if result.name == task)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``results.json``; the schema is in ``docs/evaluate.md``."""
+        return {
+            "tasks": [task.to_dict() for task in self.tasks],
+            "model": self.model,
+            "baseline": self.baseline,
+            "environment": self.environment,
+            "settings": self.settings,
+            "failed_samples": self.failed_samples,
+            "failures": self.failures,
+            "seconds": round(self.seconds, 3),
+        }
+
+
+def score_task(runs: Sequence[TaskRun], configs: Sequence[dict[str, Any]]) -> tuple[Score, Metric | None]:
+    """A requested task's score: of its one task, or the mean over its parts where it is a group.
+
+    Args:
+        runs: The runs of the tasks behind the name.
+        configs: Their YAML.
+    """
+    metrics = [metric_of(run.task, config, run.metrics) for run, config in zip(runs, configs, strict=True)]
+    failed = sum(len(run.failures) for run in runs)
+    values = [
+        run.metrics[metric.key] * metric.scale
+        for run, metric in zip(runs, metrics, strict=True)
+        if metric and metric.key in run.metrics
+    ]
+    complete = not failed and len(values) == len(runs)
+    strata = _merge(runs, metrics) if complete else None
+    score = Score(
+        value=sum(values) / len(values) if complete else None,
+        stderr=stats.standard_error(strata) if strata else None,
+        samples=sum(len(run.samples) for run in runs),
+        failed=failed,
+        metrics={run.task: run.metrics for run in runs},
+        strata=strata,
+    )
+    return score, metrics[0]
+
+
+def compare(model: Score, baseline: Score | None) -> Difference | None:
+    """The model's score less the baseline's, or None where there is no baseline or no knowing how sure it is."""
+    if baseline is None or model.strata is None or baseline.strata is None:
+        return None
+    return stats.difference(model.strata, baseline.strata)
+
+
+def sample_rows(run: TaskRun, metric: Metric | None) -> list[dict[str, Any]]:
+    """A task's samples with the score of each."""
+    return [sample | {"score": sample_score(metric, sample) if metric else None} for sample in run.samples]
+
+
+def _merge(runs: Sequence[TaskRun], metrics: Sequence[Metric | None]) -> Strata | None:
+    merged: dict[str, Stratum] = {}
+    for run, metric in zip(runs, metrics, strict=True):
+        strata = strata_of(metric, run.samples) if metric else None
+        if strata is None:
+            return None
+        for name, stratum in strata.items():
+            merged[f"{run.task}/{name}"] = Stratum(stratum.weight / len(runs), stratum.units)
+    return merged

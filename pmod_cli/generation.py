@@ -1,0 +1,248 @@
+"""Answers to image-and-text prompts from a checkpoint, dense or p-MoD: one at a time or in left-padded batches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
+from pmod_cli.errors import PmodError
+from pmod_cli.families import find_family
+
+IMAGE_BACKEND = "pil"
+"""Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
+
+DEFAULT_MAX_NEW_TOKENS = 1024
+"""What lmms-eval's LLaVA models use where a task does not say."""
+
+# transformers' own generation settings that a task may set; others (`until`, `image_aspect_ratio`, ...) are not its.
+_SETTINGS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "num_beams",
+    "length_penalty",
+    "repetition_penalty",
+    "no_repeat_ngram_size",
+)
+_SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A user's turn: text and the pictures that come before it."""
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: Decoded without special tokens, white space stripped at both ends.
+        prompt_tokens: Tokens of the prompt, vision tokens included, padding not.
+        new_tokens: Generated tokens, the end-of-sequence token included.
+    """
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+
+
+def generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what transformers' ``generate`` knows; greedy unless sampling is asked for.
+
+    Args:
+        requested: For example the ``generation_kwargs`` of an lmms-eval task.
+    """
+    settings = {name: requested[name] for name in _SETTINGS if requested.get(name) is not None}
+    settings.setdefault("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+    settings["do_sample"] = bool(requested.get("do_sample") and requested.get("temperature", 1) != 0)
+    for name in _SAMPLING_SETTINGS:
+        # None, not absent: else a checkpoint's own generation_config.json would fill them in.
+        settings[name] = requested.get(name) if settings["do_sample"] else None
+    return settings
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read a picture as RGB.
+
+    Raises:
+        PmodError: If there is no such file or it is not a readable picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise PmodError(f"no image file {path}") from None
+    except UnidentifiedImageError:
+        raise PmodError(f"{path} is not an image that Pillow can read") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise PmodError(f"cannot read image {path}: {error}") from error
+
+
+class VisionLanguageModel:
+    """A model with its processor.
+
+    Args:
+        model: A transformers image-text-to-text model.
+        processor: Its processor, with a chat template.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if not getattr(processor, "chat_template", None):
+            raise PmodError(
+                "the checkpoint has no chat template",
+                "add chat_template.jinja, as the llava-hf checkpoints have",
+            )
+
+    @classmethod
+    def load(
+        cls,
+        source: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str | torch.device | None = None,
+        attn_implementation: str | None = None,
+        image_backend: str = IMAGE_BACKEND,
+    ) -> VisionLanguageModel:
+        """Load a checkpoint.
+
+        Args:
+            source: A folder, or a hub id.
+            dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's on a GPU, float32 on a CPU.
+            device: Where to put it; a GPU if there is one.
+            attn_implementation: As transformers calls it; its own choice by default.
+            image_backend: ``pil`` or ``torchvision``.
+
+        Raises:
+            PmodError: If the source is missing, incomplete or of a model type that is not supported.
+        """
+        check_source(source)
+        device = torch.device(
+            device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
+        )
+        if dtype == "auto" and device.type == "cpu":
+            dtype = "float32"
+        options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        try:
+            config = AutoConfig.from_pretrained(source)
+            find_family(config.model_type)
+            processor = AutoProcessor.from_pretrained(source, backend=image_backend)
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, **options
+            )
+            model.to(device)
+        except PmodError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            raise PmodError(f"cannot load {source}: {_first_line(error)}") from error
+        if info["missing_keys"]:
+            # transformers would go on with random numbers there.
+            missing = sorted(info["missing_keys"])
+            raise PmodError(f"{source} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}")
+        return cls(model, processor)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def render(self, prompt: Prompt) -> str:
+        """The prompt with the chat template applied, up to where the answer begins."""
+        token = self.processor.image_token
+        # A literal image token in a question would be taken for one more picture.
+        text = prompt.text.replace(token, "")
+        content = [{"type": "image"} for _ in prompt.images] + [{"type": "text", "text": text}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+
+    def length(self, prompt: Prompt) -> int:
+        """Tokens of the prompt, vision tokens included; without running the image processor."""
+        text_ids = self.processor.tokenizer(self.render(prompt)).input_ids
+        sizes = [(image.height, image.width) for image in prompt.images]
+        vision = (
+            self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
+        )
+        return len(text_ids) - len(sizes) + sum(vision)
+
+    def encode(self, prompts: Sequence[Prompt]) -> Any:
+        """The model's inputs for a batch of prompts, padded on the left, on the CPU."""
+        images = [image.convert("RGB") for prompt in prompts for image in prompt.images]
+        return self.processor(
+            text=[self.render(prompt) for prompt in prompts],
+            images=images or None,
+            padding=True,
+            return_tensors="pt",
+        )
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
+        """Answer a batch of prompts; a prompt's answer does not depend on the others'.
+
+        Args:
+            prompts: May differ in length, number of pictures (none included) and picture sizes.
+            settings: Whatever `generation_settings` understands.
+        """
+        inputs = self.encode(prompts).to(self.device)
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            output = self.model.generate(**inputs, **generation_settings(settings))
+        new_ids = output[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
+        prompt_tokens = inputs["attention_mask"].sum(1).tolist()
+        new_tokens = self._count_new_tokens(new_ids)
+        return [
+            Answer(text.strip(), length, new)
+            for text, length, new in zip(texts, prompt_tokens, new_tokens, strict=True)
+        ]
+
+    def _count_new_tokens(self, ids: torch.Tensor) -> list[int]:
+        """Tokens of each row up to and with its first end-of-sequence token. ``ids``: [batch, new]."""
+        eos = self.model.generation_config.eos_token_id
+        if eos is None:
+            return [ids.shape[1]] * ids.shape[0]
+        ended = torch.isin(ids, torch.as_tensor(eos, device=ids.device)).int()
+        before = (ended.cumsum(1) - ended == 0).sum(1)
+        return before.tolist()
+
+
+def check_source(source: str | Path) -> None:
+    """Refuse what is plainly not a checkpoint, before anything is loaded or the network is asked.
+
+    Raises:
+        PmodError: If the folder does not exist, is a file, or has no config.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise PmodError(f"{path} is not a checkpoint: it has no config.json")
+    elif path.exists():
+        raise PmodError(f"{path} is a file, not the folder of a checkpoint")
+    elif isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
+        raise PmodError(
+            f"no checkpoint folder {source}", "give a folder or a hub id such as llava-hf/llava-1.5-7b-hf"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

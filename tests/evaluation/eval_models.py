@@ -1,0 +1,146 @@
+"""Tiny LLaVA checkpoints with random weights, pictures of noise, and questions about them."""
+
+from __future__ import annotations
+
+import random
+
+import datasets
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from pmod_cli.families.llava import PmodLlavaConfig, PmodLlavaForConditionalGeneration
+from pmod_cli.modeling.settings import MoDConfig
+
+TEMPLATE = (
+    "{% for m in messages %}USER: {% for p in m['content'] if p['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %} {% endfor %}ASSISTANT:"
+)
+
+
+def make_processor(image_size: int = 16, patch_size: int = 4) -> LlavaProcessor:
+    """A processor with a byte-level tokenizer: every text can be written and read back."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<image>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    size = {"height": image_size, "width": image_size}
+    return LlavaProcessor(
+        CLIPImageProcessor(size=size, crop_size=size),
+        fast,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
+def make_model(processor: LlavaProcessor, seed: int = 0) -> LlavaForConditionalGeneration:
+    """Random weights, large enough that answers differ from picture to picture."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    text = LlamaConfig(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=processor.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        image_seq_length=16,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+    model.generation_config.eos_token_id = 2
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def noise(rng, width=None, height=None):
+    """A picture of random pixels, of a random size if none is given."""
+    size = (width or rng.randint(8, 40), height or rng.randint(8, 40))
+    return Image.frombytes("RGB", size, rng.randbytes(size[0] * size[1] * 3))
+
+
+def write_questions(folder, answers, seed=0):
+    """A local data set with one question an answer, of two kinds and of very different lengths."""
+    rng = random.Random(seed)
+    rows = [
+        {
+            "image": noise(rng),
+            "question": f"What {'really ' * rng.randint(0, 20)}is in picture {index}?",
+            "answer": answer,
+            "kind": ("colour", "shape")[index % 2],
+            "question_id": str(index),
+        }
+        for index, answer in enumerate(answers)
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_list(rows).cast_column("image", datasets.Image()).to_parquet(
+        folder / "test.parquet"
+    )
+    return folder
+
+
+def save_llava(folder, seed):
+    processor = make_processor()
+    make_model(processor, seed).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def save_pmod(dense, folder, router_scale=2.0):
+    """The p-MoD counterpart of a dense checkpoint, its routers random instead of zero."""
+    plain = LlavaConfig.from_pretrained(dense).to_dict()
+    plain.pop("model_type")
+    config = PmodLlavaConfig(**plain, mod=MoDConfig([None, 0.75, 0.5, 0.25]).to_dict())
+    model = PmodLlavaForConditionalGeneration(config)
+    missing, unexpected = model.load_state_dict(
+        LlavaForConditionalGeneration.from_pretrained(dense).state_dict(), strict=False
+    )
+    assert all("router" in name for name in missing)
+    assert not unexpected
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in model.named_parameters():
+        if "router" in name:
+            tensor.data.normal_(std=router_scale, generator=generator)
+    model.generation_config = GenerationConfig.from_pretrained(dense)
+    model.save_pretrained(folder)
+    LlavaProcessor.from_pretrained(dense).save_pretrained(folder)
+    return folder

@@ -1,0 +1,111 @@
+"""Batch sizes, order, and what happens to a sample that raises."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from eval_models import noise
+
+from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all, parse_batch_size
+from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
+
+
+@pytest.fixture(scope="module", params=["llava", "pmod"])
+def model(request):
+    return VisionLanguageModel.load(request.getfixturevalue(request.param))
+
+
+class Limited(VisionLanguageModel):
+    """Runs out of memory above some number of prompts, as a small GPU does."""
+
+    def __init__(self, model, most):
+        super().__init__(model.model, model.processor)
+        self.most = most
+        self.sizes = []
+
+    def generate(self, prompts, **settings):
+        self.sizes.append(len(prompts))
+        if len(prompts) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().generate(prompts, **settings)
+
+
+def questions(count, seed=0):
+    rng = random.Random(seed)
+    prompts = [
+        Prompt(
+            "What? " * rng.randint(1, 30) + str(index), tuple(noise(rng) for _ in range(rng.randint(0, 2)))
+        )
+        for index in range(count)
+    ]
+    return [Question(prompt.text, lambda prompt=prompt: prompt) for prompt in prompts]
+
+
+def collect(model, asked, sizer):
+    outcomes = {}
+    for batch in answer_all(model, asked, {"max_new_tokens": 6}, sizer):
+        assert not outcomes.keys() & batch.keys()
+        outcomes |= batch
+    assert sorted(outcomes) == list(range(len(asked)))
+    return [outcomes[index] for index in range(len(asked))]
+
+
+@pytest.mark.parametrize("setting", [1, 2, 7, "auto"])
+def test_every_batch_size_gives_the_same_answers(model, setting):
+    asked = questions(23)
+    sizer = BatchSizer(setting)
+    alone = [model.generate([question.make()], max_new_tokens=6)[0] for question in asked]
+    assert collect(model, asked, sizer) == alone
+    assert sizer.largest == {1: 1, 2: 2, 7: 7, "auto": 11}[setting]
+
+
+def test_auto_settles_on_the_largest_batch_that_fits(model):
+    limited = Limited(model, most=9)
+    sizer = BatchSizer("auto")
+    asked = questions(40)
+    assert collect(limited, asked, sizer) == collect(model, asked, BatchSizer(1))
+    assert sizer.out_of_memory == 1
+    assert sizer.largest == sizer.size == 8
+    assert limited.sizes[:4] == [4, 8, 16, 8]
+
+
+def test_a_given_batch_size_also_steps_down(model):
+    limited = Limited(model, most=1)
+    sizer = BatchSizer(4)
+    outcomes = collect(limited, questions(6), sizer)
+    assert all(isinstance(outcome, Answer) for outcome in outcomes)
+    assert sizer.size == 1
+
+
+def test_a_sample_too_large_even_alone_is_a_failure_of_its_own(model):
+    limited = Limited(model, most=0)
+    outcomes = collect(limited, questions(3), BatchSizer(2))
+    assert all(isinstance(outcome, torch.OutOfMemoryError) for outcome in outcomes)
+
+
+def test_one_bad_sample_does_not_take_others_with_it(model):
+    asked = questions(9)
+
+    def broken():
+        raise OSError("image file is truncated")
+
+    asked[3] = Question(asked[3].text, broken)
+    asked[5] = Question(asked[5].text, lambda: Prompt("a picture of nothing", ("not a picture",)))
+    outcomes = collect(model, asked, BatchSizer(4))
+    assert isinstance(outcomes[3], OSError)
+    assert isinstance(outcomes[5], AttributeError)
+    for index in set(range(9)) - {3, 5}:
+        assert outcomes[index] == model.generate([asked[index].make()], max_new_tokens=6)[0]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many", "1.5"])
+def test_bad_batch_sizes_are_refused(value):
+    with pytest.raises(ValueError):
+        parse_batch_size(value)
+
+
+def test_batch_sizes_come_as_strings():
+    assert parse_batch_size("16") == 16
+    assert parse_batch_size("auto") == "auto"

@@ -1,0 +1,116 @@
+"""Whole evaluations through lmms-eval's evaluator, on a local task."""
+
+from __future__ import annotations
+
+import pytest
+from eval_models import write_questions
+
+from pmod_cli.errors import PmodError
+from pmod_cli.evaluation.run import document_limit, evaluate
+from pmod_cli.evaluation.tasks import write_task
+from pmod_cli.generation import Prompt, VisionLanguageModel
+
+OPTIONS = {"max_new_tokens": 4, "batch_size": 5}
+
+
+@pytest.fixture(scope="module")
+def own_answers(llava, tmp_path_factory):
+    """A task whose key holds what `llava` itself answers to its first 9 of 12 questions, in odd letter case."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("own")
+    data = write_questions(folder / "data", ["?"] * 12, seed=3)
+    model = VisionLanguageModel.load(llava)
+    rows = datasets.Dataset.from_parquet(str(data / "test.parquet"))
+    said = [
+        model.generate([Prompt(row["question"], (row["image"],))], max_new_tokens=4)[0].text for row in rows
+    ]
+    keyed = rows.remove_columns("answer").add_column(
+        "answer", [text + "." if index < 9 else "never" for index, text in enumerate(said)]
+    )
+    keyed.to_parquet(data / "test.parquet")
+    write_task(folder / "yaml", "own_answers", data, ["colour", "shape"])
+    return folder / "yaml"
+
+
+def test_scores_overall_and_by_kind(llava, own_answers):
+    result = evaluate(llava, ["own_answers"], include_path=own_answers, **OPTIONS)
+    assert result.failed_samples == 0
+    assert result.score("own_answers") == pytest.approx(75.0)
+    [task] = result.tasks
+    # Kinds take turns: the three wrong ones are shape, colour, shape.
+    assert task.model.metrics["own_answers"] == pytest.approx(
+        {"exact_match,none": 0.75, "colour,none": 5 / 6, "shape,none": 4 / 6}
+    )
+    assert task.model.samples == 12
+
+
+def test_another_model_does_not_know_these_answers(other_llava, own_answers):
+    assert (
+        evaluate(other_llava, ["own_answers"], include_path=own_answers, **OPTIONS).score("own_answers") < 30
+    )
+
+
+def test_a_limit_takes_the_first_documents(llava, own_answers):
+    result = evaluate(llava, ["own_answers"], include_path=own_answers, limit=10, **OPTIONS)
+    assert result.score("own_answers") == pytest.approx(90.0)
+
+
+@pytest.mark.parametrize(
+    ("task", "limit", "total", "expected"),
+    [
+        ("gqa", None, 100, None),
+        ("gqa", 7, 100, 7),
+        ("gqa", 0.25, 10, 3),
+        ("gqa", 200, 100, None),
+        ("mme", 7, 100, 8),
+        ("mme", 0.05, 60, 4),
+    ],
+)
+def test_limits(task, limit, total, expected):
+    assert document_limit(task, limit, total) == expected
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1.5])
+def test_bad_limits_are_refused(limit):
+    with pytest.raises(PmodError, match="--limit"):
+        document_limit("gqa", limit, 10)
+
+
+def test_unknown_tasks_are_named_with_their_neighbours(llava):
+    with pytest.raises(PmodError, match=r"'gqaa'.*did you mean gqa\?"):
+        evaluate(llava, ["gqaa"])
+
+
+def test_a_broken_picture_is_a_failure_and_hides_behind_no_score(llava, own_answers, tmp_path):
+    import datasets
+
+    data = write_questions(tmp_path / "data", ["x"] * 6)
+    rows = datasets.Dataset.from_parquet(str(data / "test.parquet")).cast_column(
+        "image", datasets.Image(decode=False)
+    )
+
+    def break_one(row, index):
+        return {"image": {"bytes": b"not a picture" if index == 2 else row["image"]["bytes"], "path": None}}
+
+    broken = rows.map(break_one, with_indices=True).cast_column("image", datasets.Image())
+    broken.to_parquet(data / "test.parquet")
+    # Loading a task looks at its first document only; the third comes to light when its turn comes.
+    write_task(tmp_path / "yaml", "broken", data)
+    result = evaluate(llava, ["broken"], include_path=tmp_path / "yaml", **OPTIONS)
+    assert result.failed_samples == 1
+    assert "cannot identify image file" in result.failures["model"]["broken"]["2"]
+    assert result.score("broken") is None
+    assert "model, broken, 2" in result.first_failure
+
+
+def test_scoring_that_raises_is_a_failure_of_its_sample(llava, tmp_path):
+    data = write_questions(tmp_path / "data", ["x"] * 4)
+    path = write_task(tmp_path / "yaml", "raises", data)
+    path.write_text(path.read_text() + "process_results: !function bad.process_results\n")
+    (tmp_path / "yaml" / "bad.py").write_text(
+        "def process_results(doc, results):\n    return {'exact_match': 1 / int(doc['question_id'])}\n"
+    )
+    result = evaluate(llava, ["raises"], include_path=tmp_path / "yaml", **OPTIONS)
+    assert result.failures["model"]["raises"] == {"0": "scoring raised ZeroDivisionError: division by zero"}
+    assert result.score("raises") is None
