@@ -1,11 +1,28 @@
+"""The demo's data on disk: LLaVA JSON with PNGs for training, a `datasets` folder for evaluation."""
+
 from __future__ import annotations
-from dataclasses import dataclass
-from PIL import Image
+
+import json
 import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
 from . import world
+
+TRAIN_SEED = 1
+HELDOUT_SEED = 2
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One held-out question with its picture."""
+    """One held-out question with the picture to answer it from."""
 
     image: Image.Image
     question: str
@@ -13,14 +30,105 @@ class Sample:
     kind: str
     question_id: str
 
-def heldout_samples(n_images, seed, shuffle=False):
+
+def write_training_data(folder: Path, n_images: int, seed: int = TRAIN_SEED) -> tuple[Path, Path]:
+    """Write conversations in the LLaVA format: one question of each kind a picture, in a random order.
+
+    Args:
+        folder: Where to write `train.json` and `images/`; what is there already is replaced.
+        n_images: How many pictures.
+        seed: Seed of the pictures and the questions.
+
+    Returns:
+        The path of the JSON file and that of the folder of pictures.
+    """
     rng = random.Random(seed)
-    scenes=[world.draw_scene(rng,"heldout") for _ in range(n_images)]
-    pics=[world.render(s) for s in scenes]
-    qs=[world.ask_each(rng,s) for s in scenes]
-    off = 1 if shuffle else 0
-    out=[]
-    for i in range(n_images):
-        for j,q in enumerate(qs[i]):
-            out.append(Sample(pics[(i+off)%n_images],q.text,q.answer,q.kind,f"{i}-{j}"))
-    return out
+    with _replacing(folder) as temporary:
+        images = temporary / "images"
+        images.mkdir()
+        records: list[dict[str, Any]] = []
+        for index in range(n_images):
+            scene = world.draw_scene(rng, "train")
+            name = f"{index:05d}.png"
+            world.render(scene).save(images / name)
+            turns: list[dict[str, str]] = []
+            for question in world.ask_each(rng, scene):
+                opening = "" if turns else "<image>\n"
+                turns.append({"from": "human", "value": opening + question.text})
+                turns.append({"from": "gpt", "value": question.answer})
+            records.append({"id": f"train-{index:05d}", "image": name, "conversations": turns})
+        (temporary / "train.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return folder / "train.json", folder / "images"
+
+
+def heldout_samples(n_images: int, seed: int = HELDOUT_SEED, *, shuffle: bool = False) -> list[Sample]:
+    """Draw held-out pictures and ask one question of each kind about each.
+
+    Args:
+        n_images: How many pictures; `shuffle` needs two at least.
+        seed: Seed of the pictures and the questions.
+        shuffle: If true, the questions of each picture come with another one: a model that then answers
+            better than by guessing does so without looking. Questions and answers stay the same.
+
+    Returns:
+        The samples, picture by picture.
+    """
+    if shuffle and n_images < 2:
+        raise ValueError(f"shuffling needs two images at least, not {n_images}")
+    rng = random.Random(seed)
+    scenes = [world.draw_scene(rng, "heldout") for _ in range(n_images)]
+    asked = [world.ask_each(rng, scene) for scene in scenes]
+    shown = list(range(n_images))
+    if shuffle:  # one cycle through all pictures: none keeps its place
+        order = random.Random(seed).sample(shown, n_images)
+        for here, there in zip(order, order[1:] + order[:1], strict=True):
+            shown[here] = there
+    pictures = [world.render(scene) for scene in scenes]
+    return [
+        Sample(pictures[shown[index]], each.text, each.answer, each.kind, f"{index:04d}-{each.kind}")
+        for index, questions in enumerate(asked)
+        for each in questions
+    ]
+
+
+def write_heldout(folder: Path, n_images: int, seed: int = HELDOUT_SEED, shuffle: bool = False) -> Path:
+    """Write held-out questions so that `datasets.load_dataset(str(folder))` opens them as the split `test`.
+
+    Args:
+        folder: Where to write `data/test-00000-of-00001.parquet`; what is there already is replaced.
+        n_images: How many pictures; each brings one row for each of `world.KINDS`.
+        seed: Seed of the pictures and the questions.
+        shuffle: Whether questions get each other's pictures, see `heldout_samples`.
+
+    Returns:
+        The folder. Columns: `image`, `question`, `answer`, `kind`, `question_id`.
+    """
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    text = Value("string")
+    features = Features(
+        {"image": ImageFeature(), "question": text, "answer": text, "kind": text, "question_id": text}
+    )
+    rows = [vars(sample) for sample in heldout_samples(n_images, seed, shuffle=shuffle)]
+    with _replacing(folder) as temporary:
+        parquet = temporary / "data" / "test-00000-of-00001.parquet"
+        parquet.parent.mkdir()
+        Dataset.from_list(rows, features=features).to_parquet(parquet)
+    return folder
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder` that takes its place once the block has ended well."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,11 +1,12 @@
 """A small world of pictures and questions, drawn from a seed.
 
-A picture holds one or two coloured shapes, each at one of four places. Questions ask for content ("What colour is
-the circle?"), for place ("Where is the red shape?"), for a number and for yes or no; every short answer is one word.
-Within a kind the answers are near uniform given the question, so that a model which does not look can only guess.
+A picture holds one or two coloured shapes, each at one of four places. Questions ask for content ("What
+colour is the circle?"), for place ("Where is the red shape?"), for a number and for yes or no; an answer is
+one word.
+Given the question, its answers are about equally likely, so that a model which does not look can only guess.
 
-Training and held-out pictures are disjoint by construction: a scene belongs to one split by a checksum of all that
-defines it, and drawing for one split passes over scenes of the other.
+Training and held-out pictures are disjoint by construction: a scene belongs to one split by a checksum of all
+that defines it, and drawing for one split passes over scenes of the other.
 """
 
 from __future__ import annotations
@@ -130,8 +131,8 @@ def _square(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int
 
 
 def _triangle(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
-    corners = [(x + 1.15 * r * math.sin(a), y - 1.15 * r * math.cos(a)) for a in (0.0, math.tau / 3, -math.tau / 3)]
-    canvas.polygon(corners, fill=fill)
+    angles, reach = (0.0, math.tau / 3, -math.tau / 3), 1.15 * r
+    canvas.polygon([(x + reach * math.sin(a), y - reach * math.cos(a)) for a in angles], fill=fill)
 
 
 def _cross(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
@@ -179,7 +180,7 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> Question:
 
 
 def _ask_exists(rng: random.Random, scene: Scene, item: Item) -> Question:
-    """Ask "Is there a red circle?": yes and no equally often; half of the noes miss by the colour, half by the shape."""
+    """Yes and no are equally likely; half of the noes miss by the colour, half by the shape."""
     shape, colour = item.shape, item.colour
     truth = rng.random() < 0.5
     if not truth:
@@ -202,11 +203,13 @@ def ask_each(rng: random.Random, scene: Scene, kinds: tuple[str, ...] = KINDS) -
 
 
 def vocabulary() -> Iterator[str]:
-    """Every sentence form with every word of the world in it, for a tokenizer to learn from."""
+    """Every question and answer of the world, one a line, for a tokenizer to learn from."""
+    yield from ("How many shapes are there?", "Describe the picture.", "List the shapes.")
+    yield from ("yes", "no", *NUMBERS)
     for place, phrase in _PHRASES.items():
-        yield f"What colour is the shape {phrase}? What shape is {phrase}? {place}"
+        yield from (f"What colour is the shape {phrase}?", f"What shape is {phrase}?", place)
     for shape in SHAPES:
-        yield f"What colour is the {shape}? Where is the {shape}? a {shape} and"
+        yield from (f"What colour is the {shape}?", f"Where is the {shape}?", f"a {shape} and a {shape}")
         for colour in COLOURS:
-            yield f"What shape is {colour}? Where is the {colour} shape? Is there a {colour} {shape}? a {colour} {shape}"
-    yield f"How many shapes are there? Describe the picture. yes no {' '.join(NUMBERS)}"
+            yield from (f"What shape is {colour}?", f"Where is the {colour} shape?")
+            yield f"Is there a {colour} {shape}?"
