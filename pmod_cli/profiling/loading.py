@@ -1,0 +1,110 @@
+"""Puts the models of a profile on a device; a p-MoD model and its own dense baseline share their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.auto import AutoModelForImageTextToText
+from transformers.utils import logging as transformers_logging
+
+from pmod_cli.errors import PmodError
+from pmod_cli.profiling.closed_form import parameters
+from pmod_cli.profiling.paths import meta_model
+from pmod_cli.profiling.prompt import DTYPE_BYTES
+from pmod_cli.profiling.subject import Subject, Variant
+
+
+def load_models(subject: Subject, device: torch.device, dtype: str) -> dict[str, Any]:
+    """Load the models by ``pmod`` and ``dense``; random weights where only a config is known.
+
+    Args:
+        subject: The models.
+        device: Where to.
+        dtype: Of the weights.
+
+    Raises:
+        PmodError: They do not fit in memory, or cannot be read.
+    """
+    shared = subject.pmod is not None and subject.dense is not None and subject.pmod.raw == subject.dense.raw
+    shared = shared and subject.main.weights == list(subject.variants.values())[-1].weights
+    needed = [subject.main] if shared else list(subject.variants.values())
+    _check_memory(needed, device, dtype)
+    if shared:
+        assert subject.dense is not None
+        pmod = _load(subject.main, device, dtype)
+        return {"pmod": pmod, "dense": dense_view(pmod, subject.dense.config, dtype)}
+    return {role: _load(variant, device, dtype) for role, variant in subject.variants.items()}
+
+
+def dense_view(pmod: Any, config: Any, dtype: str) -> Any:
+    """The dense baseline of a loaded p-MoD model, on the very same tensors.
+
+    Args:
+        pmod: The p-MoD model.
+        config: The dense model's config.
+        dtype: Of the weights.
+    """
+    dense = meta_model(config, dtype)
+    weights = {name: tensor for name, tensor in pmod.state_dict().items() if ".router." not in name}
+    dense.load_state_dict(weights, assign=True)
+    for name, module in dense.named_modules():
+        # Buffers that checkpoints leave out (rotary frequencies, position ids) are still on meta.
+        for buffer in module._buffers:
+            setattr(module, buffer, getattr(pmod.get_submodule(name), buffer))
+    dense.generation_config = pmod.generation_config
+    return dense.eval()
+
+
+def _load(variant: Variant, device: torch.device, dtype: str) -> Any:
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
+    if variant.weights is None:
+        torch.manual_seed(0)
+        with torch.device(device):
+            return AutoModelForImageTextToText.from_config(variant.config, **options).eval()
+    try:
+        with _quiet_transformers():
+            model = AutoModelForImageTextToText.from_pretrained(
+                variant.weights, config=variant.config, **options
+            )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise PmodError(f"cannot load {variant.weights}: {first_line}") from error
+    return model.to(device).eval()
+
+
+def _check_memory(variants: list[Variant], device: torch.device, dtype: str) -> None:
+    needed = sum(sum(parameters(variant.geometry, variant.mod).values()) for variant in variants)
+    needed *= DTYPE_BYTES[dtype]
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+    if free is not None and needed > free:
+        raise PmodError(
+            f"the weights take {needed / 1e9:.1f} GB in {dtype} and {free / 1e9:.1f} GB are free on {device}",
+            "counting needs no weights: leave --latency out, or try --dtype bfloat16",
+        )
+
+
+def _free_memory() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass  # not Linux: no cheap way to know
+    return None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    # A dense checkpoint has no routers and a p-MoD checkpoint has more than the dense class wants: both are meant.
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

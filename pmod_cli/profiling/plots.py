@@ -1,0 +1,145 @@
+"""One picture of a profile, and curves of sweeps; readable at the width of a paper's page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.errors import MissingExtraError, PmodError
+from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
+
+# Blue and orange of the Okabe-Ito palette: told apart by everyone, and in grey.
+COLOURS = {"dense": "#0072B2", "pmod": "#E69F00"}
+NAMES = {"dense": "dense", "pmod": "p-MoD"}
+
+
+def plot_profile(result: ProfileResult, path: str | Path) -> None:
+    """Draw retention, FLOPs and KV cache by layer, and time by phase (FLOPs by phase if nothing was measured).
+
+    Args:
+        result: The profile.
+        path: Where to write; the suffix says the format (png, pdf, svg).
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        PmodError: The format is not known, or the folder does not exist.
+    """
+    figure, axes = _figure(2, 2, (9, 6))
+    roles: list[str] = [role for role in ("dense", "pmod") if role in result.variants]
+    for role in roles:
+        profile = result.variants[role]
+        layers = range(len(profile.prefill.layers))
+        style = {"color": COLOURS[role], "label": NAMES[role], "where": "mid", "linewidth": 1.6}
+        kept = [100 * layer.tokens / profile.work.prompt_tokens for layer in profile.prefill.layers]
+        axes[0][0].step(layers, kept, **style)
+        flops = [FLOPS_PER_MAC * layer.macs / 1e9 for layer in profile.prefill.layers]
+        axes[0][1].step(layers, flops, **style)
+        axes[1][0].step(layers, [count / 1e6 for count in profile.kv_prefill], **style)
+    for axis, title, unit in (
+        (axes[0][0], "Tokens processed", "% of the prompt"),
+        (axes[0][1], "Prefill FLOPs", "GFLOPs"),
+        (axes[1][0], "KV cache after prefill", "MB"),
+    ):
+        axis.set(title=title, ylabel=unit, xlabel="decoder layer")
+        axis.set_ylim(bottom=0)
+    axes[0][0].legend(frameon=False)
+    _phases(axes[1][1], result, roles)
+    work = result.work
+    figure.suptitle(
+        f"{result.model}: {work.vision_tokens} vision + {work.text_tokens} text tokens, batch {work.batch}"
+    )
+    _save(figure, Path(path))
+
+
+def plot_sweep(rows: list[dict[str, Any]], knob: str, path: str | Path) -> None:
+    """Draw the ratios of p-MoD to dense over what was swept.
+
+    Args:
+        rows: What `pmod_cli.profiling.sweep.sweep` gave.
+        knob: ``ratio``, ``tokens`` or ``batch``.
+        path: Where to write.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        PmodError: The format is not known, or the folder does not exist.
+    """
+    figure, [[axis]] = _figure(1, 1, (5.5, 3.8))
+    labels = {
+        "prefill_flops": "prefill FLOPs",
+        "kv_prefill": "KV cache",
+        "decode_step_traffic": "decode traffic",
+        "prefill_seconds": "prefill time",
+        "decode_seconds": "decode time",
+    }
+    values = [row[knob] for row in rows]
+    for index, (key, label) in enumerate(labels.items()):
+        if all(key in row for row in rows):
+            axis.plot(values, [row[key] for row in rows], marker="osv^D"[index], label=label)
+    axis.set(xlabel={"ratio": "ratio of the MoD layers", "tokens": "text tokens"}.get(knob, knob))
+    axis.set(ylabel="p-MoD / dense")
+    axis.axhline(1, color="0.6", linewidth=0.8)
+    axis.set_ylim(bottom=0)
+    if knob != "ratio":
+        axis.set_xscale("log", base=2)
+    axis.legend(frameon=False)
+    _save(figure, Path(path))
+
+
+def _phases(axis: Any, result: ProfileResult, roles: list[str]) -> None:
+    """Bars of the phases."""
+    measured = result.latency
+    for offset, role in enumerate(roles):
+        if measured:
+            timings = measured.models[role].seconds
+            names = [phase.replace("_", " ") for phase in timings]
+            heights = [1e3 * timing.median for timing in timings.values()]
+            spread = [
+                [1e3 * (timing.median - min(timing.seconds)) for timing in timings.values()],
+                [1e3 * (max(timing.seconds) - timing.median) for timing in timings.values()],
+            ]
+        else:
+            profile = result.variants[role]
+            names = ["prefill", "decode", "end to end"]
+            prefill, total = profile.prefill.macs, profile.generation_macs
+            heights = [FLOPS_PER_MAC * count / 1e12 for count in (prefill, total - prefill, total)]
+            spread = None
+        places = [index + 0.4 * (offset - (len(roles) - 1) / 2) for index in range(len(names))]
+        axis.bar(places, heights, 0.38, yerr=spread, capsize=2, color=COLOURS[role], label=NAMES[role])
+        axis.set_xticks(range(len(names)), names)
+    if measured:
+        axis.set(title=f"Time on {measured.device.split(' (')[0]}", ylabel="ms")
+    else:
+        axis.set(title=f"FLOPs with {result.work.new_tokens} new tokens", ylabel="TFLOPs")
+
+
+def _figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Any]:
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtraError("matplotlib", "plot") from None
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=inches, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.9", linewidth=0.6)
+        axis.set_axisbelow(True)
+    return figure, axes
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write beside, then move into place: a broken run leaves no half picture."""
+    known = figure.canvas.get_supported_filetypes()
+    kind = path.suffix.removeprefix(".").lower()
+    if kind not in known:
+        raise PmodError(f"cannot write a picture to {path}", "name a .png, .pdf or .svg file")
+    if not path.parent.is_dir():
+        raise PmodError(f"no folder {path.parent}")
+    partial = path.with_name(f".{path.name}.part")
+    try:
+        figure.savefig(partial, format=kind, dpi=160)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

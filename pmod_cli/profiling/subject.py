@@ -1,0 +1,213 @@
+"""Finds what a user wants profiled: a checkpoint, a hub id, a ``config.json``, or the name of a recipe or geometry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.errors import PmodError
+from pmod_cli.families import find_family
+from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.profiling.geometries import find_geometry, shipped_geometries
+from pmod_cli.profiling.geometry import Geometry
+from pmod_cli.recipe import Recipe, default_recipe, load_recipe, nearest, shipped_recipes
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the two models that are compared.
+
+    Attributes:
+        name: What it was made of: a path, hub id, recipe or geometry.
+        raw: Contents of its dense ``config.json``: the dense model type, no ``mod`` section.
+        mod: Retention ratios; None for the dense model.
+        weights: Checkpoint folder or hub id; None if only a config is known.
+    """
+
+    name: str
+    raw: dict[str, Any]
+    mod: MoDConfig | None
+    weights: str | None
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config: of the dense class, or of its p-MoD counterpart."""
+        from transformers.models.auto import CONFIG_MAPPING
+
+        raw = dict(self.raw)
+        if self.mod is not None:
+            raw |= {"model_type": f"pmod_{raw['model_type']}", "mod": self.mod.to_dict()}
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        """Its sizes.
+
+        Raises:
+            PmodError: If the vision tower is of a kind that cannot be counted.
+        """
+        return Geometry.from_config(self.config)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is profiled against what.
+
+    Attributes:
+        name: As the user named it.
+        pmod: The p-MoD model; None if a dense model is profiled alone.
+        dense: Its dense baseline; None if there is to be none.
+    """
+
+    name: str
+    pmod: Variant | None
+    dense: Variant | None
+
+    @property
+    def variants(self) -> dict[str, Variant]:
+        """Those there are, by ``pmod`` and ``dense``."""
+        found = {"pmod": self.pmod, "dense": self.dense}
+        return {role: variant for role, variant in found.items() if variant is not None}
+
+    @property
+    def main(self) -> Variant:
+        """The p-MoD model, or the dense one if there is no other."""
+        return next(iter(self.variants.values()))
+
+
+def find_subject(
+    model: str | None,
+    *,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    baseline: str = "auto",
+) -> Subject:
+    """Find the p-MoD model and its dense baseline; of a hub id only the config is read.
+
+    A dense MODEL becomes p-MoD by the recipe (the paper's settings if none is named): what ``pmod convert`` would
+    make of it. A p-MoD MODEL's baseline is the same model with every layer dense.
+
+    Args:
+        model: Checkpoint folder, hub id, ``config.json``, or name of a recipe or geometry; None for the recipe's.
+        recipe: Name or path of a recipe.
+        overrides: ``key.sub=value`` for the recipe.
+        baseline: ``auto``, ``none``, or another model to compare with, given like MODEL.
+
+    Raises:
+        PmodError: Nothing of that name, an unsupported model, or settings that do not fit it.
+    """
+    chosen = load_recipe(recipe, overrides) if recipe else None
+    if model is None:
+        if chosen is None:
+            raise PmodError("nothing to profile", "name a MODEL or a --recipe")
+        name, raw, weights = chosen.name, _config_of_recipe(chosen), None
+    else:
+        name = model
+        raw, weights, named = _read(model)
+        if chosen is None and named:
+            chosen = load_recipe(model, overrides)
+    raw, mod = _split(raw, name)
+    if mod is not None and (chosen or overrides):
+        raise PmodError(f"{name} is p-MoD already", "a recipe or --set says how to convert a dense model")
+    dense = Variant(name, raw, None, weights)
+    if mod is None and baseline == "none":
+        return Subject(name, None, dense)
+    if mod is None:
+        settings = (chosen or default_recipe(overrides)).mod
+        mod = MoDConfig(
+            settings.retention_ratios(dense.geometry.decoder.layers),
+            weight_norm=settings.weight_norm,
+            weight_scale=settings.weight_scale,
+            weight_bias=settings.weight_bias,
+            router_bias=settings.router_bias,
+            target_tokens=settings.target_tokens,
+        )
+    layers = dense.geometry.decoder.layers
+    if len(mod.retention_ratios) != layers:
+        raise PmodError(f"{name}: {len(mod.retention_ratios)} retention ratios for {layers} decoder layers")
+    pmod = Variant(name, raw, mod, weights)
+    if baseline == "none":
+        return Subject(name, pmod, None)
+    if baseline != "auto":
+        other, other_weights, _ = _read(baseline)
+        other, other_mod = _split(other, baseline)
+        if other_mod is not None:
+            raise PmodError(f"baseline {baseline} is p-MoD too", "a baseline is dense")
+        dense = Variant(baseline, other, None, other_weights)
+    return Subject(name, pmod, dense)
+
+
+def _read(model: str) -> tuple[dict[str, Any], str | None, bool]:
+    """Config, where weights are, and whether MODEL is the name of a recipe."""
+    path = Path(model)
+    if path.is_file():
+        return _read_json(path), None, False
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise PmodError(f"{model} has no config.json", "give a checkpoint folder or a config.json")
+        has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+        return _read_json(path / "config.json"), model if has_weights else None, False
+    if model in shipped_recipes():
+        return _config_of_recipe(load_recipe(model)), None, True
+    shipped = find_geometry(model)
+    if shipped is not None:
+        return shipped, model if "/" in model else None, False
+    if model.count("/") == 1 and not model.startswith((".", "~")):
+        return _read_hub(model), model, False
+    near = nearest(model, [*shipped_geometries(), *shipped_recipes()])
+    raise PmodError(
+        f"nothing to profile at {model!r}",
+        f"did you mean {near}?" if near else f"offline by name: {', '.join(shipped_geometries())}",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PmodError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict) or "model_type" not in data:
+        raise PmodError(f"{path} is not a model's config.json", "it has no model_type")
+    return data
+
+
+def _read_hub(model: str) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    try:
+        return dict(PreTrainedConfig.get_config_dict(model)[0])
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise PmodError(
+            f"no folder {model}, and its config cannot be had from the hub: {first_line}",
+            f"offline by name: {', '.join(shipped_geometries())}",
+        ) from error
+
+
+def _config_of_recipe(recipe: Recipe) -> dict[str, Any]:
+    for name in (recipe.config, recipe.source, recipe.name):
+        if isinstance(name, str) and (found := find_geometry(name)):
+            return found
+    if isinstance(recipe.source, str) and recipe.config is None:
+        return _read(recipe.source)[0]
+    raise PmodError(
+        f"recipe {recipe.name} does not say which geometry it is for",
+        f"name a MODEL, or set config: to one of {', '.join(shipped_geometries())}",
+    )
+
+
+def _split(raw: dict[str, Any], name: str) -> tuple[dict[str, Any], MoDConfig | None]:
+    """The dense config and the ``mod`` section of either kind of config."""
+    family = find_family(raw["model_type"])
+    dense = {key: value for key, value in raw.items() if key != "mod"} | {"model_type": family.base_type}
+    if raw["model_type"] == family.base_type:
+        return dense, None
+    try:
+        mod = MoDConfig.from_dict(raw.get("mod") or {})
+    except (TypeError, ValueError) as error:
+        raise PmodError(f"{name}: bad mod section in config.json: {error}") from error
+    return dense, mod
