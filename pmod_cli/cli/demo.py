@@ -1,0 +1,122 @@
+"""``pmod demo``: the whole job on the embedded example."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pmod_cli.cli.app import app
+from pmod_cli.cli.output import emit_json, stderr, stdout
+from pmod_cli.errors import GateError, PmodError
+
+
+@app.command("demo")
+def demo_command(
+    output: Annotated[Path, typer.Option("--output", help="Everything goes under this folder.")] = Path(
+        "pmod-demo"
+    ),
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Fine-tuning steps of each model.")] = 200,
+    train_images: Annotated[
+        int, typer.Option("--train-images", min=1, help="Pictures to fine-tune on.")
+    ] = 1600,
+    heldout_images: Annotated[
+        int, typer.Option("--heldout-images", min=2, help="Pictures to evaluate on.")
+    ] = 120,
+    train_baseline: Annotated[
+        bool, typer.Option("--train-baseline", help="Only train the baseline anew, into OUTPUT/baseline.")
+    ] = False,
+    baseline_steps: Annotated[
+        int | None, typer.Option("--baseline-steps", min=2, help="With --train-baseline: fewer steps.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="With --train-baseline: the seed.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Turn a small trained LLaVA into a p-MoD model, fine-tune, profile and evaluate it. No GPU, no network.
+
+    Exits 1 if a target of the example is missed. A second run reuses what is finished.
+
+    Examples:
+      pmod demo
+
+      pmod demo --output /tmp/demo --steps 100 --json
+    """
+    if train_baseline:
+        result = _train_baseline(output, baseline_steps, seed)
+        if as_json:
+            emit_json("demo", result)
+        else:
+            stdout.print(f"held-out accuracy {100 * result['heldout']['overall']:.1f} %: {result['model']}")
+        return
+    from pmod_cli.demo.run import DemoSettings, run_demo
+
+    settings = DemoSettings(train_images, heldout_images, steps)
+    report = run_demo(output, settings, lambda line: stderr.print(line, soft_wrap=True))
+    if as_json:
+        emit_json("demo", report)
+    else:
+        _print(report)
+    missed = [target["name"] for target in report["targets"] if not target["met"]]
+    if missed:
+        raise GateError(f"missed: {'; '.join(missed)}", "see the targets below the table")
+
+
+def _train_baseline(output: Path, steps: int | None, seed: int) -> dict[str, Any]:
+    from rich.progress import Progress
+
+    from pmod_cli.demo.baseline import train_baseline
+
+    folder = output / "baseline"
+    if folder.exists():
+        raise PmodError(f"{folder} exists", "remove it or choose another --output")
+    with Progress(console=stderr) as bars:
+        bar = bars.add_task("training the baseline")
+
+        def advance(done: int, total: int, figures: dict[str, float]) -> None:
+            text = f"training the baseline, loss {figures['loss']:.3f}"
+            bars.update(bar, completed=done, total=total, description=text)
+
+        summary = train_baseline(folder, steps=steps, seed=seed, progress=advance)
+    return {"model": str(folder), **summary}
+
+
+def _print(report: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table(title="p-MoD on the embedded example (accuracy in %)", title_justify="left")
+    table.add_column("model")
+    headings = [
+        "overall",
+        *report["kinds"],
+        "prefill MFLOPs",
+        "KV cache kB",
+        "prefill ms",
+        "decode ms/token",
+        "params M",
+    ]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in report["rows"]:
+        accuracy = row["accuracy"]
+        decode = row["decode_seconds_per_token"]
+        table.add_row(
+            row["model"],
+            *(f"{accuracy[kind]:.1f}" for kind in ("exact_match", *report["kinds"])),
+            f"{row['prefill_flops'] / 1e6:.1f}",
+            f"{row['kv_bytes'] / 1e3:.1f}",
+            f"{1e3 * row['prefill_seconds']:.1f}",
+            "-" if decode is None else f"{1e3 * decode:.2f}",
+            f"{row['parameters'] / 1e6:.3f}",
+        )
+    stdout.print(table)
+    ratios = report["ratios"]
+    stdout.print(
+        f"p-MoD / dense: prefill FLOPs {ratios['prefill_flops']:.3f}, KV cache {ratios['kv_prefill']:.3f}, "
+        f"prefill time {ratios['prefill_seconds']:.3f}"
+    )
+    for target in report["targets"]:
+        mark = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
+        stdout.print(f"{mark}  {target['name']}: {target['value']:.2f}, wanted {target['wanted']}")
+    for name, path in report["files"].items():
+        stdout.print(f"{name}: {path}", soft_wrap=True)

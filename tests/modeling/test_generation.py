@@ -1,0 +1,108 @@
+"""Everything `generate` can do: beams, sampling, several answers, streaming, stop strings, assistants, chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import IMAGE, pad, pictures, prompt, tiny_model
+from transformers import DynamicCache, TextStreamer
+
+from pmod_cli.modeling.compat import CACHE_ARGUMENT
+
+IDS, PIXELS = torch.tensor([prompt(1, 10)]), pictures(1)
+INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "pixel_values": PIXELS}
+OPTIONS = {"max_new_tokens": 8, "eos_token_id": None, "suppress_tokens": [IMAGE]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def greedy_by_hand(model, ids, pixels, steps, attention_mask=None):
+    """Greedy decoding by full forward passes without a cache; the image is routed anew each time."""
+    for _ in range(steps):
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=pixels, use_cache=False).logits[:, -1]
+        logits[:, IMAGE] = -float("inf")
+        ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], dim=1)
+    return ids
+
+
+def test_greedy_equals_full_forward_passes(model):
+    assert torch.equal(
+        model.generate(**INPUTS, **OPTIONS, do_sample=False), greedy_by_hand(model, IDS, PIXELS, 8)
+    )
+
+
+def test_beam_search_with_one_sample_and_with_a_padded_batch(model):
+    options = {**OPTIONS, "num_beams": 3, "num_return_sequences": 2, "do_sample": False}
+    prompts = [prompt(1, 5, seed=3), prompt(2, 4, seed=4), prompt(0, 6, seed=5)]
+    ids, mask = pad(prompts, "left")
+    pixels = pictures(3)
+    batched = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, **options)
+    assert batched.shape == (6, ids.shape[1] + 8)
+    start = 0
+    for sample, own in enumerate(prompts):
+        count = own.count(IMAGE) // 25
+        own_ids = torch.tensor([own])
+        inputs = {"pixel_values": pixels[start : start + count]} if count else {}
+        alone = model.generate(
+            input_ids=own_ids, attention_mask=torch.ones_like(own_ids), **inputs, **options
+        )
+        start += count
+        assert batched[2 * sample : 2 * sample + 2, -8:].tolist() == alone[:, -8:].tolist()
+
+
+def test_sampling_is_reproducible_and_returns_several(model):
+    options = {**OPTIONS, "do_sample": True, "temperature": 1.5, "num_return_sequences": 4}
+    torch.manual_seed(0)
+    first = model.generate(**INPUTS, **options)
+    torch.manual_seed(0)
+    assert torch.equal(first, model.generate(**INPUTS, **options))
+    assert len({tuple(row) for row in first.tolist()}) > 1
+
+
+class Words:
+    """The least of a tokenizer that streaming needs."""
+
+    def decode(self, ids, **_):
+        return " ".join(f"w{int(token)}" for token in ids)
+
+
+def test_streamer(model, capsys):
+    expected = model.generate(**INPUTS, **OPTIONS, do_sample=False)[0, -8:].tolist()
+    model.generate(**INPUTS, **OPTIONS, do_sample=False, streamer=TextStreamer(Words(), skip_prompt=True))
+    assert capsys.readouterr().out.split() == [f"w{token}" for token in expected]
+
+
+def test_assisted_decoding_gives_the_same_tokens(model):
+    expected = model.generate(**INPUTS, **OPTIONS, do_sample=False)
+    looked_up = model.generate(**INPUTS, **OPTIONS, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(looked_up, expected)
+
+
+def test_continuing_a_conversation_on_its_cache(model):
+    cache = DynamicCache()
+    options = {**OPTIONS, "do_sample": False, "return_dict_in_generate": True, "max_new_tokens": 4}
+    first = model.generate(**INPUTS, **{CACHE_ARGUMENT: cache}, **options).sequences
+    # The last generated token is not in the cache yet; the second turn brings it, and text.
+    second = torch.cat([first, torch.tensor([[11, 12, 13]])], dim=1)
+    assert cache.get_seq_length() == first.shape[1] - 1
+    continued = model.generate(
+        input_ids=second, attention_mask=torch.ones_like(second), **{CACHE_ARGUMENT: cache}, **options
+    ).sequences
+    assert torch.equal(continued, greedy_by_hand(model, second, PIXELS, 4))
+
+
+def test_image_token_made_by_the_model_itself_is_text(model):
+    """A generated image token has no image behind it: it must not be routed."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(**INPUTS, **{CACHE_ARGUMENT: cache})
+        slots = [layer.keys.shape[-2] for layer in cache.layers]
+        routed = model(
+            input_ids=torch.tensor([[IMAGE]]), **{CACHE_ARGUMENT: cache}, output_routing=True
+        ).routing
+    assert routed == (None,) * 8
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [slot + 1 for slot in slots]
