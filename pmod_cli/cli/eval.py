@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,21 +12,40 @@ from pmod_cli.cli.app import app
 from pmod_cli.cli.output import emit_json, stderr, stdout
 from pmod_cli.errors import GateError, PmodError
 
+if TYPE_CHECKING:
+    from pmod_cli.evaluation.preflight import PreflightError
+
 
 @app.command("eval")
 def evaluate_command(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, dense or p-MoD.")],
-    tasks: Annotated[str, typer.Option("--tasks", help="lmms-eval task names, separated by commas.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or hub id, dense or p-MoD.", show_default=False)
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option("--tasks", help="lmms-eval task names, separated by commas; paper for the paper's 14."),
+    ] = "",
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="A checkpoint to compare with, evaluated the same way.")
     ] = None,
-    include_path: Annotated[
-        list[Path] | None, typer.Option("--include-path", help="Folder with more task YAML; may be repeated.")
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder for answers and results; a rerun goes on from there."),
     ] = None,
     batch_size: Annotated[str, typer.Option("--batch-size", help="Samples a batch, or auto.")] = "auto",
     limit: Annotated[
         float | None,
         typer.Option("--limit", help="First N documents of each task; below 1, that share of them."),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None, typer.Option("--include-path", help="Folder with more task YAML; may be repeated.")
+    ] = None,
+    minimum: Annotated[
+        list[str] | None, typer.Option("--min", help="task=score: exit 1 below it; may be repeated.")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", help="Exit 1 if a task drops by more points below the baseline."),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Upper limit on the tasks' own.")
@@ -35,56 +54,171 @@ def evaluate_command(
         str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")
     ] = "auto",
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", help="Folder for answers and results; a rerun goes on from there."),
+    offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
+    prepare: Annotated[bool, typer.Option("--prepare", help="Only download what the tasks need.")] = False,
+    diff: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            "--diff", help="Two output folders: list the samples whose score changed.", show_default=False
+        ),
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the results of other models in --output.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Evaluate a model on lmms-eval's benchmarks.
+    """Evaluate a model on lmms-eval's benchmarks, beside its baseline.
+
+    Exit code 1 if a sample failed or a limit was not met.
 
     Examples:
-      pmod eval ./pmod-llava-1.5-7b --tasks gqa,pope_full --output results
+      pmod eval ./pmod-llava-1.5-7b --tasks paper --baseline llava-hf/llava-1.5-7b-hf --output results
 
-      pmod eval ./pmod-llava-1.5-7b --tasks gqa --baseline llava-hf/llava-1.5-7b-hf --limit 100
+      pmod eval ./pmod-llava-1.5-7b --tasks gqa,pope_full --limit 100 --min gqa=60
+
+      pmod eval --prepare --tasks paper
+
+      pmod eval --diff results-before results-after
     """
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if diff:
+        return _show_diff(*diff, as_json)
+    if not names:
+        raise PmodError("--tasks is missing", "e.g. --tasks gqa,pope_full, or --tasks paper")
+    if prepare:
+        return _prepare(names, include_path or [], as_json)
+    if model is None:
+        raise PmodError("no MODEL to evaluate", "give a checkpoint folder or hub id")
     os.environ.setdefault("TQDM_DISABLE", "1")  # one progress bar is enough
-    from pmod_cli.evaluation import report
-    from pmod_cli.evaluation.batching import parse_batch_size
-    from pmod_cli.evaluation.run import EvalSettings, evaluate
-
-    try:
-        size = parse_batch_size(batch_size)
-    except ValueError:
-        raise PmodError(f"--batch-size {batch_size}: give a positive number or auto") from None
-    settings = EvalSettings(
-        batch_size=size, limit=limit, max_new_tokens=max_new_tokens, dtype=dtype, device=device
+    _evaluate(
+        model,
+        names,
+        baseline=baseline,
+        output=output,
+        include_path=include_path or [],
+        minimum=minimum or [],
+        max_drop=max_drop,
+        offline=offline,
+        force=force,
+        as_json=as_json,
+        options={
+            "batch_size": batch_size,
+            "limit": limit,
+            "max_new_tokens": max_new_tokens,
+            "dtype": dtype,
+            "device": device,
+        },
     )
-    with _Progress() as progress:
-        result = evaluate(
-            model,
-            [name.strip() for name in tasks.split(",") if name.strip()],
-            baseline=baseline,
-            include_path=include_path,
-            output=output,
-            settings=settings,
-            progress=progress,
-        )
-    if as_json:
-        emit_json("eval", result.to_dict())
-    else:
-        stdout.print(report.table(result))
+
+
+def _evaluate(
+    model: str,
+    names: list[str],
+    *,
+    baseline: str | None,
+    output: Path | None,
+    include_path: list[Path],
+    minimum: list[str],
+    max_drop: float | None,
+    offline: bool,
+    force: bool,
+    as_json: bool,
+    options: dict[str, object],
+) -> None:
+    from pmod_cli.evaluation import gates, paper, report
+    from pmod_cli.evaluation.preflight import PreflightError
+    from pmod_cli.evaluation.run import EvalSettings, evaluate, rank
+
+    limits = gates.parse_minimum(minimum, paper.expand(names))
+    if max_drop is not None and baseline is None:
+        raise PmodError("--max-drop compares with a baseline", "give one with --baseline")
+    settings = EvalSettings(**options)  # type: ignore[arg-type]
+    try:
+        with _Progress(rank() == 0) as progress:
+            result = evaluate(
+                model,
+                names,
+                baseline=baseline,
+                include_path=include_path,
+                output=output,
+                force=force,
+                offline=offline,
+                settings=settings,
+                progress=progress,
+            )
+    except PreflightError as error:
+        _show_problems(error)
+        raise
+    missed = gates.check(result, limits, max_drop)
+    if rank() == 0:
+        if as_json:
+            emit_json("eval", result.to_dict() | {"missed": missed})
+        else:
+            for table in report.tables(result):
+                stdout.print(table)
+            for note in report.notes(result):
+                stdout.print(note, style="dim")
     if result.failed_samples:
         raise GateError(
             f"{result.failed_samples} samples failed, so their tasks have no score", result.first_failure
         )
+    if result.without_score:
+        raise GateError(f"no score for {', '.join(result.without_score)}", result.first_broken_metric)
+    if missed:
+        raise GateError("; ".join(missed))
+
+
+def _prepare(names: list[str], include_path: list[Path], as_json: bool) -> None:
+    from pmod_cli.evaluation.preflight import PreflightError
+    from pmod_cli.evaluation.run import prepare
+
+    try:
+        ready = prepare(names, include_path)
+    except PreflightError as error:
+        _show_problems(error)
+        raise
+    if as_json:
+        emit_json("eval", {"prepared": ready})
+    else:
+        for task, rows in ready.items():
+            stdout.print(f"{task}: {rows} documents")
+
+
+def _show_diff(first: Path, second: Path, as_json: bool) -> None:
+    from pmod_cli.evaluation import report
+    from pmod_cli.evaluation.diff import differences
+
+    found = differences(first, second)
+    if as_json:
+        emit_json("eval", found)
+        return
+    stdout.print(report.diff_table(found["changed"]), soft_wrap=True)
+    stdout.print(f"{found['compared']} samples compared: {found['better']} better, {found['worse']} worse")
+
+
+def _show_problems(error: PreflightError) -> None:
+    from rich.table import Table
+
+    table = Table("task", "what is missing", "remedy", title="Missing", title_justify="left")
+    for problem in error.problems:
+        table.add_row(problem.task, problem.what, problem.remedy)
+    stderr.print(table)
 
 
 class _Progress:
     """A bar a task and model on stderr."""
 
-    def __enter__(self) -> _Progress:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def __init__(self, visible: bool) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TaskID,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -92,8 +226,11 @@ class _Progress:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=stderr,
+            disable=not visible,
         )
-        self._ids: dict[tuple[str, str], object] = {}
+        self._ids: dict[tuple[str, str], TaskID] = {}
+
+    def __enter__(self) -> _Progress:
         self._bars.start()
         return self
 
@@ -103,4 +240,4 @@ class _Progress:
     def __call__(self, role: str, task: str, done: int, total: int) -> None:
         if (role, task) not in self._ids:
             self._ids[role, task] = self._bars.add_task(f"{role}: {task}", total=total)
-        self._bars.update(self._ids[role, task], completed=done)  # type: ignore[arg-type]
+        self._bars.update(self._ids[role, task], completed=done)

@@ -157,12 +157,16 @@ class PmodLmms(lmms):
         """Not supported: the paper's tasks have one round."""
         raise NotImplementedError("pmod answers generate_until tasks only, not multi-round ones")
 
+    def conditions(self) -> dict[str, Any]:
+        """What an answer depends on besides checkpoint and prompt."""
+        return {key: self.info()[key] for key in ("dtype", "device", "attention", "image_processor")}
+
     def info(self) -> dict[str, Any]:
         """What a report says about how the answers came about."""
         image_processor = self.vlm.processor.image_processor
         return {
             "dtype": str(self.vlm.model.dtype).removeprefix("torch."),
-            "device": str(self.vlm.device),
+            "device": self.vlm.device.type,
             "attention": self.vlm.model.config._attn_implementation,
             "image_processor": type(image_processor).__name__,
             "largest_batch": self.sizer.largest,

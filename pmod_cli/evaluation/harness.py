@@ -7,6 +7,7 @@ import functools
 import json
 import random
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -34,13 +35,17 @@ class TaskRun:
         metrics: ``metric,filter`` to aggregated value, as lmms-eval names them; only numbers.
         samples: One dictionary a document, in order: ``doc_id``, ``doc`` (no pictures), ``target``, ``prompt``,
             ``answer``, ``metrics``, and for a failed one ``error``.
-        failures: Errors by document, or by metric for an aggregation that raised.
+        failures: Errors by document.
+        broken_metrics: Errors by metric whose aggregation raised; not always one that matters.
+        seconds: Wall time.
     """
 
     task: str
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
-    failures: dict[int | str, str] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+    broken_metrics: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 def import_lmms_eval() -> None:
@@ -52,15 +57,20 @@ def import_lmms_eval() -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):
             import lmms_eval.evaluator
-            import lmms_eval.models  # noqa: F401
+            import lmms_eval.models
             from loguru import logger
             from PIL import ImageFile
+            from tqdm import tqdm  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "lmms-eval", "eval") from None
     # lmms-eval points loguru at stdout, where only results belong.
     logger.remove()
     logger.add(sys.stderr, level="ERROR")
-    # And it lets Pillow fill up cut-off pictures with grey: such a sample is to be reported, not answered.
+    # One progress bar is enough, and it is ours.
+    lmms_eval.evaluator.tqdm = lmms_eval.api.task.tqdm = lambda *args, **options: tqdm(
+        *args, **(options | {"disable": True})
+    )
+    # It lets Pillow fill up cut-off pictures with grey: such a sample is to be reported, not answered.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
 
 
@@ -78,13 +88,13 @@ class Tasks:
         from lmms_eval import tasks as builtin
         from lmms_eval.tasks import TaskManager
 
-        folders = [str(Path(path).resolve()) for path in include_paths]
+        self.folders = folders = [str(Path(path).resolve()) for path in include_paths]
         for folder in folders:
             if not Path(folder).is_dir():
                 raise PmodError(f"--include-path {folder}: no such folder")
         make = functools.partial(TaskManager, include_defaults=False, model_name="pmod")
         self.manager: Any = make(include_path=folders)
-        if not all(self._kind(name) in ("task", "python_task") for name in names):
+        if not self._covers(names):
             # The first folder that has a name wins, so lmms-eval's own comes last.
             self.manager = make(include_path=[*folders, str(Path(builtin.__file__).parent)])
 
@@ -126,13 +136,17 @@ class Tasks:
             cause = error.last_attempt.exception()
             raise PmodError(f"the data of task {name} cannot be had: {cause}") from cause
 
+    def _covers(self, names: Sequence[str]) -> bool:
+        try:
+            return all(self.leaves(name) for name in names)
+        except PmodError:
+            return False
+
     def _kind(self, name: str) -> str | None:
         return self.manager.task_index[name]["type"] if name in self.manager.task_index else None
 
 
-def run_task(
-    lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output: Path, rank: int = 0
-) -> TaskRun | None:
+def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output: Path) -> TaskRun | None:
     """Evaluate a model on one loaded task.
 
     Args:
@@ -140,8 +154,7 @@ def run_task(
         tasks: Where the task comes from.
         task: The task.
         limit: Only the first so many documents.
-        output: Folder for the submission files that some tasks write.
-        rank: This process's rank.
+        output: Folder for the submission files that some tasks write, and for what they print.
 
     Returns:
         The run on rank 0, None elsewhere.
@@ -149,8 +162,13 @@ def run_task(
     from lmms_eval import evaluator
 
     name = task.config.task
-    aggregation_failures: dict[int | str, str] = {}
-    with _guarded(task, aggregation_failures), contextlib.redirect_stdout(sys.stderr):
+    started = time.perf_counter()
+    broken_metrics: dict[str, str] = {}
+    with (
+        _guarded(task, broken_metrics),
+        (output / "lmms-eval.log").open("a", encoding="utf-8") as log,
+        contextlib.redirect_stdout(log),
+    ):
         results = evaluator.simple_evaluate(
             model=lm,
             tasks=[task],
@@ -163,7 +181,7 @@ def run_task(
             **SEEDS,
         )
     own = {doc_id: error for (task_name, doc_id), error in lm.failures.items() if task_name == name}
-    failures: dict[int | str, str] = {}
+    failures: dict[int, str] = {}
     for part in gather(own):
         failures |= part
     if results is None:
@@ -176,7 +194,7 @@ def run_task(
         for key, value in results["results"][name].items()
         if "," in key and "_stderr" not in key and _is_number(value)
     }
-    return TaskRun(name, numbers, samples, failures | aggregation_failures)
+    return TaskRun(name, numbers, samples, failures, broken_metrics, time.perf_counter() - started)
 
 
 def gather(value: Any) -> list[Any]:
@@ -191,12 +209,12 @@ def gather(value: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _guarded(task: Any, failures: dict[int | str, str]) -> Iterator[None]:
+def _guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
     """Let no exception in a task's scoring end the run, and no guess depend on the order of the documents."""
     task.process_results = _guard_document(task)
     aggregations = dict(task._aggregation_list)
     for metric, function in aggregations.items():
-        task._aggregation_list[metric] = _guard_aggregation(metric, function, failures)
+        task._aggregation_list[metric] = _guard_aggregation(metric, function, broken_metrics)
     try:
         yield
     finally:
@@ -222,20 +240,20 @@ def _guard_document(task: Any) -> Callable[..., dict[str, Any]]:
 
 
 def _guard_aggregation(
-    metric: str, function: Callable[..., Any], failures: dict[int | str, str]
+    metric: str, function: Callable[..., Any], broken_metrics: dict[str, str]
 ) -> Callable[..., Any]:
     @functools.wraps(function)  # lmms-eval looks at the signature
     def aggregate(*args: Any, **options: Any) -> Any:
         try:
             return function(*args, **options)
         except Exception as error:
-            failures[metric] = f"aggregation raised {type(error).__name__}: {error}"
+            broken_metrics[metric] = f"aggregation raised {type(error).__name__}: {error}"
             return None
 
     return aggregate
 
 
-def _sample(entry: dict[str, Any], failures: dict[int | str, str]) -> dict[str, Any]:
+def _sample(entry: dict[str, Any], failures: dict[int, str]) -> dict[str, Any]:
     known = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash"}
     error = failures.get(entry["doc_id"]) or entry.get(_ERROR)
     answer = entry["resps"][0]

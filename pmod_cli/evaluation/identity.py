@@ -12,6 +12,7 @@ from typing import Any
 
 import pmod_cli
 from pmod_cli.errors import PmodError
+from pmod_cli.generation import check_source
 
 _CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.bin", "*.model", "*.txt")
 _PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "accelerate", "pillow", "torchvision")
@@ -43,8 +44,12 @@ def fingerprint(source: str | Path) -> str:
     return digest([[path.name, value] for path, value in zip(files, digests, strict=True)])
 
 
-def describe(source: str | Path) -> dict[str, Any]:
-    """Name, fingerprint and kind of a checkpoint."""
+def describe(source: Any) -> dict[str, Any]:
+    """Name, fingerprint and kind of a checkpoint; a model in memory has no fingerprint."""
+    if not isinstance(source, (str, Path)):
+        config = source.model.config
+        return {"source": type(source).__name__, "fingerprint": None, "model_type": config.model_type}
+    check_source(source)
     config = json.loads((checkpoint_folder(source) / "config.json").read_text(encoding="utf-8"))
     mod = config.get("mod")
     return {
@@ -53,6 +58,14 @@ def describe(source: str | Path) -> dict[str, Any]:
         "model_type": config.get("model_type"),
         "retention_ratios": mod["retention_ratios"] if mod else None,
     }
+
+
+def data_of(task: Any) -> dict[str, Any]:
+    """What a loaded lmms-eval task's data is: where from, how much, and which version of the files."""
+    docs = task.eval_docs
+    # `datasets` names the folder of its copy after the files' versions: hub revision, or path and time.
+    copies = sorted({"/".join(Path(entry["filename"]).parts[-4:-1]) for entry in docs.cache_files})
+    return {"path": task.DATASET_PATH, "name": task.DATASET_NAME, "rows": len(docs), "copies": copies}
 
 
 def environment() -> dict[str, Any]:

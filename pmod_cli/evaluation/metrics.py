@@ -89,7 +89,7 @@ def _mmbench_units(samples: Sequence[Sample], metric: Metric) -> Strata:
         groups[int(logged["index"]) % 1_000_000].append(logged)
     # lmms-eval counts a question only if its first, unshifted form is there.
     units: dict[Any, Ratio] = {
-        index: (_mmbench_hit(group), 1.0)
+        index: (100 * _mmbench_hit(group), 1.0)  # lmms-eval gives this task's score in percent
         for index, group in groups.items()
         if any(int(row["index"]) == index for row in group)
     }

@@ -17,7 +17,7 @@ class Score:
     """One model's score on one task, or on a group of tasks.
 
     Attributes:
-        value: In points, usually percent; None if any sample failed, or if there is no number.
+        value: In points, usually percent; None if any sample failed, or if lmms-eval gave no number.
         stderr: Bootstrap standard error.
         samples: How many were evaluated.
         failed: How many raised, or could not be scored.
@@ -44,7 +44,8 @@ class TaskResult:
     Attributes:
         name: As it was asked for.
         tasks: The tasks behind the name.
-        metric: What the score is.
+        metric: What the score is, as lmms-eval names it.
+        scale: What lmms-eval's number is multiplied with to be in points.
         model: The model's score.
         baseline: The baseline's score, if there is one.
         difference: Model less baseline.
@@ -53,6 +54,7 @@ class TaskResult:
     name: str
     tasks: list[str]
     metric: str
+    scale: float
     model: Score
     baseline: Score | None = None
     difference: Difference | None = None
@@ -64,6 +66,7 @@ class TaskResult:
             "name": self.name,
             "tasks": self.tasks,
             "metric": self.metric,
+            "scale": self.scale,
             "model": self.model.to_dict(),
             "baseline": self.baseline.to_dict() if self.baseline else None,
             "difference": vars(difference) | {"significant": difference.significant} if difference else None,
@@ -76,20 +79,24 @@ class EvalResult:
 
     Attributes:
         tasks: One result a requested task, in the order asked for.
+        complete: Whether all requested tasks are among them.
         model: What was evaluated: path, fingerprint, how it ran.
         baseline: The same of the baseline.
         environment: Versions, seeds, host.
         settings: What the user asked for.
         failures: Failed samples by role and task, each with its error.
+        broken_metrics: Metrics whose aggregation raised, likewise.
         seconds: Wall time.
     """
 
     tasks: list[TaskResult]
+    complete: bool
     model: dict[str, Any]
     baseline: dict[str, Any] | None
     environment: dict[str, Any]
     settings: dict[str, Any]
     failures: dict[str, dict[str, dict[str, str]]]
+    broken_metrics: dict[str, dict[str, dict[str, str]]]
     seconds: float
 
     @property
@@ -106,6 +113,24 @@ class EvalResult:
                     return f"the first is {role}, {task}, {sample}: {error}"
         return None
 
+    @property
+    def first_broken_metric(self) -> str | None:
+        """The first metric that could not be aggregated, in words."""
+        for role, tasks in self.broken_metrics.items():
+            for task, errors in tasks.items():
+                for metric, error in errors.items():
+                    return f"{role}, {task}, {metric}: {error}"
+        return None
+
+    @property
+    def without_score(self) -> list[str]:
+        """Requested tasks that have no score, for either model."""
+        return [
+            task.name
+            for task in self.tasks
+            if task.model.value is None or (task.baseline and task.baseline.value is None)
+        ]
+
     def score(self, task: str) -> float | None:
         """The model's score on a requested task."""
         return next(result.model.value for result in self.tasks if result.name == task)
@@ -113,13 +138,17 @@ class EvalResult:
     def to_dict(self) -> dict[str, Any]:
         """As it stands in ``results.json``; the schema is in ``docs/evaluate.md``."""
         return {
+            "complete": self.complete,
             "tasks": [task.to_dict() for task in self.tasks],
             "model": self.model,
             "baseline": self.baseline,
             "environment": self.environment,
             "settings": self.settings,
             "failed_samples": self.failed_samples,
-            "failures": self.failures,
+            "failures": {
+                role: {k: v for k, v in tasks.items() if v} for role, tasks in self.failures.items()
+            },
+            "broken_metrics": self.broken_metrics,
             "seconds": round(self.seconds, 3),
         }
 

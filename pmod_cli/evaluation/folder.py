@@ -1,0 +1,83 @@
+"""The output folder of an evaluation: what is in it, and how it is written without losing anything.
+
+- ``results.json``, ``report.md``: replaced after each task, so they are there for whatever is finished.
+- ``samples/TASK.jsonl``: every document with both models' answers and scores.
+- ``answers/KEY/TASK/``: what `AnswerStore` keeps; a rerun reads it.
+- ``submissions/``, ``lmms-eval.log``: files that tasks write for a leaderboard, and what they print.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.errors import PmodError
+from pmod_cli.evaluation.store import AnswerStore
+
+
+class OutputFolder:
+    """One evaluation's folder; made if missing.
+
+    Args:
+        path: The folder.
+        rank: This process's rank; only rank 0 writes results.
+    """
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self.path = path
+        self.rank = rank
+        (path / "samples").mkdir(parents=True, exist_ok=True)
+
+    def claim(self, models: Mapping[str, Mapping[str, Any]]) -> None:
+        """Make sure that the folder does not hold the results of other models.
+
+        Args:
+            models: Description by role, each with a ``fingerprint``.
+
+        Raises:
+            PmodError: If it does.
+        """
+        try:
+            previous = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        for role in ("model", "baseline"):
+            before = (previous.get(role) or {}).get("fingerprint")
+            now = models.get(role, {}).get("fingerprint")
+            if before and now and before != now:
+                raise PmodError(
+                    f"{self.path} holds the results of another {role}", "choose another --output, or --force"
+                )
+
+    def store(self, key: str, task: str, rank: int) -> AnswerStore:
+        """The answers kept under a key."""
+        return AnswerStore(self.path / "answers" / key[:16] / task, rank)
+
+    def write_samples(self, task: str, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+        """Write a task's samples, one line a document.
+
+        Args:
+            task: Name of the task.
+            runs: By role, the samples with their scores; a document of one role has its like in the others.
+        """
+        lines = []
+        for samples in zip(*runs.values(), strict=True):
+            shared = {key: samples[0][key] for key in ("doc_id", "prompt", "target", "doc")}
+            own = {
+                role: {key: sample[key] for key in ("answer", "score", "error", "tokens")}
+                for role, sample in zip(runs, samples, strict=True)
+            }
+            lines.append(json.dumps(shared | own, default=str))
+        self._write(self.path / "samples" / f"{task}.jsonl", "\n".join(lines) + "\n")
+
+    def write_results(self, result: Mapping[str, Any], report: str) -> None:
+        """Write ``results.json`` and ``report.md``."""
+        self._write(self.path / "results.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+        self._write(self.path / "report.md", report)
+
+    def _write(self, path: Path, text: str) -> None:
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
