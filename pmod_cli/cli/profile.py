@@ -143,6 +143,16 @@ def profile_command(
     if compare is not None:
         _compare(*compare, as_json, markdown)
         return
+    limits = {
+        "max_flops_ratio": max_flops_ratio,
+        "max_kv_ratio": max_kv_ratio,
+        "max_prefill_ratio": max_prefill_ratio,
+    }
+    gated = any(limit is not None for limit in limits.values())
+    if gated and (sweep is not None or schedules):
+        raise PmodError("--max-... limits hold for a single profile", "leave --sweep and --schedules out")
+    if max_prefill_ratio is not None and not latency:
+        raise PmodError("--max-prefill-ratio needs --latency")
     if plot is not None and plot.exists() and not force:
         raise PmodError(f"{plot} exists", "--force overwrites it")
     from pmod_cli.profiling.profile import Settings, profile_subject
@@ -187,11 +197,6 @@ def profile_command(
             stdout.print(grid.to_rich())
         for note in notes(result):
             stdout.print(f"- {note}", markup=False)
-    limits = {
-        "max_flops_ratio": max_flops_ratio,
-        "max_kv_ratio": max_kv_ratio,
-        "max_prefill_ratio": max_prefill_ratio,
-    }
     check_gates(result, limits)
 
 

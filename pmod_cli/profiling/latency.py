@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from pmod_cli.errors import PmodError
-from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.profiling.loading import load_models
-from pmod_cli.profiling.paths import cache_bytes, cache_lengths
+from pmod_cli.profiling.paths import CACHE_ARGUMENT, cache_bytes, cache_lengths
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import Subject
 

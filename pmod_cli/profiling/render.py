@@ -226,16 +226,23 @@ def changes_grid(comparison: dict[str, Any]) -> Grid:
     """
 
     def show(value: Any) -> str:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return f"{value:,}"
+        if isinstance(value, int) and abs(value) >= 10_000:
+            unit, factor = next(pair for pair in _PREFIXES if abs(value) >= pair[1])
+            return f"{_digits(value / factor)} {unit}"
         if isinstance(value, float):
-            return f"{value:.6g}"
+            return f"{value:.4g}"
         text = str(value)
-        return text if len(text) <= 40 else f"{text[:37]}..."
+        return text if len(text) <= 24 else f"{text[:21]}..."
 
     rows = [
-        [change["key"], show(change["before"]), show(change["after"]), share(change["ratio"])]
+        [
+            change["key"].replace(".parts", "").replace(".macs", " MACs"),
+            show(change["before"]),
+            show(change["after"]),
+            share(change["ratio"]),
+        ]
         for change in comparison["changes"]
+        if not change["key"].endswith(".flops")  # twice the MACs
     ]
     title = f"{comparison['before']} -> {comparison['after']}: {len(rows)} figures changed"
-    return Grid(title, ["figure", "before", "after", "after / before"], rows)
+    return Grid(title, ["figure", "before", "after", "ratio"], rows)

@@ -1,0 +1,140 @@
+"""``pmod profile`` as a user runs it: output, JSON, exit codes, one-line errors."""
+
+import json
+import sys
+
+import pytest
+
+from pmod_cli.cli import main
+
+
+def run(capsys, *argv):
+    """Exit code, stdout, stderr."""
+    try:
+        main(["profile", *map(str, argv)])
+        code = 0
+    except SystemExit as exit_:
+        code = exit_.code or 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_table(capsys):
+    code, out, _ = run(capsys, "llava-1.5-7b", "--counter", "formula", "--layers")
+    assert code == 0
+    assert "MACs / FLOPs" in out
+    assert "53.7%" in out
+    assert "56.3%" in out
+
+
+def test_json(capsys):
+    code, out, _ = run(capsys, "llava-next-7b", "--counter", "formula", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert (document["schema_version"], document["command"]) == (1, "profile")
+    assert document["result"]["dense"]["prefill"]["macs"] == 22_855_182_775_296
+
+
+def test_recipe_in_the_papers_convention(capsys):
+    code, out, _ = run(capsys, "--recipe", "llava-1.5-7b", "--convention", "paper")
+    assert code == 0
+    assert "- / 8.38 T" in out
+    assert "- / 4.92 T" in out
+
+
+def test_markdown(capsys):
+    code, out, _ = run(capsys, "llava-1.5-7b", "--counter", "formula", "--markdown")
+    assert code == 0
+    assert out.startswith("**llava-1.5-7b")
+
+
+def test_gate_prints_the_result_and_exits_1(capsys):
+    argv = ("llava-1.5-7b", "--counter", "formula", "--json", "--max-flops-ratio", "0.5")
+    code, out, err = run(capsys, *argv)
+    assert code == 1
+    assert json.loads(out)["result"]["ratios"]["prefill_flops"] > 0.5
+    assert "above 0.5" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["llava-1.5-7"], "did you mean llava-1.5-7b"),
+        (["llava-1.5-7b", "--image-size", "big"], "not WIDTHxHEIGHT"),
+        (["llava-1.5-7b", "--max-prefill-ratio", "0.5", "--counter", "formula"], "needs --latency"),
+        (["llava-1.5-7b", "--set", "mod.flor=0.1"], "did you mean mod.floor"),
+        (["llava-1.5-7b", "--sweep", "batch", "--max-kv-ratio", "0.5"], "single profile"),
+        (["llava-1.5-7b", "--schedules", "--plot", "x.png"], "--plot goes with"),
+        (["llava-1.5-7b", "--image", "no-such.png"], "check the path"),
+        ([], "nothing to profile"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(capsys, argv, message):
+    code, out, err = run(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert len([line for line in err.splitlines() if line.startswith("error:")]) == 1
+    assert "Traceback" not in err
+
+
+def test_image_gives_its_size(capsys, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (300, 900)).save(tmp_path / "tall.png")
+    common = ("llava-next-7b", "--counter", "formula", "--json")
+    _, by_file, _ = run(capsys, *common, "--image", tmp_path / "tall.png")
+    _, by_size, _ = run(capsys, *common, "--image-size", "300x900")
+    assert json.loads(by_file) == json.loads(by_size)
+    assert json.loads(by_file)["result"]["workload"]["image_size"] == [300, 900]
+    (tmp_path / "not.png").write_text("text", encoding="utf-8")
+    code, _, err = run(capsys, *common, "--image", tmp_path / "not.png")
+    assert code == 2
+    assert "cannot read the picture" in err
+
+
+def test_sweep_schedules_and_compare(capsys, tmp_path):
+    code, out, _ = run(capsys, "llava-1.5-7b", "--sweep", "batch", "--json")
+    assert code == 0
+    assert [row["batch"] for row in json.loads(out)["result"]["rows"]] == [1, 2, 4, 8, 16]
+    code, out, _ = run(capsys, "llava-1.5-7b", "--schedules")
+    assert code == 0
+    assert "interleaved" in out
+    for name, batch in (("a.json", 1), ("b.json", 4)):
+        _, out, _ = run(capsys, "llava-1.5-7b", "--counter", "formula", "--batch", batch, "--json")
+        (tmp_path / name).write_text(out, encoding="utf-8")
+    code, out, _ = run(capsys, "--compare", tmp_path / "a.json", tmp_path / "b.json", "--json")
+    assert code == 0
+    assert any(change["key"] == "workload.batch" for change in json.loads(out)["result"]["changes"])
+    code, out, _ = run(capsys, "--compare", tmp_path / "a.json", tmp_path / "b.json")
+    assert code == 0
+    assert "400.0%" in out
+
+
+def test_plot_is_never_overwritten_unasked(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "p.png"
+    picture.write_text("mine", encoding="utf-8")
+    common = ("llava-1.5-7b", "--counter", "formula", "--plot", picture)
+    code, _, err = run(capsys, *common)
+    assert code == 2
+    assert "--force" in err
+    assert picture.read_text(encoding="utf-8") == "mine"
+    assert run(capsys, *common, "--force")[0] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_help_is_light_and_ends_in_examples(capsys):
+    import subprocess
+
+    code = """
+import sys
+from pmod_cli.cli import main
+try:
+    main(["profile", "--help"])
+except SystemExit:
+    pass
+assert not {"torch", "transformers", "fvcore", "matplotlib"} & set(sys.modules)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "pmod profile llava-1.5-7b" in shown

@@ -1,0 +1,113 @@
+"""Measuring: real models, real caches. No test here depends on how long anything takes."""
+
+import pytest
+import torch
+from profiling_models import TINY_MOD, save_tiny
+
+from pmod_cli.errors import PmodError
+from pmod_cli.profiling.latency import make_inputs, measure
+from pmod_cli.profiling.loading import load_models
+from pmod_cli.profiling.profile import Settings, profile, profile_checkpoint
+from pmod_cli.profiling.prompt import Workload
+from pmod_cli.profiling.subject import find_subject
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llava", {"dtype": "float32"}),
+        ("llava", {"dtype": "bfloat16", "batch": 3, "text_tokens": 7}),
+        ("llava_next", {"dtype": "float32", "batch": 2, "image_size": (20, 31)}),
+        ("llava", {"dtype": "float32", "with_image": False}),
+    ],
+)
+def test_real_cache_has_the_counted_bytes_in_every_layer(tmp_path, model_type, options):
+    save_tiny(tmp_path, model_type, mod=TINY_MOD)
+    result = profile_checkpoint(
+        tmp_path, latency=True, repeats=1, new_tokens=4, counter="formula", **options
+    )
+    for role in ("pmod", "dense"):
+        counted, real = result.variants[role], result.latency.models[role]
+        assert real.kv_prefill == counted.kv_prefill
+        assert real.kv_final == counted.kv_final
+        assert set(real.seconds) == {"prefill", "decode", "end_to_end"}
+    if options.get("with_image", True):
+        assert sum(result.variants["pmod"].kv_prefill) < sum(result.variants["dense"].kv_prefill)
+
+
+def test_dense_view_is_the_baseline_on_the_same_tensors(tmp_path):
+    saved = save_tiny(tmp_path, mod=TINY_MOD)
+    models = load_models(find_subject(str(tmp_path)), torch.device("cpu"), "float32")
+    pmod, dense = models["pmod"], models["dense"]
+    assert not any("router" in name for name, _ in dense.named_parameters())
+    ours, theirs = dense.lm_head.weight, pmod.lm_head.weight
+    assert ours.data_ptr() == theirs.data_ptr()
+    assert torch.equal(theirs, saved.lm_head.weight)
+    work = Workload(None, None, text_tokens=9)
+    inputs = make_inputs(dense, work)
+    # Without an image nothing is routed, so the two must give the very same logits.
+    with torch.no_grad():
+        assert torch.equal(dense(**inputs).logits, pmod(**inputs).logits)
+
+
+def test_dense_view_differs_from_p_mod_where_tokens_are_dropped(tmp_path):
+    save_tiny(tmp_path, mod=TINY_MOD)
+    subject = find_subject(str(tmp_path))
+    models = load_models(subject, torch.device("cpu"), "float32")
+    work = Settings(dtype="float32").workload(subject.main.geometry)
+    inputs = make_inputs(models["dense"], work)
+    assert int((inputs["input_ids"] == 60).sum()) == 16
+    with torch.no_grad():
+        pmod, dense = (models[role](**inputs).logits for role in ("pmod", "dense"))
+    assert not torch.allclose(pmod, dense)
+
+
+def test_dense_checkpoint_becomes_p_mod_with_zero_routers(tmp_path):
+    save_tiny(tmp_path)
+    models = load_models(find_subject(str(tmp_path)), torch.device("cpu"), "float32")
+    routers = [p for name, p in models["pmod"].named_parameters() if ".router." in name]
+    assert routers
+    assert all(not p.any() for p in routers)
+
+
+def test_order_repeats_and_random_weights(tmp_path):
+    subject = find_subject("llava-1.5-7b")
+    small = tmp_path / "config.json"
+    save_tiny(tmp_path / "model")
+    small.write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    said = []
+    result = profile_checkpoint(
+        small, latency=True, repeats=3, new_tokens=2, counter="formula", dtype="float32", progress=said.append
+    )
+    assert result.latency.random_weights
+    assert all(len(timing.seconds) == 3 for timing in result.latency.models["dense"].seconds.values())
+    assert result.latency.models["pmod"].bound is not None
+    assert result.latency.models["dense"].bound is None
+    assert "measuring: run 3 of 3" in said
+    assert subject.main.weights is None
+
+
+def test_one_new_token_needs_no_decode(tmp_path):
+    save_tiny(tmp_path)
+    result = profile_checkpoint(
+        tmp_path, None, latency=True, repeats=1, new_tokens=1, counter="formula", dtype="float32"
+    )
+    measured = result.latency.models["dense"]
+    assert set(measured.seconds) == {"prefill", "end_to_end"}
+    assert result.to_dict()["latency"]["models"]["dense"]["decode_tokens_per_second"] is None
+
+
+def test_too_big_for_this_machine(monkeypatch):
+    import pmod_cli.profiling.loading as loading
+
+    monkeypatch.setattr(loading, "_free_memory", lambda: 10**9)
+    subject = find_subject("llava-1.5-7b")
+    works = {role: v.work for role, v in profile(subject, Settings(counter="formula")).variants.items()}
+    with pytest.raises(PmodError, match=r"14\.1 GB in bfloat16 and 1\.0 GB are free"):
+        measure(subject, works)
+
+
+def test_unknown_device(tmp_path):
+    save_tiny(tmp_path)
+    with pytest.raises(PmodError, match="unknown device"):
+        profile_checkpoint(tmp_path, latency=True, device="quantum", counter="formula")

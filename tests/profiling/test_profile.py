@@ -1,0 +1,262 @@
+"""The result: figures, ratios, gates, sweeps, schedules, comparison, notes and pictures."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from profiling_models import TINY_MOD, save_tiny, tiny_raw
+
+from pmod_cli.errors import GateError, MissingExtraError, PmodError
+from pmod_cli.profiling.compare import compare_files
+from pmod_cli.profiling.explain import notes
+from pmod_cli.profiling.profile import Settings, profile, profile_checkpoint
+from pmod_cli.profiling.render import macs, profile_grids, profile_markdown, size
+from pmod_cli.profiling.result import check_gates
+from pmod_cli.profiling.subject import find_subject
+from pmod_cli.profiling.sweep import compare_schedules, sweep
+
+
+def seven_b(**changes):
+    return profile(find_subject("llava-1.5-7b"), Settings(**{"counter": "formula", **changes}))
+
+
+def test_retention_of_vision_and_of_all_tokens_differ():
+    found = seven_b().variants["pmod"]
+    assert found.vision_retention == pytest.approx(0.5369, abs=5e-5)
+    assert found.token_retention == pytest.approx(0.5634, abs=5e-5)
+    assert seven_b().ratios["kv_prefill"] == pytest.approx(found.token_retention)
+
+
+def test_vision_retention_is_unknown_where_text_competes():
+    subject = find_subject("llava-1.5-7b", overrides=["mod.target_tokens=all"])
+    assert profile(subject, Settings(counter="formula")).variants["pmod"].vision_retention is None
+
+
+@pytest.mark.parametrize("counter", ["fvcore", "torch", "all"])
+def test_counters_are_checked_against_the_formula(tmp_path, counter):
+    pytest.importorskip("fvcore")
+    save_tiny(tmp_path, mod=TINY_MOD)
+    result = profile_checkpoint(tmp_path, counter=counter)
+    assert result.checks
+    assert all(result.checks.values())
+    assert result.counted_by == ("torch" if counter == "torch" else "fvcore")
+
+
+def test_without_fvcore(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert seven_b(counter="auto").counted_by == "formula"
+    with pytest.raises(MissingExtraError, match=r"pmod-cli\[profile\]"):
+        seven_b(counter="fvcore")
+
+
+def test_importing_the_package_and_counting_by_formula_load_no_fvcore():
+    code = """
+import sys
+import pmod_cli.profiling
+assert "torch" not in sys.modules
+from pmod_cli.profiling import closed_form, prompt, geometries
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+from pmod_cli.profiling.profile import Settings, profile
+from pmod_cli.profiling.subject import find_subject
+profile(find_subject("llava-1.5-7b"), Settings(counter="formula"))
+assert "fvcore" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_paper_convention_shows_what_was_published():
+    result = profile(find_subject(None, recipe="llava-1.5-7b"), Settings(convention="paper"))
+    assert (result.published.dense_tflops, result.published.pmod_tflops) == (8.38, 4.92)
+    assert result.work.text_tokens == 30
+    assert any("published" in row[0] for grid in profile_grids(result) for row in grid.rows)
+    assert profile(find_subject("llava-1.5-13b"), Settings(convention="paper")).published is None
+    with pytest.raises(PmodError, match="by formula only"):
+        seven_b(convention="paper", counter="fvcore")
+
+
+def test_json_is_complete_and_plain():
+    document = json.loads(json.dumps(seven_b(batch=2).to_dict(), allow_nan=False))
+    assert document["pmod"]["prefill"]["flops"] == 2 * document["pmod"]["prefill"]["macs"]
+    parts = document["dense"]["prefill"]["parts"]
+    assert sum(part["macs"] for part in parts.values()) == document["dense"]["prefill"]["macs"]
+    layers = document["pmod"]["prefill"]["layers"]
+    decoder = ("attention_projections", "attention_scores", "mlp", "router")
+    assert sum(layer["macs"] for layer in layers) == sum(
+        document["pmod"]["prefill"]["parts"][part]["macs"] for part in decoder
+    )
+    assert document["ratios"]["prefill_flops"] == pytest.approx(0.588, abs=1e-3)
+
+
+def test_gates():
+    result = seven_b()
+    check_gates(result, {"max_flops_ratio": 0.59, "max_kv_ratio": 0.57, "max_prefill_ratio": None})
+    with pytest.raises(GateError, match=r"prefill FLOPs is 0\.5880 of dense, above 0\.5; KV cache"):
+        check_gates(result, {"max_flops_ratio": 0.5, "max_kv_ratio": 0.5})
+    with pytest.raises(PmodError, match="needs --latency"):
+        check_gates(result, {"max_prefill_ratio": 0.9})
+    alone = profile(find_subject("llava-1.5-7b", baseline="none"), Settings(counter="formula"))
+    with pytest.raises(PmodError, match="needs a p-MoD model and its dense baseline"):
+        check_gates(alone, {"max_flops_ratio": 0.9})
+
+
+@pytest.mark.parametrize("bad", [{"convention": "x"}, {"counter": "x"}, {"dtype": "int8"}, {"batch": 0}])
+def test_bad_settings(bad):
+    with pytest.raises(PmodError):
+        Settings(**bad)
+
+
+def test_sweep_of_ratios_rises():
+    rows = sweep(find_subject("llava-1.5-7b"), Settings(), "ratio")
+    flops = [row["prefill_flops"] for row in rows]
+    assert flops == sorted(flops)
+    assert rows[-1]["ratio"] == 1.0
+    assert rows[-1]["kv_prefill"] == 1.0
+
+
+def test_sweep_of_batch_saves_more_decode_traffic():
+    rows = sweep(find_subject("llava-next-7b"), Settings(), "batch")
+    traffic = [row["decode_step_traffic"] for row in rows]
+    assert traffic == sorted(traffic, reverse=True)
+    assert len({row["prefill_flops"] for row in rows}) == 1
+
+
+def test_sweep_of_tokens_measured(tmp_path):
+    save_tiny(tmp_path, mod=TINY_MOD, text={"max_position_embeddings": 2048})
+    rows = sweep(
+        find_subject(str(tmp_path)),
+        Settings(dtype="float32", new_tokens=2),
+        "tokens",
+        {"repeats": 1, "warmup": 0},
+    )
+    kv = [row["kv_prefill"] for row in rows]
+    assert kv == sorted(kv)
+    assert all(row["prefill_seconds"] > 0 for row in rows)
+
+
+def test_sweep_needs_two_models(tmp_path):
+    alone = find_subject("llava-1.5-7b", baseline="none")
+    for knob in ("ratio", "tokens"):
+        with pytest.raises(PmodError, match="dense baseline"):
+            sweep(alone, Settings(), knob)
+    with pytest.raises(PmodError, match="dense baseline"):
+        compare_schedules(alone, Settings())
+
+
+def test_schedules_at_equal_mean():
+    rows = compare_schedules(find_subject("llava-1.5-7b"), Settings())
+    assert [row["schedule"].split(",")[0] for row in rows] == [
+        "this model",
+        "shifted_cosine",
+        "shifted_linear",
+        "constant",
+        "interleaved",
+    ]
+    assert all(row["mean_retention"] == pytest.approx(rows[0]["mean_retention"], abs=0.01) for row in rows)
+
+
+def test_compare_names_what_changed(tmp_path):
+    for name, batch in (("a", 1), ("b", 2)):
+        document = {"schema_version": 1, "command": "profile", "result": seven_b(batch=batch).to_dict()}
+        (tmp_path / name).write_text(json.dumps(document), encoding="utf-8")
+    changes = {c["key"]: c for c in compare_files(tmp_path / "a", tmp_path / "b")["changes"]}
+    assert changes["workload.batch"]["after"] == 2
+    assert changes["pmod.prefill.macs"]["ratio"] == 2
+    assert "pmod.parameters.total" not in changes
+    assert compare_files(tmp_path / "a", tmp_path / "a")["changes"] == []
+    (tmp_path / "c").write_text("{}", encoding="utf-8")
+    with pytest.raises(PmodError, match="not the output"):
+        compare_files(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(PmodError, match="cannot read"):
+        compare_files(tmp_path / "a", tmp_path / "none")
+
+
+def test_units():
+    assert macs(4_330_183_681_024) == "4.330 / 8.660 T"
+    assert macs(739_271_245_824) == "0.7393 / 1.479 T"
+    assert macs(600) == "0.6000 / 1.200 k"
+    assert size(180_486_144) == "180.486 MB"
+    assert size(12) == "12 B"
+
+
+def test_markdown_and_layers():
+    text = profile_markdown(seven_b(), by_layer=True)
+    assert "| all | 4.330 / 8.660 T | 2.546 / 5.092 T | 58.8% |" in text
+    assert "| 31 | 0.150 | 121 |" in text
+    assert "two FLOPs" in text
+
+
+def test_notes_say_where_a_saving_does_not_show(tmp_path):
+    save_tiny(tmp_path, mod=TINY_MOD)
+    result = profile_checkpoint(
+        tmp_path, latency=True, repeats=1, new_tokens=3, counter="formula", dtype="float32"
+    )
+    text = " ".join(notes(result))
+    assert "of which the cache is" in text
+    assert "over the bound" in text
+
+
+def test_a_disagreement_is_told():
+    import dataclasses
+
+    result = dataclasses.replace(seven_b(), counted_by="fvcore", checks={"formula": False})
+    assert any(note.startswith("WARNING") for note in notes(result))
+
+
+@pytest.mark.parametrize("latency", [False, True])
+def test_plot(tmp_path, latency):
+    pytest.importorskip("matplotlib")
+    from PIL import Image
+
+    from pmod_cli.profiling.plots import plot_profile
+
+    save_tiny(tmp_path / "model", mod=TINY_MOD)
+    options = {"latency": True, "repeats": 2, "new_tokens": 2, "dtype": "float32"} if latency else {}
+    plot_profile(profile_checkpoint(tmp_path / "model", counter="formula", **options), tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    assert [p.name for p in tmp_path.glob("*.part")] == []
+
+
+def test_plot_of_a_sweep_and_bad_targets(tmp_path):
+    pytest.importorskip("matplotlib")
+    from pmod_cli.profiling.plots import plot_sweep
+
+    rows = sweep(find_subject("llava-1.5-7b"), Settings(), "batch")
+    plot_sweep(rows, "batch", tmp_path / "curve.svg")
+    assert "<svg" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
+    with pytest.raises(PmodError, match="cannot write a picture"):
+        plot_sweep(rows, "batch", tmp_path / "curve.txt")
+    with pytest.raises(PmodError, match="no folder"):
+        plot_sweep(rows, "batch", tmp_path / "none" / "curve.png")
+
+
+def test_shipped_geometries_are_all_profiled():
+    from pmod_cli.profiling.geometries import shipped_geometries
+
+    for name in shipped_geometries():
+        assert 0.5 < profile(find_subject(name), Settings(counter="formula")).ratios["prefill_flops"] < 0.6
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        {"model_type": "qwen2", "use_sliding_window": False},
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 6},
+        {"model_type": "mistral", "sliding_window": None},
+    ],
+)
+def test_unusual_decoders(tmp_path, text):
+    model = save_tiny(tmp_path, mod=TINY_MOD, text=text)
+    result = profile_checkpoint(tmp_path, counter="torch")
+    assert sum(result.variants["pmod"].parameters.values()) == sum(p.numel() for p in model.parameters())
+    assert all(result.checks.values())
+
+
+def test_raw_config_is_not_touched(tmp_path):
+    raw = tiny_raw()
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    profile_checkpoint(path, counter="formula")
+    assert json.loads(path.read_text(encoding="utf-8")) == raw
