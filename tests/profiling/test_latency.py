@@ -23,9 +23,7 @@ from pmod_cli.profiling.subject import find_subject
 )
 def test_real_cache_has_the_counted_bytes_in_every_layer(tmp_path, model_type, options):
     save_tiny(tmp_path, model_type, mod=TINY_MOD)
-    result = profile_checkpoint(
-        tmp_path, latency=True, repeats=1, new_tokens=4, counter="formula", **options
-    )
+    result = profile_checkpoint(tmp_path, latency=True, repeats=1, new_tokens=4, counter="formula", **options)
     for role in ("pmod", "dense"):
         counted, real = result.variants[role], result.latency.models[role]
         assert real.kv_prefill == counted.kv_prefill

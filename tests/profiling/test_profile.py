@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from profiling_models import TINY_MOD, save_tiny, tiny_raw
@@ -53,6 +54,7 @@ def test_without_fvcore(monkeypatch):
 def test_importing_the_package_and_counting_by_formula_load_no_fvcore():
     code = """
 import sys
+from pathlib import Path
 import pmod_cli.profiling
 assert "torch" not in sys.modules
 from pmod_cli.profiling import closed_form, prompt, geometries
@@ -260,3 +262,20 @@ def test_raw_config_is_not_touched(tmp_path):
     path.write_text(json.dumps(raw), encoding="utf-8")
     profile_checkpoint(path, counter="formula")
     assert json.loads(path.read_text(encoding="utf-8")) == raw
+
+
+def test_the_tables_in_the_documentation_are_what_is_counted():
+    text = (Path(__file__).parents[2] / "docs" / "profile.md").read_text(encoding="utf-8")
+    rows = {
+        "LLaVA-1.5-7B": "llava-1.5-7b",
+        "LLaVA-1.5-13B": "llava-1.5-13b",
+        "LLaVA-NeXT-7B": "llava-next-7b",
+    }
+    for title, name in rows.items():
+        for convention in ("full", "paper"):
+            result = profile(find_subject(name), Settings(convention=convention, counter="formula"))
+            dense, pmod = (2 * result.variants[role].prefill.macs / 1e12 for role in ("dense", "pmod"))
+            row = f"| {title} | {convention} | {dense:.2f} | {pmod:.2f} | {pmod / dense:.1%}".replace(
+                "%", " %"
+            )
+            assert row in text

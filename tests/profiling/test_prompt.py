@@ -1,9 +1,9 @@
 """Vision tokens and crops of an image are what the real processor and model make of it."""
 
 import pytest
-from profiling_models import geometry
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from profiling_models import geometry
 
 from pmod_cli.errors import PmodError
 from pmod_cli.profiling.prompt import Workload, default_image_size, image_tokens, parse_size

@@ -63,7 +63,7 @@ def test_baseline_by_path(tmp_path):
 
 
 def test_what_cannot_be_found_names_the_nearest():
-    with pytest.raises(PmodError, match="did you mean llava-1.5-13b"):
+    with pytest.raises(PmodError, match=r"did you mean llava-1\.5-13b"):
         find_subject("llava-1.5-13")
     with pytest.raises(PmodError, match="name a MODEL"):
         find_subject(None)
