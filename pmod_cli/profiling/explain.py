@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from pmod_cli.profiling.result import ProfileResult, VariantProfile
+from pmod_cli.profiling.result import ProfileResult
 
 # A time ratio this much above the FLOPs ratio is worth a word.
 _NOTICEABLE = 0.05
+# Bytes below which a decode step is not bound by memory on any machine of today.
+_SMALL = 10**8
+
+
+def size(count: float) -> str:
+    """Bytes in the largest decimal unit that leaves a number above 1."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.3f} {unit}"
+    return f"{count:.0f} B"
 
 
 def notes(result: ProfileResult) -> list[str]:
@@ -50,41 +60,32 @@ def _timing(result: ProfileResult) -> list[str]:
     lines = []
     if latency.random_weights:
         lines.append("Weights are random (only a config was given); times do not depend on their values.")
-    if latency.bound_overhead is not None:
+    ratios, dense = result.ratios, result.variants.get("dense")
+    overhead = latency.bound_overhead
+    if overhead is not None:
         lines.append(
-            f"p-MoD's prefill takes {latency.bound_overhead:+.0%} over the bound in which layers see their kept "
-            "tokens and do nothing else (router, choice, gathering and scattering make the difference)."
+            f"p-MoD's prefill takes {overhead:+.0%} over the bound in which each layer runs on its kept tokens and "
+            "nothing else is done; the router, the choice, gathering and scattering make the difference."
         )
-    ratios = result.ratios
-    dense = result.variants.get("dense")
     if not latency.ratios or dense is None:
         return lines
-    if ratios["prefill_seconds"] > ratios["prefill_flops"] + _NOTICEABLE:
+    if overhead is not None and ratios["prefill_seconds"] > ratios["prefill_flops"] + _NOTICEABLE:
+        bound = ratios["prefill_seconds"] / (1 + overhead)
         lines.append(
-            f"Prefill time falls to {ratios['prefill_seconds']:.0%} and its FLOPs to {ratios['prefill_flops']:.0%}: "
-            + _prefill_reason(result, dense)
+            f"Prefill FLOPs fall to {ratios['prefill_flops']:.0%}, time to {ratios['prefill_seconds']:.0%}: the bound "
+            f"alone takes {bound:.0%} of dense (fewer tokens fill the processor less well, and each operation has a "
+            "fixed cost), the overhead makes up the rest; both weigh less in larger models and longer prompts."
         )
     if "decode_seconds" in ratios:
         traffic = dense.traffic["decode_step"]
-        share = sum(dense.kv_prefill) / traffic
         lines.append(
-            f"Decode time goes to {ratios['decode_seconds']:.0%}: a step reads {traffic / 1e9:.3g} GB of weights "
-            f"and KV cache, of which the cache is {share:.1%}, so it can fall to "
-            f"{ratios['decode_step_traffic']:.1%} at best; larger batches and longer prompts save more."
+            f"Decode time goes to {ratios['decode_seconds']:.0%}: of the {size(traffic)} that a step must read the KV "
+            f"cache is {sum(dense.kv_prefill) / traffic:.1%} and the rest weights, so traffic falls to "
+            f"{ratios['decode_step_traffic']:.1%} and no further"
+            + (
+                "; in a model this small most of the time goes into launching operations."
+                if traffic < _SMALL
+                else "; larger batches and longer prompts save more."
+            )
         )
     return lines
-
-
-def _prefill_reason(result: ProfileResult, dense: VariantProfile) -> str:
-    latency = result.latency
-    assert latency is not None
-    intensity = 2 * dense.prefill.macs / dense.traffic["prefill"]
-    reasons = []
-    if latency.bound_overhead is not None and latency.bound_overhead > _NOTICEABLE:
-        reasons.append("the p-MoD layers' own overhead, which weighs most in small models and short prompts")
-    if intensity < 100:
-        reasons.append(
-            f"with {intensity:.0f} FLOPs a byte the pass is bound by reading weights, which p-MoD reads as well"
-        )
-    reasons.append("fewer tokens a layer fill the processor less well")
-    return "; ".join(reasons) + "."

@@ -7,7 +7,8 @@ nothing is multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,23 @@ def meta_model(config: Any, dtype: str) -> Any:
         return AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
         ).eval()
+
+
+@contextmanager
+def autocast_off() -> Iterator[None]:
+    """Lets a model ask on meta whether autocast is on, where torch raises instead of saying no."""
+    ask = torch.is_autocast_enabled
+
+    def answer(device_type: str | None = None) -> bool:
+        if device_type == "meta":
+            return False
+        return ask() if device_type is None else ask(device_type)
+
+    torch.is_autocast_enabled = answer
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = ask
 
 
 class VisionPath(nn.Module):
@@ -101,6 +119,7 @@ def routing_plan(model: Any, work: Workload) -> RoutingPlan | None:
     return RoutingPlan.from_counts(mask, None, [routed] * work.batch, [work.prompt_tokens] * work.batch)
 
 
+@autocast_off()
 def filled_cache(model: Any, work: Workload) -> Any:
     """The KV cache that the model's own prefill leaves."""
     from transformers import DynamicCache

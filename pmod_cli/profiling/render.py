@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.profiling.closed_form import PARTS
-from pmod_cli.profiling.explain import notes
+from pmod_cli.profiling.explain import notes, size
 from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
 
 if TYPE_CHECKING:
@@ -84,14 +84,6 @@ def macs(count: int) -> str:
 
 def _digits(value: float) -> str:
     return f"{value:#.4g}".rstrip(".")
-
-
-def size(count: float) -> str:
-    """Bytes in the largest decimal unit that leaves a number above 1."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3f} {unit}"
-    return f"{count:.0f} B"
 
 
 def share(value: float | None) -> str:

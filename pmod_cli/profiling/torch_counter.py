@@ -17,6 +17,7 @@ from pmod_cli.profiling.paths import (
     DecoderPath,
     VisionPath,
     assemble,
+    autocast_off,
     cache_lengths,
     decoder_input,
     filled_cache,
@@ -26,6 +27,7 @@ from pmod_cli.profiling.paths import (
 from pmod_cli.profiling.prompt import Workload
 
 
+@autocast_off()
 def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
     """Run a prefill and the first decode step.
 

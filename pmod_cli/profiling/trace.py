@@ -24,6 +24,7 @@ from pmod_cli.profiling.paths import (
     DecoderPath,
     VisionPath,
     assemble,
+    autocast_off,
     cache_lengths,
     decoder_input,
     filled_cache,
@@ -33,6 +34,7 @@ from pmod_cli.profiling.paths import (
 from pmod_cli.profiling.prompt import Workload
 
 
+@autocast_off()
 def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
     """Trace a prefill and the first decode step.
 

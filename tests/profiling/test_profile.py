@@ -10,9 +10,9 @@ from profiling_models import TINY_MOD, save_tiny, tiny_raw
 
 from pmod_cli.errors import GateError, MissingExtraError, PmodError
 from pmod_cli.profiling.compare import compare_files
-from pmod_cli.profiling.explain import notes
+from pmod_cli.profiling.explain import notes, size
 from pmod_cli.profiling.profile import Settings, profile, profile_checkpoint
-from pmod_cli.profiling.render import macs, profile_grids, profile_markdown, size
+from pmod_cli.profiling.render import macs, profile_grids, profile_markdown
 from pmod_cli.profiling.result import check_gates
 from pmod_cli.profiling.subject import find_subject
 from pmod_cli.profiling.sweep import compare_schedules, sweep
@@ -194,7 +194,7 @@ def test_notes_say_where_a_saving_does_not_show(tmp_path):
         tmp_path, latency=True, repeats=1, new_tokens=3, counter="formula", dtype="float32"
     )
     text = " ".join(notes(result))
-    assert "of which the cache is" in text
+    assert "KV cache is" in text
     assert "over the bound" in text
 
 
