@@ -99,7 +99,7 @@ def draw_lesson(rng: random.Random, progress: float) -> Conversation:
     if rng.random() < 0.2:
         kinds[-1] = "count"
     questions = [world.ask(rng, scene, kind) for kind in kinds]
-    questions += [ask_list(rng, scene) for _ in range(3 if early else 1)]
+    questions += [world.ask(rng, scene, "list") for _ in range(3 if early else 1)]
     rng.shuffle(questions)
     return scene, questions
 
@@ -108,14 +108,6 @@ def draw_conversation(rng: random.Random) -> Conversation:
     """Draw a picture with a conversation as in the training data on disk: one question of each kind."""
     scene = world.draw_scene(rng, "train")
     return scene, world.ask_each(rng, scene)
-
-
-def ask_list(rng: random.Random, scene: world.Scene) -> world.Question:
-    """Ask for all shapes with their attributes; the order of either is left to chance."""
-    parts = []
-    for item in rng.sample(scene.items, len(scene.items)):
-        parts.append(" ".join(rng.sample((item.colour, item.shape, item.place), 3)))
-    return world.Question("list", "List the shapes.", ", ".join(parts))
 
 
 def pack(

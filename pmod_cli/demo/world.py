@@ -35,7 +35,7 @@ SHAPES = ("circle", "square", "triangle", "cross")
 PLACES: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 NUMBERS = ("zero", "one", "two")
 KINDS = ("colour", "shape", "place", "exists", "count")
-"""Kinds of question with a one-word answer. The further kind `describe` is for training only."""
+"""Kinds of question with a one-word answer. A further kind, `list`, is for training only."""
 
 Split = Literal["train", "heldout"]
 
@@ -155,11 +155,13 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> Question:
     Args:
         rng: The source of chance.
         scene: The scene.
-        kind: One of `KINDS`, or `describe`.
+        kind: One of `KINDS`, or `list`.
 
     Raises:
         ValueError: If there is no such kind.
     """
+    if kind == "list":
+        return Question(kind, "List the shapes.", _list_items(rng, scene))
     item = rng.choice(scene.items)
     if kind == "colour":
         texts = (f"What colour is the shape {_PHRASES[item.place]}?", f"What colour is the {item.shape}?")
@@ -174,9 +176,7 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> Question:
         return _ask_exists(rng, scene, item)
     if kind == "count":
         return Question(kind, "How many shapes are there?", NUMBERS[len(scene.items)])
-    if kind == "describe":
-        return Question(kind, "Describe the picture.", describe(scene))
-    raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join((*KINDS, 'describe'))}")
+    raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join((*KINDS, 'list'))}")
 
 
 def _ask_exists(rng: random.Random, scene: Scene, item: Item) -> Question:
@@ -192,9 +192,10 @@ def _ask_exists(rng: random.Random, scene: Scene, item: Item) -> Question:
     return Question("exists", f"Is there a {colour} {shape}?", "yes" if truth else "no")
 
 
-def describe(scene: Scene) -> str:
-    """A sentence with all that the questions ask for, such as `a red circle on the left`."""
-    return " and ".join(f"a {item.colour} {item.shape} {_PHRASES[item.place]}" for item in scene.items)
+def _list_items(rng: random.Random, scene: Scene) -> str:
+    """All that the questions ask for, as in `left red circle, blue square right`, in a random order."""
+    items = rng.sample(scene.items, len(scene.items))
+    return ", ".join(" ".join(rng.sample((item.colour, item.shape, item.place), 3)) for item in items)
 
 
 def ask_each(rng: random.Random, scene: Scene, kinds: tuple[str, ...] = KINDS) -> list[Question]:
