@@ -103,7 +103,9 @@ def profile_command(
         Convention, typer.Option("--convention", help="paper: count as the paper's table did.")
     ] = Convention.full,
     latency: Annotated[bool, typer.Option("--latency", help="Measure time and memory too.")] = False,
-    device: Annotated[str, typer.Option("--device", help="Where to measure: cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[
+        str, typer.Option("--device", help="Where to measure: auto, cpu, cuda, cuda:1 ...")
+    ] = "auto",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Measured runs.")] = 5,
     layers: Annotated[bool, typer.Option("--layers", help="Add a table by layer.")] = False,
     sweep: Annotated[
@@ -158,14 +160,19 @@ def profile_command(
     from pmod_cli.profiling.profile import Settings, profile_subject
     from pmod_cli.profiling.subject import find_subject
 
-    on_cpu = device.startswith("cpu")
+    default_dtype = "bfloat16"
+    if latency:
+        from pmod_cli.profiling.latency import find_device
+
+        device = str(find_device(device))
+        default_dtype = "float32" if device == "cpu" else default_dtype
     settings = Settings(
         image_size=_image_size(image_size, image),
         with_image=not no_image,
         text_tokens=text_tokens,
         new_tokens=new_tokens,
         batch=batch,
-        dtype=dtype.value if dtype else "float32" if latency and on_cpu else "bfloat16",
+        dtype=dtype.value if dtype else default_dtype,
         all_logits=logits is Logits.all,
         convention=convention.value,
         counter=counter.value,

@@ -60,6 +60,10 @@ def _timing(result: ProfileResult) -> list[str]:
     lines = []
     if latency.random_weights:
         lines.append("Weights are random (only a config was given); times do not depend on their values.")
+    lines.append(
+        f"Medians of {latency.repeats} runs by turns, fastest and slowest in brackets; {latency.threads} CPU threads; "
+        f"the process held {size(latency.process_peak)} of memory at most."
+    )
     ratios, dense = result.ratios, result.variants.get("dense")
     overhead = latency.bound_overhead
     if overhead is not None:

@@ -143,7 +143,7 @@ def measure(
     subject: Subject,
     works: dict[str, Workload],
     *,
-    device: str = "cpu",
+    device: str = "auto",
     repeats: int = 5,
     warmup: int = 1,
     progress: Callable[[str], None] | None = None,
@@ -153,7 +153,7 @@ def measure(
     Args:
         subject: The models; weights are random where only a config is known.
         works: The prompt of each model, by ``pmod`` and ``dense``.
-        device: ``cpu``, ``cuda``, ``cuda:1`` ...
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
         repeats: Measured runs.
         warmup: Runs before them that do not count.
         progress: Called with a short text at each step.
@@ -163,7 +163,7 @@ def measure(
     """
     if repeats < 1:
         raise PmodError("--repeats must be at least 1")
-    place = _device(device)
+    place = find_device(device)
     say = progress or (lambda _text: None)
     say("loading the models")
     try:
@@ -314,11 +314,20 @@ def make_inputs(model: Any, work: Workload) -> dict[str, Tensor]:
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
-def _device(name: str) -> torch.device:
+def find_device(name: str) -> torch.device:
+    """The device of a name; ``auto`` is a GPU if there is one, else the CPU.
+
+    Raises:
+        PmodError: No such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise PmodError(f"unknown device {name!r}", "e.g. cpu, cuda, cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PmodError("no CUDA device here", "--device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise PmodError(f"cannot measure on {name!r}", "cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise PmodError(f"no device {name} here", "--device cpu")
     return device

@@ -81,7 +81,7 @@ def profile_checkpoint(
     *,
     recipe: str | None = None,
     latency: bool = False,
-    device: str = "cpu",
+    device: str = "auto",
     repeats: int = 5,
     progress: Callable[[str], None] | None = None,
     **settings: Any,
@@ -93,7 +93,7 @@ def profile_checkpoint(
         baseline: ``auto`` (the same model with every layer dense), another model, or None.
         recipe: How a dense MODEL would become p-MoD; the paper's settings by default.
         latency: Measure as well as count.
-        device: Where to measure.
+        device: Where to measure; ``auto`` is a GPU if there is one.
         repeats: Measured runs of each phase.
         progress: Called with a short text at each step.
         **settings: See `Settings`.

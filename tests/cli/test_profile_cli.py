@@ -1,11 +1,21 @@
 """``pmod profile`` as a user runs it: output, JSON, exit codes, one-line errors."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 
 from pmod_cli.cli import main
+
+TINY = """
+{"model_type": "llava", "image_token_index": 60,
+ "text_config": {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4,
+                 "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64},
+ "vision_config": {"model_type": "clip_vision_model", "hidden_size": 12, "intermediate_size": 20,
+                   "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 4, "image_size": 16}}
+"""
 
 
 def run(capsys, *argv):
@@ -124,9 +134,7 @@ def test_plot_is_never_overwritten_unasked(capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_help_is_light_and_ends_in_examples(capsys):
-    import subprocess
-
+def test_help_is_light_and_ends_in_examples():
     code = """
 import sys
 from pmod_cli.cli import main
@@ -138,3 +146,40 @@ assert not {"torch", "transformers", "fvcore", "matplotlib"} & set(sys.modules)
 """
     shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert "pmod profile llava-1.5-7b" in shown
+
+
+def test_7b_is_counted_by_fvcore_in_little_memory():
+    pytest.importorskip("fvcore")
+    argv = [sys.executable, "-m", "pmod_cli", "profile", "llava-1.5-7b", "--counter", "fvcore", "--json"]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    out = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss * 1024 < 2e9
+    result = json.loads(out)["result"]
+    assert result["checks"] == {"formula": True}
+    assert result["dense"]["prefill"]["macs"] == 4_330_183_681_024
+
+
+def test_measuring(capsys, tmp_path):
+    # Limits that no machine misses, and none meets: the test is of the gate, not of the time.
+    (tmp_path / "config.json").write_text(TINY, encoding="utf-8")
+    common = (
+        tmp_path,
+        "--latency",
+        "--device",
+        "cpu",
+        "--repeats",
+        "1",
+        "--new-tokens",
+        "3",
+        "--counter",
+        "formula",
+    )
+    code, out, _ = run(capsys, *common, "--max-prefill-ratio", "1e9")
+    assert code == 0
+    assert "generate, end to end" in out
+    code, _, err = run(capsys, *common, "--max-prefill-ratio", "0")
+    assert code == 1
+    assert "prefill time is" in err

@@ -105,7 +105,11 @@ def test_too_big_for_this_machine(monkeypatch):
         measure(subject, works)
 
 
-def test_unknown_device(tmp_path):
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("quantum", "unknown device"), ("cuda:99", "no device cuda:99"), ("meta", "cannot measure")],
+)
+def test_bad_devices(tmp_path, device, message):
     save_tiny(tmp_path)
-    with pytest.raises(PmodError, match="unknown device"):
-        profile_checkpoint(tmp_path, latency=True, device="quantum", counter="formula")
+    with pytest.raises(PmodError, match=message):
+        profile_checkpoint(tmp_path, latency=True, device=device, counter="formula")
