@@ -6,20 +6,17 @@ from the cache object that a real prefill leaves.
 
 from __future__ import annotations
 
-import gc
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pmod_cli.errors import PmodError
-from pmod_cli.profiling.loading import load_models
-from pmod_cli.profiling.paths import CACHE_ARGUMENT, cache_bytes, cache_lengths
+from pmod_cli.profiling.bench import Bench
+from pmod_cli.profiling.loading import load_models, quiet_transformers
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import Subject
 
@@ -57,7 +54,8 @@ class Measured:
         decoded: Tokens a sample that ``decode`` made.
         kv_prefill: Real bytes of KV cache by layer after the prompt.
         kv_final: Real bytes of KV cache by layer when the last token was generated.
-        peak_memory: Most bytes allocated on the device; None on a CPU.
+        peak_memory: Most bytes allocated on the device in this model's turn, the other's weights included if they
+            are not shared; None on a CPU.
         bound: Seconds of prefill if the layers ran on their kept tokens and did nothing else; p-MoD only.
     """
 
@@ -169,22 +167,22 @@ def measure(
     try:
         models = load_models(subject, place, next(iter(works.values())).dtype)
         found = {role: Measured(works[role].new_tokens - 1) for role in models}
-        benches = {role: _Bench(model, works[role]) for role, model in models.items()}
-        bound = benches["pmod"].bound if "pmod" in benches else None
+        benches = {role: Bench(model, works[role]) for role, model in models.items()}
         samples: dict[tuple[str, str], list[float]] = {}
-        for turn in range(-warmup, repeats):
-            say(f"measuring: {'warm-up' if turn < 0 else f'run {turn + 1} of {repeats}'}")
+        for index in range(-warmup, repeats):
+            say(f"measuring: {'warm-up' if index < 0 else f'run {index + 1} of {repeats}'}")
             # By turns, and in changing order, so that a drift of the machine's speed hits both alike.
-            order = list(benches.items())[:: 1 if turn % 2 else -1]
-            for role, bench in order:
-                times, cache_sizes, peak = bench.run()
-                found[role].kv_prefill, found[role].kv_final = cache_sizes
-                found[role].peak_memory = peak
-                if role == "pmod" and bound:
-                    times["bound"] = bound()
-                if turn >= 0:
-                    for phase, seconds in times.items():
-                        samples.setdefault((role, phase), []).append(seconds)
+            for role, bench in list(benches.items())[:: 1 if index % 2 else -1]:
+                with quiet_transformers():
+                    turn = bench.run()
+                seconds = dict(turn.seconds)
+                if role == "pmod":
+                    seconds["bound"] = bench.bound()
+                found[role].kv_prefill, found[role].kv_final = turn.kv_prefill, turn.kv_final
+                found[role].peak_memory = turn.peak_memory
+                if index >= 0:
+                    for phase, value in seconds.items():
+                        samples.setdefault((role, phase), []).append(value)
     except torch.OutOfMemoryError as error:
         raise PmodError(
             f"out of memory on {place}", "a smaller --batch or image, or --dtype bfloat16"
@@ -205,113 +203,6 @@ def measure(
         models=found,
         process_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
-
-
-class _Bench:
-    """One model with one prompt."""
-
-    def __init__(self, model: Any, work: Workload) -> None:
-        self.model, self.work = model, work
-        self.inputs = make_inputs(model, work)
-        self.kept: list[int] = []
-
-    @torch.inference_mode()
-    def run(self) -> tuple[dict[str, float], tuple[list[int], list[int]], int | None]:
-        """One prefill, the decode steps after it, and one ``generate``.
-
-        Returns:
-            Seconds by phase, bytes of KV cache by layer after the prompt and at the end, peak memory.
-        """
-        cuda = self.model.device.type == "cuda"
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(self.model.device)
-        gc.collect()
-        start = self._clock()
-        output = self.model(**self.inputs, use_cache=True, logits_to_keep=1)
-        token = output.logits[:, -1:].argmax(-1)
-        prefilled = self._clock()
-        cache = output[CACHE_ARGUMENT]
-        self.kept = cache_lengths(cache)
-        after_prefill = cache_bytes(cache)
-        times = {"prefill": prefilled - start}
-        if self.work.new_tokens > 1:
-            start = self._clock()
-            for _ in range(self.work.new_tokens - 1):
-                step = {CACHE_ARGUMENT: cache, "use_cache": True, "logits_to_keep": 1}
-                token = self.model(input_ids=token, **step).logits[:, -1:].argmax(-1)
-            times["decode"] = self._clock() - start
-        sizes = (after_prefill, cache_bytes(cache))
-        del cache, output
-        start = self._clock()
-        self.model.generate(
-            **self.inputs,
-            do_sample=False,
-            min_new_tokens=self.work.new_tokens,
-            max_new_tokens=self.work.new_tokens,
-        )
-        times["end_to_end"] = self._clock() - start
-        return times, sizes, torch.cuda.max_memory_allocated(self.model.device) if cuda else None
-
-    @torch.inference_mode()
-    def bound(self) -> float:
-        """Seconds of a prefill in which each layer sees its kept tokens only.
-
-        The vision tower, the same layers as plain decoder layers on as many tokens as they keep, and the LM head: no
-        router, no choice, no gathering and scattering.
-        """
-        model = self.model
-        decoder, width = model.model.language_model, model.config.text_config.hidden_size
-        batch, tokens = self.work.batch, self.work.prompt_tokens
-        states = torch.randn(batch, tokens, width, dtype=model.dtype, device=model.device)
-        positions = torch.arange(tokens, device=model.device)[None]
-        images = {key: value for key, value in self.inputs.items() if key in ("pixel_values", "image_sizes")}
-        start = self._clock()
-        if images:
-            model.get_image_features(**images)
-        tables = decoder.rotary_emb(states, position_ids=positions)
-        for layer, kept in zip(decoder.layers, self.kept, strict=True):
-            if kept:
-                # Without a routing plan an MoD layer is the plain decoder layer.
-                layer(
-                    states[:, :kept],
-                    attention_mask=None,
-                    position_ids=positions[:, :kept],
-                    position_embeddings=tuple(table[:, :kept] for table in tables),
-                )
-        model.lm_head(decoder.norm(states[:, -1:]))
-        return self._clock() - start
-
-    def _clock(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
-
-
-def make_inputs(model: Any, work: Workload) -> dict[str, Tensor]:
-    """What the model's processor would give for one image and some text a sample; pixels and words are random.
-
-    Args:
-        model: The model to be run.
-        work: How many tokens.
-    """
-    generator = torch.Generator().manual_seed(0)
-    image_token = model.config.image_token_id
-    words = torch.randint(
-        0, model.config.text_config.vocab_size - 1, (work.batch, work.text_tokens), generator=generator
-    )
-    words += words >= image_token  # any id but the image token's
-    image = torch.full((work.batch, work.vision_tokens), image_token)
-    prompt = torch.cat([words[:, :1], image, words[:, 1:]], dim=1)
-    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
-    if work.image:
-        vision = model.config.vision_config
-        shape: tuple[int, ...] = (vision.num_channels, vision.image_size, vision.image_size)
-        if hasattr(model.config, "image_grid_pinpoints"):
-            shape = (work.image.crops, *shape)
-            inputs["image_sizes"] = torch.tensor([work.image_size] * work.batch)
-        pixels = torch.randn(work.batch, *shape, generator=generator)
-        inputs["pixel_values"] = pixels.to(model.dtype)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
 
 
 def find_device(name: str) -> torch.device:

@@ -29,14 +29,12 @@ def load_models(subject: Subject, device: torch.device, dtype: str) -> dict[str,
     Raises:
         PmodError: They do not fit in memory, or cannot be read.
     """
-    shared = subject.pmod is not None and subject.dense is not None and subject.pmod.raw == subject.dense.raw
-    shared = shared and subject.main.weights == list(subject.variants.values())[-1].weights
-    needed = [subject.main] if shared else list(subject.variants.values())
-    _check_memory(needed, device, dtype)
-    if shared:
-        assert subject.dense is not None
-        pmod = _load(subject.main, device, dtype)
-        return {"pmod": pmod, "dense": dense_view(pmod, subject.dense.config, dtype)}
+    pmod, dense = subject.pmod, subject.dense
+    if pmod and dense and (pmod.raw, pmod.weights) == (dense.raw, dense.weights):
+        _check_memory([pmod], device, dtype)
+        model = _load(pmod, device, dtype)
+        return {"pmod": model, "dense": dense_view(model, dense.config, dtype)}
+    _check_memory(list(subject.variants.values()), device, dtype)
     return {role: _load(variant, device, dtype) for role, variant in subject.variants.items()}
 
 
@@ -66,7 +64,7 @@ def _load(variant: Variant, device: torch.device, dtype: str) -> Any:
         with torch.device(device):
             return AutoModelForImageTextToText.from_config(variant.config, **options).eval()
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model = AutoModelForImageTextToText.from_pretrained(
                 variant.weights, config=variant.config, **options
             )
@@ -98,7 +96,8 @@ def _free_memory() -> int | None:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
+    """Only errors of transformers are shown."""
     # A dense checkpoint has no routers and a p-MoD checkpoint has more than the dense class wants: both are meant.
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

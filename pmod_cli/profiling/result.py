@@ -174,7 +174,7 @@ def check_gates(result: ProfileResult, limits: dict[str, float | None]) -> None:
             need = "--latency" if key == "prefill_seconds" else "a p-MoD model and its dense baseline"
             raise PmodError(f"--{gate.replace('_', '-')} needs {need}")
         if result.ratios[key] > limit:
-            failed.append(f"{what} is {result.ratios[key]:.4f} of dense, above {limit:g}")
+            failed.append(f"{what}: {result.ratios[key]:.4f} of dense, above {limit:g}")
     if failed:
         raise GateError("; ".join(failed))
 

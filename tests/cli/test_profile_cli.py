@@ -182,4 +182,4 @@ def test_measuring(capsys, tmp_path):
     assert "generate, end to end" in out
     code, _, err = run(capsys, *common, "--max-prefill-ratio", "0")
     assert code == 1
-    assert "prefill time is" in err
+    assert "prefill time: " in err

@@ -93,7 +93,7 @@ def test_json_is_complete_and_plain():
 def test_gates():
     result = seven_b()
     check_gates(result, {"max_flops_ratio": 0.59, "max_kv_ratio": 0.57, "max_prefill_ratio": None})
-    with pytest.raises(GateError, match=r"prefill FLOPs is 0\.5880 of dense, above 0\.5; KV cache"):
+    with pytest.raises(GateError, match=r"prefill FLOPs: 0\.5880 of dense, above 0\.5; KV cache"):
         check_gates(result, {"max_flops_ratio": 0.5, "max_kv_ratio": 0.5})
     with pytest.raises(PmodError, match="needs --latency"):
         check_gates(result, {"max_prefill_ratio": 0.9})
