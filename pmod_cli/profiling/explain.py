@@ -61,7 +61,7 @@ def _timing(result: ProfileResult) -> list[str]:
     if latency.random_weights:
         lines.append("Weights are random (only a config was given); times do not depend on their values.")
     lines.append(
-        f"Medians of {latency.repeats} runs by turns, fastest and slowest in brackets; {latency.threads} CPU threads; "
+        f"Medians of {latency.repeats} runs by turns, fastest and slowest in brackets; CPU threads: {latency.threads}; "
         f"the process held {size(latency.process_peak)} of memory at most."
     )
     ratios, dense = result.ratios, result.variants.get("dense")
@@ -75,10 +75,13 @@ def _timing(result: ProfileResult) -> list[str]:
         return lines
     if overhead is not None and ratios["prefill_seconds"] > ratios["prefill_flops"] + _NOTICEABLE:
         bound = ratios["prefill_seconds"] / (1 + overhead)
+        why = ""
+        if bound > ratios["prefill_flops"] + _NOTICEABLE:
+            why = " (fewer tokens fill the processor less well, and each operation has a fixed cost)"
         lines.append(
             f"Prefill FLOPs fall to {ratios['prefill_flops']:.0%}, time to {ratios['prefill_seconds']:.0%}: the bound "
-            f"alone takes {bound:.0%} of dense (fewer tokens fill the processor less well, and each operation has a "
-            "fixed cost), the overhead makes up the rest; both weigh less in larger models and longer prompts."
+            f"alone takes {bound:.0%} of dense{why}, the overhead makes up the rest; both weigh less in larger models "
+            "and longer prompts."
         )
     if "decode_seconds" in ratios:
         traffic = dense.traffic["decode_step"]

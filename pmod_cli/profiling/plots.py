@@ -26,20 +26,26 @@ def plot_profile(result: ProfileResult, path: str | Path) -> None:
     """
     figure, axes = _figure(2, 2, (9, 6))
     roles: list[str] = [role for role in ("dense", "pmod") if role in result.variants]
+    largest = result.variants[roles[0]]
+    flops_unit, flops_factor = _unit(max(FLOPS_PER_MAC * layer.macs for layer in largest.prefill.layers))
+    bytes_unit, bytes_factor = _unit(max(largest.kv_prefill))
     for role in roles:
         profile = result.variants[role]
-        layers = range(len(profile.prefill.layers))
-        style = {"color": COLOURS[role], "label": NAMES[role], "where": "mid", "linewidth": 1.6}
-        kept = [100 * layer.tokens / profile.work.prompt_tokens for layer in profile.prefill.layers]
-        axes[0][0].step(layers, kept, **style)
-        flops = [FLOPS_PER_MAC * layer.macs / 1e9 for layer in profile.prefill.layers]
-        axes[0][1].step(layers, flops, **style)
-        axes[1][0].step(layers, [count / 1e6 for count in profile.kv_prefill], **style)
-    for axis, title, unit in (
-        (axes[0][0], "Tokens processed", "% of the prompt"),
-        (axes[0][1], "Prefill FLOPs", "GFLOPs"),
-        (axes[1][0], "KV cache after prefill", "MB"),
-    ):
+        layers = profile.prefill.layers
+        curves = (
+            [100 * layer.tokens / profile.work.prompt_tokens for layer in layers],
+            [FLOPS_PER_MAC * layer.macs / flops_factor for layer in layers],
+            [count / bytes_factor for count in profile.kv_prefill],
+        )
+        for axis, curve in zip(axes.flat, curves, strict=False):
+            label = NAMES[role]
+            axis.step(range(len(layers)), curve, color=COLOURS[role], label=label, where="mid", linewidth=1.6)
+    titles = (
+        ("Tokens processed", "% of the prompt"),
+        ("Prefill FLOPs", f"{flops_unit}FLOPs"),
+        ("KV cache after prefill", f"{bytes_unit}B"),
+    )
+    for axis, (title, unit) in zip(axes.flat, titles, strict=False):
         axis.set(title=title, ylabel=unit, xlabel="decoder layer")
         axis.set_ylim(bottom=0)
     axes[0][0].legend(frameon=False)
@@ -85,9 +91,16 @@ def plot_sweep(rows: list[dict[str, Any]], knob: str, path: str | Path) -> None:
     _save(figure, Path(path))
 
 
+def _unit(largest: float) -> tuple[str, float]:
+    """SI prefix and factor in which a number is between 1 and 1000."""
+    prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
+    return next((pair for pair in prefixes if largest >= pair[1]), ("", 1.0))
+
+
 def _phases(axis: Any, result: ProfileResult, roles: list[str]) -> None:
     """Bars of the phases."""
     measured = result.latency
+    unit, factor = _unit(FLOPS_PER_MAC * max(result.variants[role].generation_macs for role in roles))
     for offset, role in enumerate(roles):
         if measured:
             timings = measured.models[role].seconds
@@ -101,7 +114,7 @@ def _phases(axis: Any, result: ProfileResult, roles: list[str]) -> None:
             profile = result.variants[role]
             names = ["prefill", "decode", "end to end"]
             prefill, total = profile.prefill.macs, profile.generation_macs
-            heights = [FLOPS_PER_MAC * count / 1e12 for count in (prefill, total - prefill, total)]
+            heights = [FLOPS_PER_MAC * count / factor for count in (prefill, total - prefill, total)]
             spread = None
         places = [index + 0.4 * (offset - (len(roles) - 1) / 2) for index in range(len(names))]
         axis.bar(places, heights, 0.38, yerr=spread, capsize=2, color=COLOURS[role], label=NAMES[role])
@@ -109,7 +122,7 @@ def _phases(axis: Any, result: ProfileResult, roles: list[str]) -> None:
     if measured:
         axis.set(title=f"Time on {measured.device.split(' (')[0]}", ylabel="ms")
     else:
-        axis.set(title=f"FLOPs with {result.work.new_tokens} new tokens", ylabel="TFLOPs")
+        axis.set(title=f"FLOPs with {result.work.new_tokens} new tokens", ylabel=f"{unit}FLOPs")
 
 
 def _figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Any]:
