@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.models.auto import AutoModelForImageTextToText
 
+from pmod_cli.modeling.cache import adopt_cache
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.plan import RoutingPlan
 from pmod_cli.profiling.closed_form import LayerCount, PhaseCount
@@ -77,19 +79,21 @@ class DecoderPath(nn.Module):
     Args:
         model: The whole model.
         work: Which positions need logits, and how many tokens are routed.
-        cache: A KV cache to continue; None to count without one.
+        cache: The KV cache to fill or continue.
+        plan: The routing plan of a p-MoD prefill.
     """
 
-    def __init__(self, model: Any, work: Workload, cache: Any = None) -> None:
+    def __init__(self, model: Any, work: Workload, cache: Any, plan: RoutingPlan | None = None) -> None:
         super().__init__()
         self.language_model, self.lm_head = model.model.language_model, model.lm_head
         self.first_logit = 0 if work.all_logits else -1
-        self.options: dict[str, Any] = {CACHE_ARGUMENT: cache, "use_cache": cache is not None}
+        self.options: dict[str, Any] = {CACHE_ARGUMENT: cache, "use_cache": True}
+        if plan is not None:
+            self.options["routing_plan"] = plan
 
-    def forward(self, embeddings: Tensor, mask: Tensor, plan: RoutingPlan | None = None) -> Tensor:
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Logits [batch, positions, vocabulary] of embeddings [batch, tokens, hidden] and a 4-D mask."""
-        routing = {} if plan is None else {"routing_plan": plan}
-        output = self.language_model(inputs_embeds=embeddings, attention_mask=mask, **self.options, **routing)
+        output = self.language_model(inputs_embeds=embeddings, attention_mask=mask, **self.options)
         return self.lm_head(output.last_hidden_state[:, self.first_logit :])
 
 
@@ -119,20 +123,12 @@ def routing_plan(model: Any, work: Workload) -> RoutingPlan | None:
     return RoutingPlan.from_counts(mask, None, [routed] * work.batch, [work.prompt_tokens] * work.batch)
 
 
-@autocast_off()
-def filled_cache(model: Any, work: Workload) -> Any:
-    """The KV cache that the model's own prefill leaves."""
-    from transformers import DynamicCache
-
-    from pmod_cli.modeling.cache import adopt_cache
-
+def empty_cache(model: Any) -> Any:
+    """The KV cache that the model's own prefill starts with."""
     config = model.config.text_config
     cache = DynamicCache(config=config)
     if mod := getattr(model.model, "mod", None):
         adopt_cache(cache, mod.mod_layers, config.num_hidden_layers)
-    path = DecoderPath(model, work, cache)
-    with torch.no_grad():
-        path(*decoder_input(model, work, work.prompt_tokens, work.prompt_tokens), routing_plan(model, work))
     return cache
 
 

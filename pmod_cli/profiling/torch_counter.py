@@ -20,7 +20,7 @@ from pmod_cli.profiling.paths import (
     autocast_off,
     cache_lengths,
     decoder_input,
-    filled_cache,
+    empty_cache,
     pixel_input,
     routing_plan,
 )
@@ -39,16 +39,16 @@ def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
         MACs of prefill and of the decode step.
     """
     tokens = work.prompt_tokens
-    prompt = decoder_input(model, work, tokens, tokens)
-    prefill = _run(DecoderPath(model, work), *prompt, routing_plan(model, work))
-    vision = _run(VisionPath(model), pixel_input(model, work)) if work.image else {}
-    cache = filled_cache(model, work)
+    cache = empty_cache(model)
+    path = DecoderPath(model, work, cache, routing_plan(model, work))
+    prefill = _run(path, *decoder_input(model, work, tokens, tokens))
     lengths = cache_lengths(cache)
     step = _run(DecoderPath(model, work, cache), *decoder_input(model, work, 1, tokens + 1))
+    vision = _run(VisionPath(model), pixel_input(model, work)) if work.image else {}
     return assemble(prefill, vision, lengths), assemble(step, {}, [1] * len(lengths))
 
 
-def _run(module: nn.Module, *inputs: Any) -> Counts:
+def _run(module: nn.Module, *inputs: torch.Tensor) -> Counts:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     prefix = f"{type(module).__name__}."

@@ -27,7 +27,7 @@ from pmod_cli.profiling.paths import (
     autocast_off,
     cache_lengths,
     decoder_input,
-    filled_cache,
+    empty_cache,
     pixel_input,
     routing_plan,
 )
@@ -49,32 +49,20 @@ def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
         MissingExtraError: If fvcore is not installed.
     """
     tokens = work.prompt_tokens
-    prompt = (*decoder_input(model, work, tokens, tokens), routing_plan(model, work))
-    prefill = _trace(_Bound(DecoderPath(model, work), prompt[2]), prompt[:2])
+    cache = empty_cache(model)
+    path = DecoderPath(model, work, cache, routing_plan(model, work))
+    prefill = _trace(path, *decoder_input(model, work, tokens, tokens))
+    lengths = cache_lengths(cache)
+    step = _trace(DecoderPath(model, work, cache), *decoder_input(model, work, 1, tokens + 1))
     vision: Counts = {}
     if work.image:
-        path = VisionPath(model)
-        with _traceable_patches(path.tower):
-            vision = _trace(path, (pixel_input(model, work),))
-    cache = filled_cache(model, work)
-    lengths = cache_lengths(cache)
-    step = _trace(DecoderPath(model, work, cache), decoder_input(model, work, 1, tokens + 1))
+        encoder = VisionPath(model)
+        with _traceable_patches(encoder.tower):
+            vision = _trace(encoder, pixel_input(model, work))
     return assemble(prefill, vision, lengths), assemble(step, {}, [1] * len(lengths))
 
 
-class _Bound(DecoderPath):
-    """A `DecoderPath` with its routing plan: what is traced may take tensors only."""
-
-    def __init__(self, path: DecoderPath, plan: Any) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(path.__dict__)
-        self.plan = plan
-
-    def forward(self, embeddings: Tensor, mask: Tensor, plan: Any = None) -> Tensor:
-        return super().forward(embeddings, mask, self.plan)
-
-
-def _trace(module: nn.Module, inputs: tuple[Tensor, ...]) -> Counts:
+def _trace(module: nn.Module, *inputs: Tensor) -> Counts:
     with torch.no_grad(), warnings.catch_warnings(), _NoReinterpretation():
         warnings.simplefilter("ignore")  # fvcore's use of torch.jit
         try:

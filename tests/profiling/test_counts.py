@@ -63,7 +63,6 @@ def test_three_counts_agree(name, layers, target, work, routed):
         prefill, step = counter.count(model, load)
         assert prefill == closed_form.prefill(shape, mod, load, convention)
         assert step == closed_form.decode_step(shape, mod, load, convention)
-    assert paths.cache_bytes(paths.filled_cache(model, load)) == closed_form.kv_bytes(shape, mod, load)
     assert sum(p.numel() for p in model.parameters()) == sum(closed_form.parameters(shape, mod).values())
 
 
