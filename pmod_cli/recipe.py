@@ -96,6 +96,7 @@ class TrainSettings(_Section):
     gradient_checkpointing: bool = True
     max_length: int = Field(2048, gt=0)
     image_aspect_ratio: Literal["pad", "anyres", "processor"] = "processor"
+    chat_template: Literal["processor", "vicuna_v1"] = "processor"
     group_by_modality_length: bool = True
     freeze_vision_tower: bool = True
     attn_implementation: str | None = None
@@ -104,6 +105,7 @@ class TrainSettings(_Section):
     ratio_warmup_steps: int = Field(0, ge=0)
     save_steps: int = Field(500, gt=0)
     logging_steps: int = Field(10, gt=0)
+    router_stats_steps: int = Field(100, gt=0, description="Steps between two looks at the routers.")
     report_to: tuple[str, ...] = ()
     seed: int = 42
     lora: LoraSettings | None = None

@@ -1,0 +1,112 @@
+"""Samples to batches: image processing, expansion of image placeholders, padding. Runs in the loader's workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from pmod_cli.errors import PmodError
+from pmod_cli.training.chat import IGNORED, ChatEncoder, Encoded
+from pmod_cli.training.dataset import BadSample, Sample, load_image
+
+
+@dataclass(frozen=True)
+class Item:
+    """An encoded sample with its decoded images, and the samples it stands in for: (id, reason) each."""
+
+    id: str
+    encoded: Encoded
+    images: list[Image.Image]
+    replaced: tuple[tuple[str, str], ...] = ()
+
+
+class EncodedDataset(Dataset[Item]):
+    """Encodes samples when they are asked for; a bad one is replaced by the next good one.
+
+    Args:
+        samples: What to encode.
+        images: The folder of their images.
+        processor: The model's processor.
+        max_length: In tokens, image tokens included.
+    """
+
+    def __init__(self, samples: Sequence[Sample], images: Path, processor: Any, max_length: int) -> None:
+        self.samples, self.images, self.processor = samples, images, processor
+        self.encoder = ChatEncoder(processor, max_length)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Item:
+        replaced: list[tuple[str, str]] = []
+        for step in range(len(self.samples)):
+            sample = self.samples[(index + step) % len(self.samples)]
+            try:
+                images = [load_image(self.images, name) for name in sample.images]
+                return Item(sample.id, self.encode(sample, images), images, tuple(replaced))
+            except BadSample as error:
+                replaced.append((sample.id, str(error)))
+        raise PmodError(f"no sample can be used; the first: {replaced[0][1]}", "see pmod data check")
+
+    def encode(self, sample: Sample, images: Sequence[Image.Image]) -> Encoded:
+        """Token ids and labels of a sample whose images are at hand."""
+        return self.encoder.encode(sample.turns, image_token_numbers(self.processor, images))
+
+
+def image_token_numbers(processor: Any, images: Sequence[Image.Image]) -> list[int]:
+    """How many tokens each image takes in the prompt."""
+    if not images:
+        return []
+    counted = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1] for image in images])
+    return list(counted["num_image_tokens"])
+
+
+class Collator:
+    """Pads on the right and processes the images.
+
+    Args:
+        processor: The model's processor.
+        image_for_text: Give a batch without images one blank image, out of the loss and out of everybody's
+            sight, so that the projector takes part on every rank (distributed training waits for it).
+    """
+
+    def __init__(self, processor: Any, *, image_for_text: bool = False) -> None:
+        self.processor, self.image_for_text = processor, image_for_text
+        tokenizer = processor.tokenizer
+        self.padding = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+        """A batch of the model's inputs, with ``labels``, ``sample_ids`` and ``replaced`` (id, reason)."""
+        ids = [item.encoded.input_ids for item in items]
+        labels = [item.encoded.labels for item in items]
+        mask = [[1] * len(row) for row in ids]
+        images = [image for item in items for image in item.images]
+        if not images and self.image_for_text:
+            images = [Image.new("RGB", (64, 64))]
+            blank = image_token_numbers(self.processor, images)[0]
+            token = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+            ids[0] = ids[0] + [token] * blank
+            labels[0], mask[0] = labels[0] + [IGNORED] * blank, mask[0] + [0] * blank
+        length = max(map(len, ids))
+
+        def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
+            return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+        batch: dict[str, Any] = {
+            "input_ids": padded(ids, self.padding),
+            "labels": padded(labels, IGNORED),
+            "attention_mask": padded(mask, 0),
+        }
+        if images:
+            batch |= self.processor.image_processor(images, return_tensors="pt")
+        batch["sample_ids"] = [item.id for item in items]
+        batch["replaced"] = [pair for item in items for pair in item.replaced]
+        return batch
