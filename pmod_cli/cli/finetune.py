@@ -29,16 +29,18 @@ def finetune_command(
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUTPUT; start an unfinished run anew.")
     ] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA into the weights at the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Fine-tune on LLaVA conversations: language model, projector and routers; the vision tower is frozen.
+    r"""Fine-tune on LLaVA conversations: language model, projector and routers; the vision tower is frozen.
 
     Examples:
       pmod finetune ./pmod-llava-1.5-7b --data mix665k.json --images data --output run --recipe llava-1.5-7b
 
       pmod finetune ./pmod-llava-1.5-7b --data mix665k.json --images data --output run --recipe llava-1.5-7b --resume
 
-      torchrun --nproc_per_node 8 -m pmod_cli finetune ./pmod-llava-1.5-7b --data mix665k.json --images data --output run
+      torchrun --nproc_per_node 8 -m pmod_cli finetune ./pmod-llava-1.5-7b --data mix665k.json --images data \
+        --output run --recipe llava-1.5-7b
     """
     from pmod_cli.recipe import default_recipe, load_recipe
 
@@ -46,7 +48,7 @@ def finetune_command(
 
     from pmod_cli.training.run import finetune
 
-    with _progress() as show:
+    with _Progress() as show:
         result = finetune(
             model,
             data,
@@ -57,6 +59,7 @@ def finetune_command(
             force=force,
             progress=show,
             announce_parts=_show_parts,
+            merge_lora=merge,
         )
     if as_json:
         emit_json("finetune", result.to_dict())
@@ -69,7 +72,7 @@ def finetune_command(
     )
 
 
-class _progress:  # noqa: N801  (a context manager, used as a function)
+class _Progress:
     """A progress bar on stderr that the library's callback moves."""
 
     def __init__(self) -> None:

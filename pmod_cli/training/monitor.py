@@ -52,7 +52,9 @@ class Monitor(TrainerCallback):
             return
         now, samples, tokens = time.perf_counter(), self.trainer.samples, self.trainer.tokens
         seconds = max(now - self._seen[0], 1e-9)
-        row = {key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs}
+        row: dict[str, float] = {
+            key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs
+        }
         row["samples_per_second"] = (samples - self._seen[1]) * args.world_size / seconds
         row["tokens_per_second"] = (tokens - self._seen[2]) * args.world_size / seconds
         if torch.cuda.is_available():
@@ -92,7 +94,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def router_statistics(
-    model: nn.Module, probe: dict[str, Any], previous: dict[int, Tensor]
+    model: Any, probe: dict[str, Any], previous: dict[int, Tensor]
 ) -> tuple[list[dict[str, float]], dict[int, Tensor]]:
     """What each router does on a fixed batch.
 

@@ -10,7 +10,7 @@ import platform
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,16 @@ from pmod_cli import __version__
 from pmod_cli.errors import PmodError
 from pmod_cli.generation import VisionLanguageModel, check_source
 from pmod_cli.recipe import Recipe, TrainSettings
+from pmod_cli.training.aspect import apply_aspect
 from pmod_cli.training.chat import VICUNA_V1
 from pmod_cli.training.collate import Collator, EncodedDataset
-from pmod_cli.training.dataset import ConversationData, image_path
+from pmod_cli.training.dataset import BadSample, ConversationData, image_path
+from pmod_cli.training.lora import add_lora, merge
 from pmod_cli.training.monitor import Monitor, ProgressCallback, read_metrics
 from pmod_cli.training.parts import PartCount, count_parts, freeze
 from pmod_cli.training.sampler import OrderedSampler
 from pmod_cli.training.trainer import PmodTrainer, last_checkpoint
+from pmod_cli.training.warmup import RatioWarmup
 
 SUMMARY = "training.json"
 METRICS = "metrics.jsonl"
@@ -83,7 +86,8 @@ def finetune(
     resume: bool = False,
     force: bool = False,
     progress: ProgressCallback | None = None,
-    announce_parts: Any = None,
+    announce_parts: Callable[[list[PartCount]], None] | None = None,
+    merge_lora: bool = False,
 ) -> FinetuneResult:
     """Fine-tune a dense or p-MoD checkpoint on LLaVA data.
 
@@ -100,6 +104,7 @@ def finetune(
         force: Replace ``output``, and start anew what was begun.
         progress: See `ProgressCallback`.
         announce_parts: Called once, before the first step, with the list of `PartCount`.
+        merge_lora: Fold LoRA into the weights at the end; without it a LoRA run's output is a PEFT adapter.
 
     Raises:
         PmodError: Whatever of the input is wrong, before training starts wherever it can be known.
@@ -108,6 +113,8 @@ def finetune(
     """
     settings = recipe.train
     check_source(model)
+    if merge_lora and settings.lora is None:
+        raise PmodError("--merge is for LoRA, and the recipe has no train.lora")
     output = output.resolve()
     work = output.with_name(output.name + ".training")
     _check_places(output, work, resume=resume, force=force)
@@ -122,28 +129,25 @@ def finetune(
         )
     arguments = _arguments(settings, work, len(conversations))
 
-    started_from = None
-    if force and not resume and arguments.should_save:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
     identity = {
         "data": conversations.fingerprint,
         "recipe": recipe.model_dump(mode="json"),
         "model": str(model),
     }
     checkpoint = last_checkpoint(work) if resume else None
-    _check_identity(work, identity, resuming=checkpoint is not None)
+    if arguments.process_index == 0:
+        if force and not resume:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        _check_identity(work, identity, resuming=checkpoint is not None)
+    _wait_for_all()
 
-    loaded = VisionLanguageModel.load(
-        model, dtype="float32", device="cpu", attn_implementation=settings.attn_implementation
-    )
-    network, processor = loaded.model, loaded.processor
-    if settings.chat_template == "vicuna_v1":
-        processor.chat_template = VICUNA_V1
-    freeze(network, vision_tower=settings.freeze_vision_tower)
+    # The Trainer itself loads a LoRA adapter into the wrapped model, and shards into theirs.
+    whole = checkpoint is not None and settings.lora is None and not _sharded()
+    source = checkpoint if checkpoint is not None and whole else model
+    network, processor = _load(source, settings)
     if settings.gradient_checkpointing:
-        # Not through the Trainer's arguments, whose name for it changes between the supported versions.
-        network.gradient_checkpointing_enable({"use_reentrant": False})
+        _enable_checkpointing(network)
     parts = count_parts(network)
     if announce_parts is not None and arguments.should_save:
         announce_parts(parts)
@@ -163,14 +167,15 @@ def finetune(
         sampler=OrderedSampler(conversations, settings.seed, group),
         router_learning_rate=settings.router_learning_rate,
         max_bad_samples=settings.max_bad_samples,
+        weights_loaded=whole,
         callbacks=[monitor],
     )
     monitor.trainer = trainer
     _quiet(trainer)
+    if settings.ratio_warmup_steps:
+        trainer.add_callback(RatioWarmup(network, settings.ratio_warmup_steps))
     stopper = _StopAtSignal()
     trainer.add_callback(stopper)
-    if checkpoint is not None:
-        started_from = int(checkpoint.name.rpartition("-")[2])
     began = time.perf_counter()
     with stopper.listening():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -185,7 +190,7 @@ def finetune(
     result = FinetuneResult(
         output=str(output),
         steps=trainer.state.global_step,
-        resumed_from=started_from,
+        resumed_from=int(checkpoint.name.rpartition("-")[2]) if checkpoint else None,
         samples=len(conversations),
         bad_samples={**dict(conversations.bad), **trainer.bad_samples},
         first_loss=losses[0] if losses else math.nan,
@@ -193,8 +198,44 @@ def finetune(
         seconds=seconds,
         parts=parts,
     )
-    _save(trainer, processor, output, work, recipe, result, identity)
+    _save(trainer, processor, output, work, recipe, result, identity, merge_lora)
     return result
+
+
+def _load(model: str | Path, settings: TrainSettings) -> tuple[Any, Any]:
+    """The model, frozen where it is, and its processor, both as the recipe wants them."""
+    # Weights that are trained need float32: bfloat16 would round small updates away.
+    dtype = "float32" if settings.lora is None else settings.dtype
+    loaded = VisionLanguageModel.load(
+        model, dtype=dtype, device="cpu", attn_implementation=settings.attn_implementation
+    )
+    network: Any = loaded.model
+    processor = apply_aspect(network, loaded.processor, settings.image_aspect_ratio)
+    if settings.chat_template == "vicuna_v1":
+        processor.chat_template = VICUNA_V1
+    if settings.lora is not None:
+        return add_lora(network, settings.lora), processor
+    freeze(network, vision_tower=settings.freeze_vision_tower)
+    return network, processor
+
+
+def _sharded() -> bool:
+    """Whether accelerate was told to shard the model over processes."""
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+    return any(os.environ.get(name, "").lower() in ("1", "true") for name in names)
+
+
+def _wait_for_all() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def _enable_checkpointing(network: Any) -> None:
+    # Renamed in transformers 5.24.
+    enable = (
+        getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    )
+    enable({"use_reentrant": False})
 
 
 def _check_places(output: Path, work: Path, *, resume: bool, force: bool) -> None:
@@ -208,8 +249,6 @@ def _check_places(output: Path, work: Path, *, resume: bool, force: bool) -> Non
 
 def _missing_images(data: ConversationData) -> dict[str, str]:
     """The quick part of the data check: samples whose image file does not exist, or may not be opened."""
-    from pmod_cli.training.dataset import BadSample
-
     missing = {}
     for sample in data.samples:
         for name in sample.images:
@@ -239,6 +278,9 @@ def _check_identity(work: Path, identity: dict[str, Any], *, resuming: bool) -> 
 
 def _arguments(settings: TrainSettings, work: Path, samples: int) -> TrainingArguments:
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if _sharded() and world > 1 and not torch.cuda.is_available():
+        # Tried: on the CPU the Trainer silently runs DDP when FSDP is asked for.
+        raise PmodError("FSDP and DeepSpeed need a GPU here", "on the CPU, run torchrun without them: DDP")
     accumulation, remainder = divmod(settings.global_batch_size, settings.micro_batch_size * world)
     if remainder or not accumulation:
         raise PmodError(
@@ -333,12 +375,15 @@ def _save(
     recipe: Recipe,
     result: FinetuneResult,
     identity: dict[str, Any],
+    merge_lora: bool,
 ) -> None:
     """Write the checkpoint beside its place and move it there."""
     trainer.accelerator.wait_for_everyone()
     network = trainer.accelerator.unwrap_model(trainer.model)
     if not trainer.args.should_save:
         return
+    if merge_lora:
+        network = merge(network)
     network.to(getattr(torch, recipe.train.dtype))
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -26,6 +26,9 @@ class PmodTrainer(Trainer):
         sampler: The order of the samples.
         router_learning_rate: For the routers; the others' if None.
         max_bad_samples: More replaced samples than this stop the run.
+        weights_loaded: The model already has the weights of the checkpoint that is resumed from. The Trainer
+            would load the file's names as they are, with ``strict=False``; a LLaVA's file has other names than
+            the model (``language_model.model...``), so it would silently go on from the initial weights.
         **kwargs: The Trainer's.
     """
 
@@ -35,12 +38,14 @@ class PmodTrainer(Trainer):
         sampler: OrderedSampler,
         router_learning_rate: float | None,
         max_bad_samples: int,
+        weights_loaded: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.sampler = sampler
         self.router_learning_rate = router_learning_rate
         self.max_bad_samples = max_bad_samples
+        self.weights_loaded = weights_loaded
         self.bad_samples: dict[str, str] = {}
         self.recent_ids: list[str] = []
         self.tokens = 0
@@ -78,6 +83,10 @@ class PmodTrainer(Trainer):
             raise self._not_finite(f"the gradient norm is {float(norm)}")
         self.recent_ids.clear()
         return norm
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.weights_loaded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -1,0 +1,82 @@
+"""Two real processes (gloo) against one with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pmod_cli.training.monitor import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+def _run(processes, model, data, images, output, recipe, *more):
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(json.loads(recipe.model_dump_json())))
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    words = ["-m", "pmod_cli", "finetune", model, "--data", data, "--images", images, "--output", output]
+    if processes > 1:
+        words = [*launch, *words]
+    done = subprocess.run(
+        [sys.executable, *map(str, words), "--recipe", str(path), *more],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.timeout(200)
+def test_two_processes_give_the_losses_of_one(pmod_start, tmp_path, demo_data, recipe):
+    # Grouped by modality in groups of 2, so that one process often has text only while the other has pictures.
+    records = json.loads(demo_data[0].read_text())
+    mixed = [record for pair in zip(records[:8], records[24:], strict=True) for record in pair]
+    data = tmp_path / "mixed.json"
+    data.write_text(json.dumps(mixed))
+    settings = {"max_steps": 4, "micro_batch_size": 2, "save_steps": 100, "learning_rate": 1e-3}
+    settings |= {"group_by_modality_length": False}
+    one = _run(1, pmod_start, data, demo_data[1], tmp_path / "one", recipe(**settings))
+    two = _run(2, pmod_start, data, demo_data[1], tmp_path / "two", recipe(**settings))
+    assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert first.keys() == second.keys()
+    difference = max(float((first[key] - second[key]).abs().max()) for key in first)
+    assert difference < 1e-4
+    print("largest relative loss difference", max(abs(a / b - 1) for a, b in zip(one, two, strict=True)))
+
+
+def test_a_blank_image_for_text_changes_nothing(pmod_start, demo_data, processor):
+    from transformers import AutoModelForImageTextToText
+
+    from pmod_cli.training.collate import Collator, EncodedDataset
+    from pmod_cli.training.dataset import ConversationData
+
+    samples = ConversationData(*demo_data).samples
+    dataset = EncodedDataset(samples, demo_data[1], processor, 2048)
+    items = [dataset[24], dataset[25]]
+    model = AutoModelForImageTextToText.from_pretrained(pmod_start, dtype=torch.float32).train()
+    losses = []
+    for blank in (False, True):
+        batch = Collator(processor, image_for_text=blank)(items)
+        assert ("pixel_values" in batch) == blank
+        batch = {key: value for key, value in batch.items() if key not in ("sample_ids", "replaced")}
+        model.zero_grad(set_to_none=True)
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        losses.append(float(loss.detach()))
+        named = dict(model.named_parameters())
+        routers = [p.grad for name, p in named.items() if ".router." in name]
+        assert all(grad is not None and not grad.any() for grad in routers)
+        projector = [p.grad for name, p in named.items() if "projector" in name]
+        assert all((grad is not None and not grad.any()) if blank else grad is None for grad in projector)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -1,0 +1,174 @@
+"""Short real runs of the demo's model."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from pmod_cli.errors import GateError, PmodError
+from pmod_cli.modeling.layer import MoDDecoderLayer
+from pmod_cli.training.monitor import read_metrics
+from pmod_cli.training.run import finetune
+from pmod_cli.training.warmup import RatioWarmup
+
+
+def _tensors(folder):
+    return {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("kind", ["dense", "pmod"])
+def test_result_is_an_ordinary_checkpoint(kind, baseline, pmod_start, demo_data, tmp_path, recipe):
+    start = baseline if kind == "dense" else pmod_start
+    shown = []
+    result = finetune(start, *demo_data, tmp_path / "out", recipe=recipe(), announce_parts=shown.append)
+    assert result.steps == 6
+    parts = {part.part: part for part in shown[0]}
+    assert parts["vision tower"].trained == 0
+    assert parts["projector"].frozen == parts["language model"].frozen == 0
+    assert ("routers" in parts) == (kind == "pmod")
+    before, after = _tensors(start), _tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        frozen = "vision_tower" in key
+        # The last layer's router has no say in any text token.
+        idle = "layers.7.router" in key
+        assert torch.equal(tensor, after[key]) == (frozen or idle), key
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    AutoProcessor.from_pretrained(tmp_path / "out")
+    assert model.config.model_type == ("llava" if kind == "dense" else "pmod_llava")
+    summary = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert summary["recipe"]["train"]["max_steps"] == 6
+    assert summary["result"] == result.to_dict()
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    routers = [row["routers"] for row in rows if "routers" in row]
+    if kind == "pmod":
+        assert [row["layer"] for row in routers[-1]] == [2, 3, 4, 5, 6, 7]
+        assert all(0 < row["entropy"] <= 1 for row in routers[-1])
+    else:
+        assert not routers
+
+
+def test_it_learns(pmod_start, demo_data, tmp_path, recipe):
+    from pmod_cli.training.dataset import read_records
+
+    records = read_records(demo_data[0])
+    for record in records:
+        record["conversations"][1]["value"] = "circle circle"
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    result = finetune(pmod_start, data, demo_data[1], tmp_path / "out", recipe=recipe(max_steps=12))
+    assert result.final_loss < 0.5 * result.first_loss
+
+
+def test_gradient_accumulation_and_checkpointing_change_nothing(pmod_start, demo_data, tmp_path, recipe):
+    curves = []
+    for index, extra in enumerate(({}, {"micro_batch_size": 2}, {"gradient_checkpointing": True})):
+        output = tmp_path / str(index)
+        finetune(pmod_start, *demo_data, output, recipe=recipe(max_steps=4, **extra))
+        curves.append([row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[2] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_router_rate_of_its_own(pmod_start, demo_data, tmp_path, recipe):
+    outputs = []
+    for rate in (None, 1e-12):
+        output = tmp_path / str(rate)
+        settings = recipe(max_steps=3, router_learning_rate=rate)
+        finetune(pmod_start, *demo_data, output, recipe=settings)
+        tensors = _tensors(output)
+        outputs.append(max(value.abs().max() for key, value in tensors.items() if ".router." in key))
+    assert outputs[0] > 1e-4
+    assert outputs[1] < 1e-9
+
+
+def test_loss_that_is_not_finite_stops_the_run(pmod_start, demo_data, tmp_path, recipe):
+    with pytest.raises(GateError, match=r"step \d+: the .* (nan|inf).*samples .*checkpoint") as error:
+        finetune(
+            pmod_start,
+            *demo_data,
+            tmp_path / "out",
+            recipe=recipe(max_steps=30, learning_rate=1e30, warmup_ratio=0),
+        )
+    named = str(error.value).partition("samples ")[2].partition(";")[0].split(", ")
+    assert len(named) == 4
+    assert set(named) <= {str(record["id"]) for record in json.loads(demo_data[0].read_text())}
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora(pmod_start, demo_data, tmp_path, recipe):
+    pytest.importorskip("peft")
+    from peft import PeftModel
+
+    settings = recipe(max_steps=4, lora={"r": 4, "alpha": 8, "dropout": 0.0})
+    finetune(pmod_start, *demo_data, tmp_path / "merged", recipe=settings, merge_lora=True)
+    finetune(pmod_start, *demo_data, tmp_path / "adapter", recipe=settings)
+    before, merged = _tensors(pmod_start), _tensors(tmp_path / "merged")
+    assert before.keys() == merged.keys()
+    changed = {key for key in before if not torch.equal(before[key], merged[key])}
+    assert not [key for key in changed if "vision_tower" in key or "embed_tokens" in key or "norm" in key]
+    assert [key for key in changed if ".router." in key]
+    assert [key for key in changed if "q_proj" in key]
+    assert [key for key in changed if "multi_modal_projector" in key]
+    base = AutoModelForImageTextToText.from_pretrained(pmod_start, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+    again = {key: value for key, value in adapted.state_dict().items() if ".router.weight" in key}
+    assert again
+    for key, value in again.items():
+        name = next(other for other in merged if other.endswith(key.split("language_model.")[1]))
+        torch.testing.assert_close(value, merged[name], rtol=1e-4, atol=1e-6)
+
+
+def test_ratio_warm_up_ends_exactly_on_the_schedule(pmod_start):
+    model = AutoModelForImageTextToText.from_pretrained(pmod_start)
+    layers = [layer for layer in model.modules() if isinstance(layer, MoDDecoderLayer)]
+    schedule = [ratio for ratio in model.config.mod_config.retention_ratios if ratio is not None]
+    warmup = RatioWarmup(model, 7)
+    seen = []
+    for step in range(10):
+        warmup.set_step(step)
+        seen.append([layer.retention_ratio for layer in layers])
+    assert seen[0] == [1.0] * 6
+    assert all(a >= b for a, b in itertools.pairwise(seen))
+    assert seen[6] != schedule
+    assert seen[7] == seen[9] == schedule
+
+
+def test_bad_samples_are_replaced_counted_and_in_the_end_too_many(pmod_start, demo_data, tmp_path, recipe):
+    records = json.loads(demo_data[0].read_text())
+    images = tmp_path / "images"
+    images.mkdir()
+    for path in demo_data[1].iterdir():
+        (images / path.name).write_bytes(path.read_bytes())
+    name = records[0]["image"]
+    (images / name).write_bytes(b"no picture")
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    settings = {"max_steps": 8, "save_steps": 100}
+    result = finetune(pmod_start, data, images, tmp_path / "out", recipe=recipe(**settings))
+    assert list(result.bad_samples) == [str(records[0]["id"])]
+    with pytest.raises(GateError, match="max_bad_samples=0"):
+        finetune(pmod_start, data, images, tmp_path / "out2", recipe=recipe(**settings, max_bad_samples=0))
+    (images / name).unlink()
+    with pytest.raises(PmodError, match="missing image"):
+        finetune(pmod_start, data, images, tmp_path / "out3", recipe=recipe(**settings, max_bad_samples=0))
+
+
+def test_input_that_cannot_work(pmod_start, demo_data, tmp_path, recipe):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(PmodError, match="exists"):
+        finetune(pmod_start, *demo_data, tmp_path / "taken", recipe=recipe())
+    with pytest.raises(PmodError, match="not a multiple"):
+        finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe(micro_batch_size=3))
+    with pytest.raises(PmodError, match="no checkpoint folder"):
+        finetune(tmp_path / "none", *demo_data, tmp_path / "out", recipe=recipe())
+    with pytest.raises(PmodError, match="anyres"):
+        finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe(image_aspect_ratio="anyres"))
+    with pytest.raises(PmodError, match="--merge"):
+        finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe(), merge_lora=True)
