@@ -89,7 +89,6 @@ class _Progress:
         self.task = self.bar.add_task("train", total=None, figures="")
 
     def __enter__(self) -> Any:
-        self.bar.start()
         return self._show
 
     def __exit__(self, *error: object) -> None:
@@ -106,6 +105,7 @@ class _Progress:
         figures = "  ".join(f"{label} {latest[key]:{form}}" for key, label, form in names if key in latest)
         if "memory_bytes" in latest:
             figures += f"  {latest['memory_bytes'] / 2**30:.1f} GiB"
+        self.bar.start()  # not before the first step: until then an error is one line and no more
         self.bar.update(self.task, completed=done, total=total, figures=figures)
 
 

@@ -72,8 +72,9 @@ class Collator:
 
     Args:
         processor: The model's processor.
-        image_for_text: Give a batch without images one blank image, out of the loss and out of everybody's
-            sight, so that the projector takes part on every rank (distributed training waits for it).
+        image_for_text: Give a batch without images a blank one after the end of its first row, out of the loss
+            and, by causality, out of everybody's sight, so that the projector takes part on every rank
+            (distributed training waits for it).
     """
 
     def __init__(self, processor: Any, *, image_for_text: bool = False) -> None:
@@ -94,7 +95,7 @@ class Collator:
             blank = image_token_numbers(self.processor, images)[0]
             token = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
             ids[0] = ids[0] + [token] * blank
-            labels[0], mask[0] = labels[0] + [IGNORED] * blank, mask[0] + [0] * blank
+            labels[0], mask[0] = labels[0] + [IGNORED] * blank, mask[0] + [1] * blank
         length = max(map(len, ids))
 
         def padded(rows: list[list[int]], fill: int) -> torch.Tensor:

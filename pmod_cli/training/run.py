@@ -395,6 +395,7 @@ def _save(
         "recipe": recipe.model_dump(mode="json"),
         "model": identity["model"],
         "data_sha256": identity["data"],
+        "processes": trainer.args.world_size,
         "versions": _versions(),
     }
     (temporary / SUMMARY).write_text(json.dumps(summary, indent=2))
