@@ -92,7 +92,8 @@ class _Progress:
         return self._show
 
     def __exit__(self, *error: object) -> None:
-        self.bar.stop()
+        if self.bar.live.is_started:
+            self.bar.stop()
 
     def _show(self, done: int, total: int, latest: dict[str, float]) -> None:
         names = (

@@ -1,0 +1,88 @@
+"""LLaVA-NeXT: tiles, at most four, and as many tokens as the processor says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+)
+
+from pmod_cli.families.llava_next import PmodLlavaNextConfig, PmodLlavaNextForConditionalGeneration
+from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.training.collate import image_token_numbers
+from pmod_cli.training.run import finetune
+
+PINPOINTS = [[80, 160], [160, 80], [160, 160], [240, 80], [80, 240], [240, 240]]
+
+
+@pytest.fixture(scope="module")
+def next_processor(processor):
+    square = {"height": 80, "width": 80}
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 80}, crop_size=square, image_grid_pinpoints=PINPOINTS
+    )
+    return LlavaNextProcessor(
+        images,
+        processor.tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=processor.chat_template,
+    )
+
+
+@pytest.fixture(scope="module")
+def next_start(next_processor, baseline, tmp_path_factory):
+    plain = AutoConfig.from_pretrained(baseline)
+    same = ("vision_config", "text_config", "image_token_id", "vision_feature_select_strategy")
+    dense = LlavaNextConfig(
+        **{name: getattr(plain, name) for name in same},
+        vision_feature_layer=-1,
+        image_grid_pinpoints=PINPOINTS,
+    ).to_dict()
+    dense.pop("model_type")
+    section = MoDConfig([None, None, 0.8, 0.6, 0.4, 0.2, 0.15, 0.15])
+    torch.manual_seed(0)
+    model = PmodLlavaNextForConditionalGeneration(PmodLlavaNextConfig(**dense, mod=section.to_dict()))
+    folder = tmp_path_factory.mktemp("next-start")
+    model.save_pretrained(folder)
+    next_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("size", [(80, 80), (100, 40), (33, 200), (300, 240), (77, 155), (500, 100)])
+def test_token_numbers_are_the_processors(next_processor, size):
+    image = Image.new("RGB", size)
+    ids = next_processor(images=image, text="<image>", return_tensors="pt")["input_ids"][0]
+    assert image_token_numbers(next_processor, [image]) == [int((ids == next_processor.image_token_id).sum())]
+
+
+def test_a_run_on_pictures_of_all_shapes(next_start, tmp_path, recipe):
+    images = tmp_path / "images"
+    images.mkdir()
+    turns = [{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]
+    records = []
+    for index, size in enumerate([(80, 80), (240, 60), (60, 240), (170, 150)]):
+        Image.new("RGB", size, "red").save(images / f"{index}.png")
+        records.append({"image": f"{index}.png", "conversations": turns})
+    records.append({"conversations": [{"from": "human", "value": "Say red."}, turns[1]]})
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    settings = recipe(max_steps=8, image_aspect_ratio="anyres", save_steps=100)
+    result = finetune(next_start, data, images, tmp_path / "out", recipe=settings)
+    assert result.final_loss < result.first_loss
+    assert {part.part for part in result.parts} >= {"image newline", "routers"}
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    saved = AutoProcessor.from_pretrained(tmp_path / "out")
+    four = [pinpoint for pinpoint in PINPOINTS if pinpoint != [240, 240]]
+    assert [list(pinpoint) for pinpoint in model.config.image_grid_pinpoints] == four
+    assert [list(pinpoint) for pinpoint in saved.image_processor.image_grid_pinpoints] == four
