@@ -5,13 +5,13 @@ Nothing in this package imports torch or transformers at module level: ``pmod --
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pmod_cli.cli.app import app, main
 
 # The order of registration is the order in ``pmod --help``: the order in which the verbs are used.
 for _verb in ("demo", "convert", "inspect", "finetune", "data", "profile", "generate", "eval"):
-    try:
+    if (Path(__file__).parent / f"{_verb}.py").exists():
         __import__(f"pmod_cli.cli.{_verb}")
-    except ModuleNotFoundError:  # being written
-        pass
 
 __all__ = ["app", "main"]

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from pmod_cli.modeling.masks import join_valid
+
 
 class KeptTokensLayer(DynamicLayer):
     """One layer's keys and values, [batch, kv_heads, kept tokens, head_dim], in a `DynamicCache`.
@@ -58,12 +60,7 @@ class KeptTokensLayer(DynamicLayer):
         batch, _, new, _ = key_states.shape
         length, indices, valid = self._announced or (new, None, None)
         self._announced = None
-        if valid is not None or self.valid is not None:
-            old, added = (
-                self._mask(self.valid, batch, self.slots, key_states),
-                self._mask(valid, batch, new, key_states),
-            )
-            self.valid = torch.cat([old, added], dim=-1)
+        self.valid = join_valid(self.valid, valid, batch, self.slots, new, key_states.device)
         if indices is not None:
             self.positions = torch.cat([self._all_positions(batch, indices), indices + self.length], dim=-1)
         self.length += length
@@ -130,10 +127,6 @@ class KeptTokensLayer(DynamicLayer):
         tail = torch.arange(self.length - (self.slots - routed), self.length, device=like.device)
         tail = tail.expand(batch, -1)
         return tail if self.positions is None else torch.cat([self.positions, tail], dim=-1)
-
-    @staticmethod
-    def _mask(mask: Tensor | None, batch: int, slots: int, like: Tensor) -> Tensor:
-        return torch.ones(batch, slots, dtype=torch.bool, device=like.device) if mask is None else mask
 
 
 def adopt_cache(cache: Cache, mod_layers: list[int], num_layers: int) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from pmod_cli.modeling.cache import KeptTokensLayer
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.modeling.masks import causal_mask, join_valid
 from pmod_cli.modeling.plan import LayerRouting, RoutingPlan
 from pmod_cli.modeling.router import Router, select_tokens, selection_keys
 from pmod_cli.modeling.settings import MoDConfig
@@ -140,7 +140,7 @@ class MoDDecoderLayer:
         return passed_on.index_copy(0, rows, processed).view(batch, length, width)
 
     def _mask(self, queries: Tensor, store: KeptTokensLayer | None, valid: Tensor | None) -> Any:
-        """Causal mask among this layer's own slots, in the form that the attention implementation takes.
+        """Causal mask among this layer's own slots.
 
         Args:
             queries: [batch, new slots, hidden].
@@ -149,42 +149,9 @@ class MoDDecoderLayer:
         """
         batch, new = queries.shape[:2]
         past = 0 if store is None else store.slots
-        past_valid = None if store is None else store.valid
-        if valid is not None or past_valid is not None:
-            ones = torch.ones(batch, max(past, new), dtype=torch.bool, device=queries.device)
-            valid = torch.cat(
-                [
-                    ones[:, :past] if past_valid is None else past_valid,
-                    ones[:, :new] if valid is None else valid,
-                ],
-                dim=-1,
-            )
-        config = self.self_attn.config  # type: ignore[attr-defined]
-        implementation = config._attn_implementation
-        if "flash" in implementation:
-            return valid
-        if implementation == "sdpa" and valid is None and (new == 1 or past == 0):
-            return None  # the kernel's own causal path, or a single query that sees everything
-
-        def visible(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            causal = key <= query
-            if valid is None:
-                return causal
-            # An unused slot sees itself: a row without any key would be NaN, and spread in the backward pass.
-            return causal & (valid[sample, key] | (key == query))
-
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
-            batch_size=batch,
-            q_length=new,
-            kv_length=past + new,
-            q_offset=past,
-            mask_function=visible,
-            attention_mask=None,
-            allow_is_causal_skip=False,
-            dtype=queries.dtype,
-            device=queries.device,
-            config=config,
-        )
+        stored = None if store is None else store.valid
+        joined = join_valid(stored, valid, batch, past, new, queries.device)
+        return causal_mask(self.self_attn.config, queries, past, joined)  # type: ignore[attr-defined]
 
     def _with_router_gradient(self, hidden_states: Tensor) -> Tensor:
         """In training, a zero gradient for the router: sharded training waits for every parameter's."""

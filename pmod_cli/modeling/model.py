@@ -20,6 +20,7 @@ from transformers.utils.generic import can_return_tuple
 from pmod_cli.modeling.cache import adopt_cache
 from pmod_cli.modeling.compat import CACHE_ARGUMENT, multimodal_output
 from pmod_cli.modeling.decoders import take_over, to_mod
+from pmod_cli.modeling.masks import causal_mask
 from pmod_cli.modeling.plan import LayerRouting, RoutingPlan, count_tokens
 from pmod_cli.modeling.settings import MoDConfig
 
@@ -146,6 +147,11 @@ class MoDMultimodalModel:
             cache = DynamicCache(config=text_config)
         if cache is not None:
             adopt_cache(cache, self.mod.mod_layers, text_config.num_hidden_layers)
+        if attention_mask is not None:
+            past = attention_mask.shape[1] - inputs_embeds.shape[1]
+            attention_mask = causal_mask(text_config, inputs_embeds, past, attention_mask.bool())
+        if features is None:
+            inputs_embeds = self._with_image_gradient(inputs_embeds)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -157,6 +163,19 @@ class MoDMultimodalModel:
             **kwargs,
         )
         return multimodal_output(self.output_class, outputs, image_outputs)
+
+    def _with_image_gradient(self, inputs_embeds: Tensor) -> Tensor:
+        """In training without images, a zero gradient for the parts that images go through.
+
+        Sharded training waits for every parameter's gradient, and another process may have images.
+        """
+        if not (self.training and torch.is_grad_enabled()):  # type: ignore[attr-defined]
+            return inputs_embeds
+        decoder = {id(parameter) for parameter in self.language_model.parameters()}
+        trained = [p for p in self.parameters() if p.requires_grad and id(p) not in decoder]  # type: ignore[attr-defined]
+        for parameter in trained:
+            inputs_embeds = inputs_embeds + (0.0 * parameter.sum()).to(inputs_embeds.dtype)
+        return inputs_embeds
 
     def _image_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """True where an image feature goes, [batch, tokens]."""

@@ -95,7 +95,9 @@ def measure(args: argparse.Namespace, backward: bool) -> dict[str, float]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--hidden", type=int, default=1024)
@@ -115,7 +117,12 @@ def main() -> None:
         print(json.dumps({"arguments": vars(args), "torch": torch.__version__, "results": results}, indent=2))
         return
     for row in results:
-        print("  ".join(f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()))
+        print(
+            "  ".join(
+                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}"
+                for key, value in row.items()
+            )
+        )
 
 
 if __name__ == "__main__":
