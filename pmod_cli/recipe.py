@@ -6,15 +6,25 @@ Validated strictly: an unknown key is an error that names the nearest known key.
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from pmod_cli.errors import PmodError
 from pmod_cli.modeling.schedule import SCHEDULES, Ratios
+from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
 
 
 class _Section(BaseModel):
@@ -24,9 +34,7 @@ class _Section(BaseModel):
 class ModSettings(_Section):
     """The Mixture-of-Depths part of a recipe; the defaults are the paper's."""
 
-    schedule: Literal["shifted_cosine", "shifted_linear", "constant", "interleaved", "explicit"] = (
-        "shifted_cosine"
-    )
+    schedule: str = "shifted_cosine"
     shift: float = Field(0.5, ge=0, le=1)
     ceiling: float = Field(0.85, gt=0, le=1)
     floor: float = Field(0.15, ge=0, le=1)
@@ -34,11 +42,21 @@ class ModSettings(_Section):
     first_layer: int = Field(2, ge=0)
     last_layer: int | None = None
     ratios: tuple[float | None, ...] | None = None
-    weight_norm: Literal["tanh", "sigmoid", "softmax", "none"] = "tanh"
+    weight_norm: str = "tanh"
     weight_scale: float = 0.2
     weight_bias: float = 1.0
     router_bias: bool = True
     target_tokens: Literal["vision", "vision_hr", "all"] = "vision"
+
+    @field_validator("schedule", "weight_norm")
+    @classmethod
+    def _known(cls, value: str, info: ValidationInfo) -> str:
+        known = SCHEDULES if info.field_name == "schedule" else WEIGHT_NORMS
+        if value not in known:
+            near = nearest(value, known)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"unknown {str(info.field_name).replace('_', ' ')} {value!r}, {hint}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> ModSettings:
@@ -57,15 +75,10 @@ class ModSettings(_Section):
         Raises:
             PmodError: If the schedule does not fit that number of layers.
         """
-        parameters = {
-            "shifted_cosine": ("shift", "ceiling", "floor"),
-            "shifted_linear": ("shift", "ceiling", "floor"),
-            "constant": ("ratio", "first_layer", "last_layer"),
-            "interleaved": ("ratio",),
-            "explicit": ("ratios",),
-        }[self.schedule]
+        schedule = SCHEDULES[self.schedule]
+        parameters = [name for name in inspect.signature(schedule).parameters if name != "num_layers"]
         try:
-            return SCHEDULES[self.schedule](num_layers, **{name: getattr(self, name) for name in parameters})
+            return schedule(num_layers, **{name: getattr(self, name) for name in parameters})
         except ValueError as error:
             raise PmodError(f"schedule {self.schedule}: {error}") from error
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
 
 
 class Router(nn.Module):
@@ -61,16 +62,7 @@ class Router(nn.Module):
         Returns:
             Weights in fp32, [batch, tokens].
         """
-        if self.norm == "tanh":
-            normalised = torch.tanh(logits)
-        elif self.norm == "sigmoid":
-            normalised = torch.sigmoid(logits)
-        elif self.norm == "softmax":
-            # A sample without routed tokens would be a row of -inf, whose softmax is NaN in the gradient too.
-            floor = torch.finfo(logits.dtype).min
-            normalised = torch.softmax(logits.masked_fill(~target_mask, floor), dim=-1)
-        else:
-            normalised = logits
+        normalised = WEIGHT_NORMS[self.norm](logits, target_mask)
         return torch.where(target_mask, self.offset + self.scale * normalised, 1.0)
 
     def extra_repr(self) -> str:

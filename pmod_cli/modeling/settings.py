@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli.modeling.schedule import Ratios
+from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
 
-WEIGHT_NORMS = ("tanh", "sigmoid", "softmax", "none")
 TARGET_TOKENS = ("vision", "vision_hr", "all")
 
 
