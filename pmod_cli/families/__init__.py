@@ -22,12 +22,14 @@ class Family:
         base_type: ``model_type`` of the dense transformers model.
         architecture: Class name of the p-MoD model.
         decoders: ``model_type`` of the supported language models.
+        layer_prefixes: What may stand before a decoder layer's number in a checkpoint's parameter names.
     """
 
     name: str
     base_type: str
     architecture: str
     decoders: tuple[str, ...]
+    layer_prefixes: tuple[str, ...] = ("model.language_model.layers.", "language_model.model.layers.")
 
     @property
     def model_type(self) -> str:

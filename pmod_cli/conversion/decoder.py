@@ -1,0 +1,138 @@
+"""Finds the decoder in a checkpoint's tensors, and holds every shape against the config and against the others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pmod_cli.conversion.shards import StoredTensor
+from pmod_cli.errors import PmodError
+from pmod_cli.families import Family
+
+_LAYER = {
+    "input_layernorm.weight": ("hidden_size",),
+    "post_attention_layernorm.weight": ("hidden_size",),
+    "self_attn.q_proj.weight": ("query width", "hidden_size"),
+    "self_attn.k_proj.weight": ("key width", "hidden_size"),
+    "self_attn.v_proj.weight": ("key width", "hidden_size"),
+    "self_attn.o_proj.weight": ("hidden_size", "query width"),
+    "mlp.gate_proj.weight": ("intermediate_size", "hidden_size"),
+    "mlp.up_proj.weight": ("intermediate_size", "hidden_size"),
+    "mlp.down_proj.weight": ("hidden_size", "intermediate_size"),
+}
+"""What every layer of a supported decoder has, and its sides by name."""
+
+_OUTSIDE = {
+    "embed_tokens.weight": ("vocab_size", "hidden_size"),
+    "lm_head.weight": ("vocab_size", "hidden_size"),
+    "multi_modal_projector.linear_1.weight": ("projector width", "features"),
+    "multi_modal_projector.linear_2.weight": ("hidden_size", "projector width"),
+    "image_newline": ("hidden_size",),
+}
+"""Tensors outside the layers by the end of their names; a checkpoint may lack those that its family has not."""
+
+ROUTER_DTYPES = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class DecoderLayout:
+    """Where the decoder layers are.
+
+    Attributes:
+        prefix: What stands before a layer's number in the names, e.g. ``model.language_model.layers.``.
+        layers: Number of decoder layers.
+        hidden: Width of the residual stream.
+        dtype: Of the layers' weights, as safetensors calls it; the routers get the same.
+    """
+
+    prefix: str
+    layers: int
+    hidden: int
+    dtype: str
+
+    def router_name(self, layer: int, part: str) -> str:
+        """Name of a router's ``weight`` or ``bias``."""
+        return f"{self.prefix}{layer}.router.{part}"
+
+
+def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[StoredTensor]) -> DecoderLayout:
+    """Find the decoder layers and check that they are whole.
+
+    Args:
+        family: Says how the layers may be called.
+        config: The dense config; what it says of sizes has to be so, what it leaves out is read from the tensors.
+        tensors: All of the checkpoint's.
+
+    Raises:
+        PmodError: No decoder, a missing tensor, a shape that does not fit, or quantised weights.
+    """
+    by_name = {tensor.name: tensor for tensor in tensors}
+    prefix = next(
+        (prefix for prefix in family.layer_prefixes if any(name.startswith(prefix) for name in by_name)), None
+    )
+    if prefix is None:
+        raise PmodError(
+            "the weights have no decoder layers",
+            f"expected names that begin with {' or '.join(family.layer_prefixes)}",
+        )
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(.+)")
+    found = [match for match in map(pattern.fullmatch, by_name) if match]
+    layers = 1 + max(int(match[1]) for match in found)
+    text = config.get("text_config") or {}
+    if text.get("num_hidden_layers", layers) != layers:
+        raise PmodError(
+            f"the weights have {layers} decoder layers and config.json says {text['num_hidden_layers']}"
+        )
+    missing = [
+        name
+        for layer in range(layers)
+        for name in (f"{prefix}{layer}.{end}" for end in _LAYER)
+        if name not in by_name
+    ]
+    if missing:
+        raise PmodError(
+            f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
+        )
+    sides = _Sides(text)
+    for match in found:
+        sides.check(by_name[match[0]], _LAYER.get(match[2]))
+    for name, tensor in by_name.items():
+        sides.check(tensor, next((shape for end, shape in _OUTSIDE.items() if name.endswith(end)), None))
+    sample = by_name[f"{prefix}0.self_attn.q_proj.weight"]
+    if sample.dtype not in ROUTER_DTYPES or "quantization_config" in config:
+        raise PmodError(
+            "the weights are quantised", "convert the unquantised checkpoint and quantise when it is loaded"
+        )
+    return DecoderLayout(prefix, layers, sample.shape[1], sample.dtype)
+
+
+class _Sides:
+    """The length of every named side, from the config or from the first tensor that has it."""
+
+    def __init__(self, text: dict[str, Any]) -> None:
+        self.known: dict[str, tuple[int, str]] = {}
+        heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+        head = text.get("head_dim")
+        if head is None and heads and text.get("hidden_size"):
+            head = text["hidden_size"] // heads
+        values = {name: text.get(name) for name in ("hidden_size", "intermediate_size", "vocab_size")}
+        values["query width"] = heads * head if heads and head else None
+        values["key width"] = kv_heads * head if kv_heads and head else None
+        for name, value in values.items():
+            if isinstance(value, int):
+                self.known[name] = (value, "config.json")
+
+    def check(self, tensor: StoredTensor, sides: tuple[str, ...] | None) -> None:
+        if sides is None:
+            return
+        if len(tensor.shape) != len(sides):
+            raise PmodError(f"{tensor.name} has {len(tensor.shape)} dimensions, not {len(sides)}")
+        for length, side in zip(tensor.shape, sides, strict=True):
+            expected, where = self.known.setdefault(side, (length, tensor.name))
+            if length != expected:
+                raise PmodError(
+                    f"{tensor.name} has shape {list(tensor.shape)}: its {side} is {length}, "
+                    f"and {expected} by {where}"
+                )

@@ -1,0 +1,60 @@
+"""transformers' own format (``llava-hf/*`` and whatever ``save_pretrained`` wrote): nothing is rewritten.
+
+Older checkpoints name their parameters differently (``language_model.model.*``); transformers renames them while
+loading, for our model types as for its own, so the names in the files stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pmod_cli.conversion.formats import Options, Shard, Translation
+from pmod_cli.conversion.source import INDEX, SINGLE, Source, WeightFile
+from pmod_cli.errors import PmodError
+from pmod_cli.families import FAMILIES
+
+SUMMARY = "transformers' own format (llava-hf, save_pretrained)"
+_REPLACED = ("config.json", "README.md")
+
+
+def matches(source: Source) -> bool:
+    """Whether ``model_type`` is that of a family, dense or p-MoD."""
+    return any(source.model_type in (family.base_type, family.model_type) for family in FAMILIES)
+
+
+def translate(source: Source, options: Options) -> Translation:
+    """Link the weights as they are; pickled ones are rewritten as safetensors.
+
+    Raises:
+        PmodError: The source is p-MoD already, or its weights are missing or corrupt.
+    """
+    if any(source.model_type == family.model_type for family in FAMILIES):
+        raise PmodError(
+            f"{source.name} is p-MoD already",
+            "--to baseline gives its dense baseline back; pmod inspect shows it",
+        )
+    files = source.weight_files(options.allow_pickle)
+    sidecars = source.sidecars()
+    originals = {name: sidecars[name] for name in _REPLACED if name in sidecars}
+    if (source.folder / INDEX).is_file() and all(file.safe for file in files):
+        originals[INDEX] = source.folder / INDEX
+    return Translation(
+        config=source.config,
+        shards=[_shard(file, name) for file, name in zip(files, _names(files), strict=True)],
+        files={name: path for name, path in sidecars.items() if name not in _REPLACED},
+        originals=originals if all(file.safe for file in files) else {},
+    )
+
+
+def _names(files: Sequence[WeightFile]) -> list[str]:
+    if all(file.safe for file in files) and [file.name for file in files] != [SINGLE]:
+        return [file.name for file in files]
+    # transformers reads a file called model.safetensors alone and would not look at the index.
+    return [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+
+
+def _shard(file: WeightFile, name: str) -> Shard:
+    tensors = list(file.tensors.values())
+    if not file.safe:
+        return Shard(name, tensors)
+    return Shard(name, tensors, linked=file.path.resolve(), original=file.name)

@@ -1,0 +1,121 @@
+"""The way back: what a converted checkpoint keeps of its baseline, and the baseline it gives again.
+
+A converted checkpoint has a folder ``baseline`` with the files that conversion replaced, as they were, and
+``manifest.json``: which file of the checkpoint is which file of the baseline. A fine-tuned checkpoint has no such
+folder; its routers are then taken out of its shards and its config.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.conversion.formats import Shard, Translation
+from pmod_cli.conversion.source import INDEX, SINGLE, Source
+from pmod_cli.errors import PmodError
+from pmod_cli.families import Family, find_family
+
+FOLDER = "baseline"
+_MANIFEST = "manifest.json"
+_ADDED = ("mod", "pmod")
+
+
+def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Contents of ``model.safetensors.index.json``."""
+    return {
+        "metadata": {"total_size": sum(tensor.nbytes for shard in shards for tensor in shard.tensors)},
+        "weight_map": dict(sorted((tensor.name, shard.name) for shard in shards for tensor in shard.tensors)),
+    }
+
+
+def baseline_files(translation: Translation) -> dict[str, Path | bytes]:
+    """What goes into the folder ``baseline`` of a converted checkpoint, by path relative to the checkpoint."""
+    kept: dict[str, Path | bytes] = dict(translation.originals)
+    if not kept:
+        # Nothing to give back bit for bit: the baseline is the dense transformers checkpoint that was translated.
+        kept = {
+            "config.json": to_json(translation.config),
+            INDEX: to_json(index_of(translation.shards)),
+        }
+    files = {name: f"{FOLDER}/{name}" for name in kept}
+    files |= {name: name for name in translation.files}
+    files |= {shard.original or shard.name: shard.name for shard in translation.shards}
+    return {
+        **{f"{FOLDER}/{name}": file for name, file in kept.items()},
+        f"{FOLDER}/{_MANIFEST}": to_json({"files": files}),
+    }
+
+
+def to_json(data: Any) -> bytes:
+    """JSON as it is written to a checkpoint."""
+    return (json.dumps(data, indent=2) + "\n").encode()
+
+
+def plan_baseline(source: Source) -> Translation:
+    """The dense baseline of a p-MoD checkpoint; ``config.json`` and the index are among its files.
+
+    Raises:
+        PmodError: The checkpoint is not p-MoD, or files are missing.
+    """
+    family = find_family(source.model_type)
+    if source.model_type != family.model_type:
+        raise PmodError(f"{source.name} is a dense {family.name} checkpoint already")
+    weights = {file.name: file for file in source.weight_files()}
+    manifest = source.json(f"{FOLDER}/{_MANIFEST}")
+    if manifest is not None:
+        files = _check_manifest(source, manifest)
+        shards = [
+            Shard(original, list(weights[name].tensors.values()), weights[name].path.resolve())
+            for original, name in files.items()
+            if name in weights
+        ]
+        if not any(".router." in tensor.name for shard in shards for tensor in shard.tensors):
+            others = {
+                original: source.folder / name for original, name in files.items() if name not in weights
+            }
+            return Translation(_dense_config(source.config, family), shards, dict(others))
+    return _strip(source, family)
+
+
+def _check_manifest(source: Source, manifest: dict[str, Any]) -> dict[str, str]:
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise PmodError(f"{source.name}/{FOLDER}/{_MANIFEST} names no files")
+    for original, name in files.items():
+        inside = Path(name).parts
+        if Path(original).name != original or len(inside) > 2 or inside[:-1] not in ((), (FOLDER,)):
+            raise PmodError(f"{FOLDER}/{_MANIFEST} names {name!r}, which is not a file of the checkpoint")
+        if not (source.folder / name).is_file():
+            raise PmodError(f"{source.name} lacks {name}, which belongs to its baseline")
+    return files
+
+
+def _strip(source: Source, family: Family) -> Translation:
+    shards = []
+    for file in source.weight_files():
+        kept = [tensor for tensor in file.tensors.values() if ".router." not in tensor.name]
+        whole = len(kept) == len(file.tensors)
+        if kept:
+            shards.append(Shard(file.name, kept, file.path.resolve() if whole else None))
+    config = _dense_config(source.config, family)
+    files: dict[str, Path | bytes] = {
+        name: path for name, path in source.sidecars().items() if name not in ("config.json", "README.md")
+    }
+    files["config.json"] = to_json(config)
+    if len(shards) == 1:
+        shards = [Shard(SINGLE, shards[0].tensors, shards[0].linked)]
+    else:
+        files[INDEX] = to_json(index_of(shards))
+    notes = ["the weights are those of the p-MoD checkpoint as it is now, routers left out"]
+    return Translation(config, shards, files, notes=notes)
+
+
+def _dense_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
+    dense = {key: value for key, value in config.items() if key not in _ADDED}
+    return {
+        **dense,
+        "architectures": [family.architecture.removeprefix("Pmod")],
+        "model_type": family.base_type,
+    }

@@ -1,0 +1,195 @@
+"""Finds a checkpoint: a local folder, or a hub id, which is downloaded to (or found in) the hub's cache."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.conversion.pickles import read_pickle
+from pmod_cli.conversion.shards import StoredTensor, read_header
+from pmod_cli.errors import PmodError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLED_INDEX, _PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a checkpoint's weights.
+
+    Attributes:
+        path: The file.
+        tensors: What is in it, by name.
+        safe: Whether it is a safetensors file (else a pickle).
+    """
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    safe: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as it lies on disk, in whatever format.
+
+    Attributes:
+        name: As the user named it.
+        folder: Where it lies. In the hub's cache its files are symbolic links.
+        config: Contents of its ``config.json``; empty if it has none.
+        revision: The hub commit; None for a local folder.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any] = field(repr=False)
+    revision: str | None = None
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of its config, or an empty string."""
+        return str(self.config.get("model_type", ""))
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Contents of one of its JSON files; None if there is none.
+
+        Raises:
+            PmodError: It is not JSON, or not an object.
+        """
+        path = self.folder / name
+        return read_json(path) if path.is_file() else None
+
+    def weight_files(self, allow_pickle: bool = False) -> list[WeightFile]:
+        """Its weights, by the headers alone; the same choice of files as transformers makes.
+
+        Args:
+            allow_pickle: Whether ``.bin`` files may be loaded if there is nothing better.
+
+        Raises:
+            PmodError: No weights, an index that names an absent file or tensor, a corrupt or truncated file.
+        """
+        for single, index, safe in ((SINGLE, INDEX, True), (_PICKLED, _PICKLED_INDEX, False)):
+            if (self.folder / single).is_file():
+                weight_map = None
+                names: Sequence[str] = [single]
+            elif (self.folder / index).is_file():
+                weight_map = self._weight_map(index)
+                names = sorted(set(weight_map.values()))
+            else:
+                continue
+            for name in names:
+                if not (self.folder / name).is_file():
+                    raise PmodError(f"{index} names {name}, which is not in {self.name}", "download it again")
+            files = [
+                WeightFile(path, read_header(path) if safe else read_pickle(path, allow_pickle), safe)
+                for path in (self.folder / name for name in names)
+            ]
+            _check_index(files, weight_map or {}, index)
+            return files
+        raise PmodError(f"{self.name} has no weights", f"expected {SINGLE} or {INDEX}")
+
+    def _weight_map(self, index: str) -> dict[str, str]:
+        weight_map = (self.json(index) or {}).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise PmodError(f"{self.folder / index} has no weight_map")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise PmodError(f"{index} names {name!r}, which is not a file of its own folder")
+        return weight_map
+
+    def sidecars(self) -> dict[str, Path]:
+        """Every other file at its top level (config, tokenizer, processor, licence ...), by name."""
+        return {
+            path.name: path
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and not path.name.startswith(".")
+            and not path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
+        }
+
+
+def _check_index(files: list[WeightFile], weight_map: dict[str, str], index: str) -> None:
+    by_name = {file.name: file for file in files}
+    for tensor, name in weight_map.items():
+        if tensor not in by_name[name].tensors:
+            raise PmodError(f"{index} says that {tensor} is in {name}, and it is not", "download both again")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        PmodError: The file cannot be read, or holds no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PmodError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise PmodError(f"{path} is not a JSON object")
+    return data
+
+
+def open_source(
+    name: str | Path, *, revision: str | None = None, allow_pickle: bool = False, near: Path | None = None
+) -> Source:
+    """Find a checkpoint; a hub id is downloaded (weights included) unless the cache has it.
+
+    Args:
+        name: Folder or hub id.
+        revision: Branch, tag or commit on the hub.
+        allow_pickle: Whether to download ``.bin`` weights where there are no safetensors.
+        near: A folder to look in first, for a part that a checkpoint names (e.g. its vision tower).
+
+    Raises:
+        PmodError: Nothing there, or the hub cannot be reached.
+    """
+    for path in ([near / name] if near else []) + [Path(name).expanduser()]:
+        if path.is_dir():
+            config = path / "config.json"
+            return Source(str(name), path, read_json(config) if config.is_file() else {})
+        if path.exists():
+            raise PmodError(f"{path} is a file, not the folder of a checkpoint")
+    if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise PmodError(f"no folder {name}", "give a folder or a hub id such as llava-hf/llava-1.5-7b-hf")
+    folder = _download(name, revision, allow_pickle)
+    config = folder / "config.json"
+    return Source(name, folder, read_json(config) if config.is_file() else {}, folder.name)
+
+
+def _download(repo: str, revision: str | None, allow_pickle: bool) -> Path:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    def fetch(*patterns: str) -> Path:
+        # Only the top level: some repositories keep the weights in a second format in sub-folders.
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+        )
+
+    try:
+        folder = fetch(*_SMALL_FILES, "*.safetensors")
+        if not any(folder.glob("*.safetensors")) and allow_pickle:
+            folder = fetch(*_SMALL_FILES, "*.bin")
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True", "yes", "ON")
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PmodError(
+            f"no folder {repo}, and it cannot be had from the hub: {why}",
+            "HF_HUB_OFFLINE is set"
+            if offline
+            else "check the name and the network; hf auth login if it is gated",
+        ) from error
+    return folder
