@@ -12,6 +12,7 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 
+from pmod_cli.families.image_processors import PmodLlavaImageProcessor, register_image_processor
 from pmod_cli.modeling.model import (
     MoDConfigMixin,
     MoDForConditionalGeneration,
@@ -46,3 +47,4 @@ class PmodLlavaForConditionalGeneration(MoDForConditionalGeneration, LlavaForCon
 def register() -> None:
     """Register with transformers."""
     register_classes(PmodLlavaConfig, PmodLlavaModel, PmodLlavaForConditionalGeneration, LlavaProcessor)
+    register_image_processor(PmodLlavaConfig, PmodLlavaImageProcessor)

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
+    LlavaModel,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextModel,
     LlavaNextProcessor,
 )
-from transformers.models.llava_next.modeling_llava_next import LlavaNextModelOutputWithPast
+from transformers.models.llava_next.modeling_llava_next import (
+    LlavaNextModelOutputWithPast,
+    get_anyres_image_grid_shape,
+)
 
+from pmod_cli.families.anyres import high_resolution_size, shrunk_size, unpadded_box
+from pmod_cli.families.image_processors import PmodLlavaNextImageProcessor, register_image_processor
 from pmod_cli.modeling.model import (
     MoDConfigMixin,
     MoDForConditionalGeneration,
@@ -22,10 +31,78 @@ from pmod_cli.modeling.registration import register_classes
 
 
 class PmodLlavaNextConfig(MoDConfigMixin, LlavaNextConfig):
-    """`LlavaNextConfig` with a ``mod`` section (see `MoDConfig`)."""
+    """`LlavaNextConfig` with a ``mod`` section (see `MoDConfig`).
+
+    Attributes:
+        released_anyres: Unpad feature maps as the paper's release does (see `families.anyres`). Written by
+            conversion from the released and the original LLaVA format; False is transformers' behaviour.
+        max_num_patches: With ``released_anyres``: shrink feature maps of more than so many tiles.
+    """
 
     model_type = "pmod_llava_next"
     mod: dict[str, Any] | None = None
+    released_anyres: bool = False
+    max_num_patches: int | None = None
+
+
+class PmodLlavaNextProcessor(LlavaNextProcessor):
+    """`LlavaNextProcessor` that counts image tokens as `PmodLlavaNextModel` makes them.
+
+    Args:
+        image_processor: See `LlavaNextProcessor`, as for all up to ``num_additional_image_tokens``.
+        tokenizer: See there.
+        patch_size: See there.
+        vision_feature_select_strategy: See there.
+        chat_template: See there.
+        image_token: See there.
+        num_additional_image_tokens: See there.
+        released_anyres: See `PmodLlavaNextConfig`.
+        max_num_patches: See `PmodLlavaNextConfig`.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        num_additional_image_tokens: int = 0,
+        released_anyres: bool = False,
+        max_num_patches: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.released_anyres, self.max_num_patches = released_anyres, max_num_patches
+        super().__init__(
+            image_processor,
+            tokenizer,
+            patch_size,
+            vision_feature_select_strategy,
+            chat_template,
+            image_token,
+            num_additional_image_tokens,
+            **kwargs,
+        )
+
+    def _get_unpadded_features(
+        self,
+        height: int,
+        width: int,
+        patches_height: int,
+        patches_width: int,
+        scale_height: int,
+        scale_width: int,
+    ) -> tuple[int, int]:
+        if not self.released_anyres:
+            unpadded: tuple[int, int] = super()._get_unpadded_features(
+                height, width, patches_height, patches_width, scale_height, scale_width
+            )
+            return unpadded
+        rows, columns = high_resolution_size(
+            (height, width), (scale_height, scale_width), patches_height, self.max_num_patches
+        )
+        return rows * columns, rows
 
 
 class PmodLlavaNextModel(MoDMultimodalModel, LlavaNextModel):
@@ -33,6 +110,58 @@ class PmodLlavaNextModel(MoDMultimodalModel, LlavaNextModel):
 
     config_class = PmodLlavaNextConfig
     output_class = LlavaNextModelOutputWithPast
+
+    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+        """As in transformers; 4-D pixel values without sizes are one tile an image, as in LLaVA-1.5.
+
+        Args:
+            pixel_values: [images, tiles, 3, height, width], or [images, 3, height, width] without ``image_sizes``.
+            image_sizes: (height, width) of each image, [images, 2].
+            **kwargs: See `LlavaNextModel.get_image_features`.
+        """
+        if image_sizes is None and pixel_values.dim() == 4:
+            return LlavaModel.get_image_features(self, pixel_values, **kwargs)
+        return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)
+
+    def pack_image_features(
+        self,
+        image_features: Any,
+        image_sizes: Any,
+        vision_feature_select_strategy: str,
+        image_newline: Tensor | None = None,
+    ) -> tuple[list[Tensor], Tensor]:
+        """Base tile, then the rows of the unpadded high-resolution map, each with a newline.
+
+        Args:
+            image_features: [tiles, features of a tile, hidden] for each image, base tile first.
+            image_sizes: (height, width) of each image.
+            vision_feature_select_strategy: Not used where the release's rule applies.
+            image_newline: [hidden].
+
+        Returns:
+            [vision tokens, hidden] for each image, and the numbers of vision tokens.
+        """
+        config: Any = self.config
+        if not config.released_anyres or image_newline is None:
+            return super().pack_image_features(
+                image_features, image_sizes, vision_feature_select_strategy, image_newline
+            )
+        tile = config.vision_config.image_size
+        side = tile // config.vision_config.patch_size
+        packed = []
+        for tiles, size in zip(image_features, torch.as_tensor(image_sizes).tolist(), strict=True):
+            down, across = get_anyres_image_grid_shape(size, config.image_grid_pinpoints, tile)
+            grid = tiles[1:].view(down, across, side, side, -1).permute(4, 0, 2, 1, 3)
+            features = grid.flatten(1, 2).flatten(2, 3)
+            top, bottom, left, right = unpadded_box(size, (down * side, across * side))
+            features = features[:, top:bottom, left:right]
+            shrunk = shrunk_size((bottom - top, right - left), side, config.max_num_patches)
+            if shrunk != (bottom - top, right - left):
+                features = F.interpolate(features[None], shrunk, mode="bilinear")[0]
+            newlines = image_newline.to(features)[:, None, None].expand(-1, features.shape[1], 1)
+            rows = torch.cat((features, newlines), dim=2).flatten(1, 2).transpose(0, 1)
+            packed.append(torch.cat((tiles[0], rows)))
+        return packed, torch.tensor([len(tokens) for tokens in packed], device=packed[0].device)
 
 
 class PmodLlavaNextForConditionalGeneration(MoDForConditionalGeneration, LlavaNextForConditionalGeneration):
@@ -46,5 +175,6 @@ class PmodLlavaNextForConditionalGeneration(MoDForConditionalGeneration, LlavaNe
 def register() -> None:
     """Register with transformers."""
     register_classes(
-        PmodLlavaNextConfig, PmodLlavaNextModel, PmodLlavaNextForConditionalGeneration, LlavaNextProcessor
+        PmodLlavaNextConfig, PmodLlavaNextModel, PmodLlavaNextForConditionalGeneration, PmodLlavaNextProcessor
     )
+    register_image_processor(PmodLlavaNextConfig, PmodLlavaNextImageProcessor)

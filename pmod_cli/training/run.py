@@ -20,11 +20,11 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from pmod_cli import __version__
+from pmod_cli.chat_templates import VICUNA_V1
 from pmod_cli.errors import PmodError
 from pmod_cli.generation import VisionLanguageModel, check_source
 from pmod_cli.recipe import Recipe, TrainSettings
 from pmod_cli.training.aspect import apply_aspect
-from pmod_cli.training.chat import VICUNA_V1
 from pmod_cli.training.collate import Collator, EncodedDataset
 from pmod_cli.training.dataset import BadSample, ConversationData, image_path
 from pmod_cli.training.lora import add_lora, merge

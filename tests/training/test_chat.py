@@ -6,8 +6,9 @@ import copy
 
 import pytest
 
+from pmod_cli.chat_templates import VICUNA_V1
 from pmod_cli.errors import PmodError
-from pmod_cli.training.chat import VICUNA_V1, ChatEncoder
+from pmod_cli.training.chat import ChatEncoder
 from pmod_cli.training.dataset import BadSample, Turn
 
 LLAVA_HF = (

@@ -1,0 +1,135 @@
+"""The tokenizer of a LLaVA made of parts: the language model's, with an image token as llava-hf adds it."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.chat_templates import MISTRAL_INSTRUCT, VICUNA_V1
+from pmod_cli.conversion.source import Source, read_json
+from pmod_cli.errors import PmodError
+
+IMAGE_TOKEN = "<image>"
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TEMPLATES = {"llama": VICUNA_V1, "mistral": MISTRAL_INSTRUCT}
+_UNUSED = ("tokenizer_class", "auto_map", "added_tokens_decoder", "chat_template", "sp_model_kwargs", "name_or_path")
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A tokenizer as it is written into a checkpoint.
+
+    Attributes:
+        files: Contents by file name.
+        image_token: Id of the image token.
+        pad_token: Id of the padding token.
+    """
+
+    files: dict[str, Path | bytes]
+    image_token: int
+    pad_token: int | None
+
+
+def find_tokenizer(*sources: Source) -> Source | None:
+    """The first source that has a tokenizer."""
+    for source in sources:
+        if any((source.folder / name).is_file() for name in _VOCABULARIES):
+            return source
+    return None
+
+
+def build_tokenizer(source: Source, decoder: str, max_length: int | None) -> TokenizerFiles:
+    """Add the image token and a chat template to a tokenizer.
+
+    Args:
+        source: Where its files are.
+        decoder: ``model_type`` of the decoder, which decides the template if the tokenizer has none for images.
+        max_length: ``tokenizer_model_max_length`` of the checkpoint, or None.
+
+    Raises:
+        PmodError: The files cannot be read as a tokenizer.
+    """
+    from transformers import AddedToken
+
+    tokenizer = _load(source)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"  # what generating in batches needs; training pads by itself
+    if max_length:
+        tokenizer.model_max_length = max_length
+    template = _TEMPLATES.get(decoder)
+    tokenizer.chat_template = template and template.replace(
+        f"{IMAGE_TOKEN}\n", f"{IMAGE_TOKEN}{_blank_after_image(tokenizer)}\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return TokenizerFiles(files, image_token, tokenizer.pad_token_id)
+
+
+def _blank_after_image(tokenizer: Any) -> str:
+    """A blank where the tokenizer does not start the text behind an image as it starts a text.
+
+    The original code tokenises the text on each side of an image by itself, and sentencepiece puts a blank before
+    each; newer tokenizers do so at the start of the whole prompt only.
+    """
+    alone = tokenizer.encode("\nx", add_special_tokens=False)
+    for blank in ("", " "):
+        if tokenizer.encode(f"{IMAGE_TOKEN}{blank}\nx", add_special_tokens=False)[1:] == alone:
+            return blank
+    return ""
+
+
+def _load(source: Source) -> Any:
+    folder = source.folder
+    try:
+        if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
+            return _from_sentencepiece(folder)
+        from transformers import AutoTokenizer
+
+        # Beside a config of a model type that transformers does not know, it reads no tokenizer.
+        with tempfile.TemporaryDirectory() as alone:
+            for path in folder.iterdir():
+                if path.is_file() and path.suffix in (".json", ".txt", ".model") and "index" not in path.name:
+                    if path.name not in ("config.json", "processor_config.json", "preprocessor_config.json"):
+                        (Path(alone) / path.name).write_bytes(path.read_bytes())
+            return AutoTokenizer.from_pretrained(alone)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PmodError(f"{folder} holds no usable tokenizer: {first_line}") from error
+
+
+def _from_sentencepiece(folder: Path) -> Any:
+    """A Llama tokenizer of ``tokenizer.model`` alone, which is all that Vicuna has.
+
+    transformers reads it through protobuf, whose versions have to match; sentencepiece itself needs none.
+    """
+    try:
+        import sentencepiece
+    except ImportError:
+        raise PmodError("tokenizer.model needs sentencepiece", "pip install sentencepiece") from None
+    from transformers import LlamaTokenizer
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    vocabulary = {pieces.id_to_piece(index): index for index in range(pieces.get_piece_size())}
+    settings: dict[str, Any] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            settings |= read_json(folder / name)
+    settings = {
+        name: value["content"] if isinstance(value, dict) and "content" in value else value
+        for name, value in settings.items()
+        if name not in _UNUSED and value is not None
+    }
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary), **settings)
+    if (folder / "added_tokens.json").is_file():
+        added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
+        tokenizer.add_tokens(sorted(added, key=lambda token: added[token]))
+    return tokenizer

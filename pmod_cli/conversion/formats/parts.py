@@ -1,0 +1,133 @@
+"""Parts, which is how the paper trains: a language model, a vision tower and the projector of LLaVA's first stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmod_cli.conversion.formats import Options, Translation
+from pmod_cli.conversion.formats.llava_checkpoint import (
+    NEWLINE,
+    PROJECTOR,
+    Weights,
+    check_complete,
+    read_weights,
+    shards_of,
+    sidecar_files,
+    tokenizer_for,
+    with_image_token,
+)
+from pmod_cli.conversion.formats.llava_config import NEXT_GRIDS
+from pmod_cli.conversion.formats.llava_files import processor_files
+from pmod_cli.conversion.formats.llava_keys import projector_key
+from pmod_cli.conversion.formats.llava_rows import encode
+from pmod_cli.conversion.formats.llava_tower import find_tower
+from pmod_cli.conversion.pickles import read_pickle
+from pmod_cli.conversion.shards import StoredTensor, read_header
+from pmod_cli.conversion.source import Source, open_source
+from pmod_cli.errors import PmodError
+
+SUMMARY = "a language model, with --vision-tower and --projector (lmsys/vicuna-7b-v1.5 + CLIP + mm_projector.bin)"
+_DECODERS = ("llama", "mistral", "qwen2")
+_NEWLINE_SEED = 0
+
+
+def matches(source: Source) -> bool:
+    """Whether the source is a language model alone."""
+    return source.model_type in _DECODERS
+
+
+def translate(source: Source, options: Options) -> Translation:
+    """Put the parts together as LLaVA's training code does.
+
+    Raises:
+        PmodError: A part is missing, does not fit the others, or is not supported.
+    """
+    if not options.vision_tower or not options.projector:
+        raise PmodError(
+            f"{source.name} is a language model alone",
+            "--vision-tower and --projector name the other parts, e.g. openai/clip-vit-large-patch14-336 and "
+            "mm_projector.bin",
+        )
+    decoder, tiled = source.model_type, options.family == "llava_next"
+    weights = read_weights(source, options.allow_pickle)
+    hidden = int(source.config["hidden_size"])
+    projector = read_projector(options.projector, source.folder, options.allow_pickle)
+    tower = find_tower(
+        options.vision_tower, inside=False, near=None, allow_pickle=options.allow_pickle, chosen=True
+    )
+    _check_projector(projector, tower.config["hidden_size"], hidden)
+    notes = []
+    extra = [*projector, *tower.tensors]
+    if tiled:
+        extra.append(_newline(hidden, projector[0].dtype))
+        notes.append("image_newline starts with random numbers, as in LLaVA-NeXT's training")
+    weights = Weights([*weights.files, extra])
+    side = tower.config["image_size"]
+    flat: dict[str, Any] = {
+        **source.config,
+        "mm_projector_type": "mlp2x_gelu",
+        "image_aspect_ratio": "anyres" if tiled else "pad",
+        "mm_patch_merge_type": "spatial_unpad" if tiled else "flat",
+        "image_grid_pinpoints": [[across * side, down * side] for across, down in NEXT_GRIDS],
+    }
+    tokenizer, found = tokenizer_for(source, options, decoder, None)
+    config, weights = with_image_token(weights, flat, decoder, tower.config, tokenizer)
+    check_complete(config, weights.all())
+    return Translation(
+        config=config,
+        shards=shards_of(weights),
+        files=sidecar_files(config, tower.images, flat["image_aspect_ratio"], tokenizer, source),
+        originals=processor_files(config, tower.images, flat["image_aspect_ratio"], baseline=True),
+        notes=[*notes, *found],
+    )
+
+
+def read_projector(name: str, near: Path, allow_pickle: bool) -> list[StoredTensor]:
+    """The projector's four tensors, in transformers' names and in the order of `PROJECTOR`.
+
+    Args:
+        name: A file, a folder that has ``mm_projector.safetensors`` or ``mm_projector.bin``, or a hub id.
+        near: Where to look for it first.
+        allow_pickle: Whether ``mm_projector.bin`` may be loaded.
+
+    Raises:
+        PmodError: It is not found, or is no two-layer projector.
+    """
+    path = next((path for path in (near / name, Path(name).expanduser()) if path.is_file()), None)
+    if path is None:
+        folder = open_source(name, near=near, allow_pickle=allow_pickle).folder
+        names = ("mm_projector.safetensors", "mm_projector.bin")
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
+            raise PmodError(f"{name} has no {' or '.join(names)}")
+    stored = read_header(path) if path.suffix == ".safetensors" else read_pickle(path, allow_pickle)
+    found: dict[str, StoredTensor] = {}
+    for tensor in stored.values():
+        key = projector_key(tensor.name)
+        if key and key.name:
+            found[key.name] = tensor.renamed(key.name)
+    if set(found) != set(PROJECTOR):
+        raise PmodError(
+            f"{path} is no mlp2x_gelu projector", f"it has {', '.join(sorted(stored)[:6]) or 'nothing'}"
+        )
+    return [found[name] for name in PROJECTOR]
+
+
+def _check_projector(projector: list[StoredTensor], features: int, hidden: int) -> None:
+    for tensor, shape in zip(
+        projector, ((hidden, features), (hidden,), (hidden, hidden), (hidden,)), strict=True
+    ):
+        if tensor.shape != shape:
+            raise PmodError(
+                f"the projector's {tensor.name.rpartition('projector.')[2]} has shape {list(tensor.shape)}; "
+                f"vision tower and language model want {list(shape)}"
+            )
+
+
+def _newline(hidden: int, dtype: str) -> StoredTensor:
+    numbers = np.random.default_rng(_NEWLINE_SEED).standard_normal(hidden) / np.sqrt(hidden)
+    dtype = dtype if dtype in ("F16", "BF16") else "F32"
+    return StoredTensor.from_bytes(NEWLINE, dtype, (hidden,), encode(numbers.astype(np.float32), dtype))
