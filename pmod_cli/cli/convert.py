@@ -48,6 +48,9 @@ def convert_command(
     projector: Annotated[
         str | None, typer.Option("--projector", help="Likewise: mm_projector.bin, its folder or hub id.")
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Folder or hub id, where SOURCE has no tokenizer.")
+    ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub branch, tag or commit.")] = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Load .bin weights (by torch's weights_only reader).")
@@ -84,6 +87,8 @@ def convert_command(
                 allow_pickle=allow_pickle,
                 vision_tower=vision_tower,
                 projector=projector,
+                tokenizer=tokenizer,
+                parts=chosen.source if chosen and isinstance(chosen.source, dict) else {},
                 family=chosen.family if chosen else None,
             ),
             revision=revision,

@@ -80,7 +80,7 @@ class Plan:
         config = self.config()
         shards = [*self.translation.shards, Shard(ROUTERS, self.routers)]
         card = self.translation.originals.get("README.md")
-        own_card = card.read_text(encoding="utf-8", errors="replace") if card else None
+        own_card = card.read_text(encoding="utf-8", errors="replace") if isinstance(card, Path) else None
         readme = model_card(self.family, self.mod, config["pmod"], self.recipe, own_card)
         files: dict[str, Path | bytes] = {
             **self.translation.files,

@@ -33,14 +33,13 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
 def baseline_files(translation: Translation) -> dict[str, Path | bytes]:
     """What goes into the folder ``baseline`` of a converted checkpoint, by path relative to the checkpoint."""
     kept: dict[str, Path | bytes] = dict(translation.originals)
-    if not kept:
+    if "config.json" not in kept:
         # Nothing to give back bit for bit: the baseline is the dense transformers checkpoint that was translated.
-        kept = {
+        kept |= {
             "config.json": to_json(translation.config),
             INDEX: to_json(index_of(translation.shards)),
         }
-    files = {name: f"{FOLDER}/{name}" for name in kept}
-    files |= {name: name for name in translation.files}
+    files = {name: name for name in translation.files} | {name: f"{FOLDER}/{name}" for name in kept}
     files |= {shard.original or shard.name: shard.name for shard in translation.shards}
     return {
         **{f"{FOLDER}/{name}": file for name, file in kept.items()},

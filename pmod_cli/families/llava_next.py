@@ -111,7 +111,9 @@ class PmodLlavaNextModel(MoDMultimodalModel, LlavaNextModel):
     config_class = PmodLlavaNextConfig
     output_class = LlavaNextModelOutputWithPast
 
-    def get_image_features(self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any) -> Any:
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         """As in transformers; 4-D pixel values without sizes are one tile an image, as in LLaVA-1.5.
 
         Args:

@@ -16,6 +16,7 @@ from pmod_cli.training.dataset import BadSample, Turn
 
 IGNORED = -100
 
+
 @dataclass(frozen=True)
 class Encoded:
     """Token ids with each image placeholder expanded, and labels (-100 outside the assistant's turns)."""

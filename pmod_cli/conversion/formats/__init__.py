@@ -18,7 +18,7 @@ streamed to disk shard by shard (`pmod_cli.conversion.write`), never held. Sourc
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -28,7 +28,7 @@ from pmod_cli.conversion.source import Source
 from pmod_cli.errors import PmodError
 from pmod_cli.modeling.settings import MoDConfig
 
-FORMATS = ("huggingface",)
+FORMATS = ("released", "original", "huggingface", "parts")
 """Modules of this package, in the order in which they are asked."""
 
 
@@ -40,12 +40,16 @@ class Options:
         allow_pickle: Whether pickled weights may be loaded.
         vision_tower: Folder or hub id of the vision tower, where it is a part of its own.
         projector: File, folder or hub id of the projector, likewise.
+        tokenizer: Folder or hub id of the tokenizer, where the source has none.
+        parts: What the recipe's ``source`` names (``vision_tower``, ``projector``), where the user names nothing.
         family: The family the recipe is for, where the source does not tell; None if there is no recipe.
     """
 
     allow_pickle: bool = False
     vision_tower: str | None = None
     projector: str | None = None
+    tokenizer: str | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
     family: str | None = None
 
 
@@ -77,9 +81,9 @@ class Translation:
             and the index are not among them.
         mod: Retention ratios and router settings, if the source is p-MoD already; a recipe is then refused.
         routers: Router tensors that the source has, by layer: ``{"weight": ..., "bias": ...}``, any name.
-        originals: Files of the source that ``--to baseline`` has to give back as they were and that the p-MoD
-            checkpoint replaces, by name (``config.json``, the index, the model card). A format that rewrites the
-            weights has none.
+        originals: Files that ``--to baseline`` gives back and that are others in the p-MoD checkpoint, by name: those
+            of the source that were replaced (``config.json``, the index, the model card), or for a format that
+            rewrites the weights those that the dense checkpoint needs differently (config and index excepted).
         notes: What the user should know of this translation, a sentence each.
     """
 
@@ -88,7 +92,7 @@ class Translation:
     files: dict[str, Path | bytes]
     mod: MoDConfig | None = None
     routers: dict[int, dict[str, StoredTensor]] = field(default_factory=dict)
-    originals: dict[str, Path] = field(default_factory=dict)
+    originals: dict[str, Path | bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
 

@@ -7,6 +7,7 @@ loading, for our model types as for its own, so the names in the files stay.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from pmod_cli.conversion.formats import Options, Shard, Translation
 from pmod_cli.conversion.source import INDEX, SINGLE, Source, WeightFile
@@ -35,7 +36,7 @@ def translate(source: Source, options: Options) -> Translation:
         )
     files = source.weight_files(options.allow_pickle)
     sidecars = source.sidecars()
-    originals = {name: sidecars[name] for name in _REPLACED if name in sidecars}
+    originals: dict[str, Path | bytes] = {name: sidecars[name] for name in _REPLACED if name in sidecars}
     if (source.folder / INDEX).is_file() and all(file.safe for file in files):
         originals[INDEX] = source.folder / INDEX
     return Translation(

@@ -113,7 +113,9 @@ def translate_llava(
     )
     if tower.tensors:
         weights.files.append(list(tower.tensors))
-    tokenizer, found = tokenizer_for(source, options, decoder, source.config.get("tokenizer_model_max_length"))
+    tokenizer, found = tokenizer_for(
+        source, options, decoder, source.config.get("tokenizer_model_max_length")
+    )
     notes += found
     config, weights = with_image_token(weights, source.config, decoder, tower.config, tokenizer)
     check_complete(config, weights.all())
@@ -222,12 +224,7 @@ def sidecar_files(
     generation = [source.json("generation_config.json") for source in sources]
     licences: Sequence[str] = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
     return {
-        **{
-            name: path
-            for source in sources
-            for name, path in source.sidecars().items()
-            if name in licences
-        },
+        **{name: path for source in sources for name, path in source.sidecars().items() if name in licences},
         **processor_files(config, images, aspect_ratio),
         "generation_config.json": generation_file(config["text_config"], *generation),
         **(tokenizer.files if tokenizer else {}),

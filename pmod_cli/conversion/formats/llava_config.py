@@ -11,16 +11,49 @@ from pmod_cli.errors import PmodError
 from pmod_cli.modeling.schedule import Ratios, constant, interleaved
 from pmod_cli.modeling.settings import WEIGHT_NORMS, MoDConfig
 
-_DECODER_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "hidden_act max_position_embeddings initializer_range rms_norm_eps rope_theta rope_scaling rope_parameters "
-    "attention_bias attention_dropout mlp_bias sliding_window use_sliding_window max_window_layers layer_types "
-    "tie_word_embeddings bos_token_id eos_token_id pad_token_id use_cache"
-).split()
-_TOWER_FIELDS = (
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads num_channels image_size patch_size "
-    "hidden_act layer_norm_eps attention_dropout initializer_range initializer_factor projection_dim"
-).split()
+_DECODER_FIELDS = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "attention_bias",
+    "attention_dropout",
+    "mlp_bias",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "use_cache",
+]
+_TOWER_FIELDS = [
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_channels",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "attention_dropout",
+    "initializer_range",
+    "initializer_factor",
+    "projection_dim",
+]
 _TARGETS = {"vision_all": "vision", "vision_hr": "vision_hr", "all": "all"}
 _DECAY = re.compile(r"(\w+)_decay_(\d+\.\d+)_(\d+\.\d+)")
 _RELEASED_STEPS = 31  # the release divides by this, layers - 1 of its 32, whatever the model has
@@ -98,7 +131,9 @@ def dense_config(
     family = family_name(config)
     dense = {
         "model_type": family,
-        "architectures": ["LlavaNextForConditionalGeneration" if family == "llava_next" else "LlavaForConditionalGeneration"],
+        "architectures": [
+            "LlavaNextForConditionalGeneration" if family == "llava_next" else "LlavaForConditionalGeneration"
+        ],
         "text_config": text,
         "vision_config": vision,
         "image_token_index": image_token,
@@ -129,7 +164,7 @@ def grid_pinpoints(config: dict[str, Any]) -> list[list[int]]:
     Raises:
         PmodError: They are no list of pairs.
     """
-    pinpoints = config.get("image_grid_pinpoints")
+    pinpoints: Any = config.get("image_grid_pinpoints")
     try:
         pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
         return [[int(height), int(width)] for width, height in pairs]

@@ -9,10 +9,19 @@ from typing import Any
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _BICUBIC = 3
-_IMAGE_SETTINGS = (
-    "size crop_size do_resize do_center_crop do_rescale do_normalize do_convert_rgb resample rescale_factor "
-    "image_mean image_std"
-).split()
+_IMAGE_SETTINGS = [
+    "size",
+    "crop_size",
+    "do_resize",
+    "do_center_crop",
+    "do_rescale",
+    "do_normalize",
+    "do_convert_rgb",
+    "resample",
+    "rescale_factor",
+    "image_mean",
+    "image_std",
+]
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

@@ -6,9 +6,13 @@ import re
 from dataclasses import dataclass
 
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.router\.router\.(weight|bias)")
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(?:decoder_layer\.)?((?:self_attn|mlp|input_layernorm|post_attention_layernorm)\..+)")
+_LAYER = re.compile(
+    r"model\.layers\.(\d+)\.(?:decoder_layer\.)?((?:self_attn|mlp|input_layernorm|post_attention_layernorm)\..+)"
+)
 _PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.([02])\.(weight|bias)")
-_TOWER = re.compile(r"(?:model\.vision_tower\.)?(?:vision_tower\.)?(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)")
+_TOWER = re.compile(
+    r"(?:model\.vision_tower\.)?(?:vision_tower\.)?(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)"
+)
 _DECODER = re.compile(r"model\.(embed_tokens\.weight|norm\.weight)")
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 

@@ -14,8 +14,23 @@ from pmod_cli.errors import PmodError
 
 IMAGE_TOKEN = "<image>"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_FILES = (
+    *_VOCABULARIES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 _TEMPLATES = {"llama": VICUNA_V1, "mistral": MISTRAL_INSTRUCT}
-_UNUSED = ("tokenizer_class", "auto_map", "added_tokens_decoder", "chat_template", "sp_model_kwargs", "name_or_path")
+_UNUSED = (
+    "tokenizer_class",
+    "auto_map",
+    "added_tokens_decoder",
+    "chat_template",
+    "sp_model_kwargs",
+    "name_or_path",
+)
 
 
 @dataclass(frozen=True)
@@ -95,10 +110,9 @@ def _load(source: Source) -> Any:
 
         # Beside a config of a model type that transformers does not know, it reads no tokenizer.
         with tempfile.TemporaryDirectory() as alone:
-            for path in folder.iterdir():
-                if path.is_file() and path.suffix in (".json", ".txt", ".model") and "index" not in path.name:
-                    if path.name not in ("config.json", "processor_config.json", "preprocessor_config.json"):
-                        (Path(alone) / path.name).write_bytes(path.read_bytes())
+            for name in _FILES:
+                if (folder / name).is_file():
+                    (Path(alone) / name).write_bytes((folder / name).read_bytes())
             return AutoTokenizer.from_pretrained(alone)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]

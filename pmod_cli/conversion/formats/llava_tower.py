@@ -10,7 +10,7 @@ from typing import Any
 from pmod_cli.conversion.formats.llava_config import tower_config
 from pmod_cli.conversion.formats.llava_keys import is_buffer, tower_key
 from pmod_cli.conversion.shards import StoredTensor
-from pmod_cli.conversion.source import Source, open_source
+from pmod_cli.conversion.source import open_source
 from pmod_cli.errors import PmodError
 
 _LARGE: dict[str, Any] = {

@@ -29,7 +29,9 @@ from pmod_cli.conversion.shards import StoredTensor, read_header
 from pmod_cli.conversion.source import Source, open_source
 from pmod_cli.errors import PmodError
 
-SUMMARY = "a language model, with --vision-tower and --projector (lmsys/vicuna-7b-v1.5 + CLIP + mm_projector.bin)"
+SUMMARY = (
+    "a language model, with --vision-tower and --projector (lmsys/vicuna-7b-v1.5 + CLIP + mm_projector.bin)"
+)
 _DECODERS = ("llama", "mistral", "qwen2")
 _NEWLINE_SEED = 0
 
@@ -45,7 +47,9 @@ def translate(source: Source, options: Options) -> Translation:
     Raises:
         PmodError: A part is missing, does not fit the others, or is not supported.
     """
-    if not options.vision_tower or not options.projector:
+    tower_name = options.vision_tower or options.parts.get("vision_tower")
+    projector_name = options.projector or options.parts.get("projector")
+    if not tower_name or not projector_name:
         raise PmodError(
             f"{source.name} is a language model alone",
             "--vision-tower and --projector name the other parts, e.g. openai/clip-vit-large-patch14-336 and "
@@ -54,10 +58,8 @@ def translate(source: Source, options: Options) -> Translation:
     decoder, tiled = source.model_type, options.family == "llava_next"
     weights = read_weights(source, options.allow_pickle)
     hidden = int(source.config["hidden_size"])
-    projector = read_projector(options.projector, source.folder, options.allow_pickle)
-    tower = find_tower(
-        options.vision_tower, inside=False, near=None, allow_pickle=options.allow_pickle, chosen=True
-    )
+    projector = read_projector(projector_name, source.folder, options.allow_pickle)
+    tower = find_tower(tower_name, inside=False, near=None, allow_pickle=options.allow_pickle)
     _check_projector(projector, tower.config["hidden_size"], hidden)
     notes = []
     extra = [*projector, *tower.tensors]
