@@ -84,12 +84,11 @@ class MoDDecoderLayer:
                 **shared,
             )
             return self._with_router_gradient(hidden_states)
-        return self._routed(hidden_states, position_ids, position_embeddings, store, routing_plan, shared)
+        return self._routed(hidden_states, position_embeddings, store, routing_plan, shared)
 
     def _routed(
         self,
         hidden_states: Tensor,
-        position_ids: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor] | None,
         store: KeptTokensLayer | None,
         plan: RoutingPlan,
@@ -125,7 +124,8 @@ class MoDDecoderLayer:
         attended, _ = self.self_attn(  # type: ignore[attr-defined]
             hidden_states=self.input_layernorm(kept),  # type: ignore[attr-defined]
             attention_mask=attention_mask,
-            position_ids=None if position_ids is None else _take(position_ids, indices),
+            # No position ids: flash attention takes ids with gaps for several sequences packed in one. RoPE has its
+            # tables, the causal mask goes by the order of the slots.
             position_embeddings=tuple(_take(table, indices) for table in position_embeddings or ()),
             **shared,
         )
@@ -137,7 +137,7 @@ class MoDDecoderLayer:
         if valid is not None:
             # An unused slot points at a token that the sample does not keep: it stays as it was passed on.
             processed = torch.where(valid.view(-1, 1), processed, passed_on.index_select(0, rows))
-        return passed_on.index_copy(0, rows, processed).view(batch, length, width)
+        return passed_on.index_copy_(0, rows, processed).view(batch, length, width)
 
     def _mask(self, queries: Tensor, store: KeptTokensLayer | None, valid: Tensor | None) -> Any:
         """Causal mask among this layer's own slots.
@@ -171,11 +171,9 @@ class MoDDecoderLayer:
 
 
 def _take(tensor: Tensor, indices: Tensor) -> Tensor:
-    """Rows of ``tensor`` [1 or batch, tokens, ...] at ``indices`` [batch, kept]."""
+    """Rows of ``tensor`` [1 or batch, tokens, size] at ``indices`` [batch, kept]."""
     if tensor.shape[0] == 1:
-        return tensor[0].index_select(0, indices.reshape(-1)).view(*indices.shape, *tensor.shape[2:])
-    if tensor.dim() == 2:
-        return tensor.gather(1, indices)
+        return tensor[0].index_select(0, indices.reshape(-1)).view(*indices.shape, -1)
     return tensor.gather(1, indices[..., None].expand(-1, -1, tensor.shape[-1]))
 
 
