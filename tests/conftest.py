@@ -6,9 +6,20 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-sys.path.insert(0, str(Path(__file__).parent / "modeling"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "modeling")]
+
+from small_demo import small_demo  # noqa: E402  (needs the path above)
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory, worker_id):
+    """What a small run of ``pmod demo`` leaves; not to be changed."""
+    base = tmp_path_factory.getbasetemp()
+    return small_demo(base if worker_id == "master" else base.parent)

@@ -84,36 +84,29 @@ def _train_baseline(output: Path, steps: int | None, seed: int) -> dict[str, Any
 def _print(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    table = Table(title="p-MoD on the embedded example (accuracy in %)", title_justify="left")
-    table.add_column("model")
-    headings = [
-        "overall",
-        *report["kinds"],
-        "prefill MFLOPs",
-        "KV cache kB",
-        "prefill ms",
-        "decode ms/token",
-        "params M",
-    ]
-    for heading in headings:
-        table.add_column(heading, justify="right")
+    table = Table(title="p-MoD on the embedded example", title_justify="left")
+    table.add_column("")
     for row in report["rows"]:
-        accuracy = row["accuracy"]
-        decode = row["decode_seconds_per_token"]
-        table.add_row(
-            row["model"],
-            *(f"{accuracy[kind]:.1f}" for kind in ("exact_match", *report["kinds"])),
-            f"{row['prefill_flops'] / 1e6:.1f}",
-            f"{row['kv_bytes'] / 1e3:.1f}",
-            f"{1e3 * row['prefill_seconds']:.1f}",
-            "-" if decode is None else f"{1e3 * decode:.2f}",
-            f"{row['parameters'] / 1e6:.3f}",
-        )
+        table.add_column(row["model"], justify="right")
+    for kind in ("exact_match", *report["kinds"]):
+        label = "accuracy, %" if kind == "exact_match" else f"  {kind}"
+        table.add_row(label, *(f"{row['accuracy'][kind]:.1f}" for row in report["rows"]))
+    table.add_section()
+    costs = [
+        ("prefill, MFLOPs", "prefill_flops", 1e-6, 1),
+        ("KV cache, kB", "kv_bytes", 1e-3, 1),
+        (f"prefill, ms (batch {report['batch']})", "prefill_seconds", 1e3, 1),
+        ("decode, ms a token", "decode_seconds_per_token", 1e3, 2),
+        ("parameters, M", "parameters", 1e-6, 3),
+    ]
+    for label, key, scale, digits in costs:
+        table.add_row(label, *(f"{scale * row[key]:.{digits}f}" for row in report["rows"]))
     stdout.print(table)
     ratios = report["ratios"]
     stdout.print(
         f"p-MoD / dense: prefill FLOPs {ratios['prefill_flops']:.3f}, KV cache {ratios['kv_prefill']:.3f}, "
-        f"prefill time {ratios['prefill_seconds']:.3f}"
+        f"prefill time {ratios['prefill_seconds']:.3f}, decode time {ratios['decode_seconds']:.3f}; "
+        f"wall time {report['wall_seconds']:.0f} s"
     )
     for target in report["targets"]:
         mark = "[green]met[/green]" if target["met"] else "[red]missed[/red]"

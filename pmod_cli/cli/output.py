@@ -14,7 +14,8 @@ from pmod_cli.errors import PmodError
 
 SCHEMA_VERSION = 1
 
-stdout = Console(highlight=False)
+# In a pipe or a CI log there is no terminal to fit a table into.
+stdout = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
 stderr = Console(stderr=True, highlight=False)
 
 

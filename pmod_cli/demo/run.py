@@ -6,6 +6,7 @@ Every step goes through the public commands, as a user would type them.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -21,6 +22,9 @@ BASELINE = Path(__file__).parent / "assets" / "baseline"
 """The trained baseline that travels with the package (see ``docs/demo.md``)."""
 
 TASK = "pmod_demo"
+BATCH = 32
+"""Samples of a batch, for evaluation and for timing: one sample alone is too small for its FLOPs to show in time."""
+
 GUESSING_MARGIN = 5.0
 """Points above text-only guessing that the shuffled baseline may score: two standard errors of the sample."""
 
@@ -52,6 +56,9 @@ def run_demo(folder: Path, settings: DemoSettings, announce: Callable[[str], Non
         The report, which is also written to ``folder/report.json``: ``rows`` (one a model), ``kinds``,
         ``targets`` (each with ``met``), ``seconds`` by step, ``retention``, ``files``.
     """
+    # Nothing is downloaded, and the libraries' own bars for files that load in no time only hide ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     folder = folder.resolve()
     steps = Steps(folder, announce)
     models, evaluations = folder / "models", folder / "eval"
@@ -81,12 +88,12 @@ def run_demo(folder: Path, settings: DemoSettings, announce: Callable[[str], Non
     finetune("finetune-dense", baseline, models / "dense-control", "baseline")
 
     tuned = ["finetune-pmod", "finetune-dense"]
-    how = ["--latency", "--dtype", "float32", "--new-tokens", "16"]
+    how = ["--latency", "--dtype", "float32", "--new-tokens", "16", "--batch", str(BATCH)]
     control = str(models / "dense-control")
     profiled = steps.command("profile", ["profile", models / "pmod", "--baseline", control, *how], tuned)
 
     def evaluate(name: str, model: Path, task: str, needs: list[str]) -> dict[str, Any]:
-        arguments = ["--tasks", task, "--include-path", made["tasks"], "--batch-size", "32"]
+        arguments = ["--tasks", task, "--include-path", made["tasks"], "--batch-size", str(BATCH)]
         result = steps.command(
             name, ["eval", model, *arguments, "--output", evaluations / name], ["data", *needs]
         )
@@ -109,6 +116,8 @@ def run_demo(folder: Path, settings: DemoSettings, announce: Callable[[str], Non
     )
     report = _report(accuracies, profiled, retention, made["guessing"])
     report["seconds"] = steps.seconds
+    report["wall_seconds"] = sum(steps.seconds.values())
+    report["batch"] = BATCH
     report["settings"] = vars(settings)
     report["files"] = _draw(folder, profiled, retention, Path(made["picture"]))
     temporary = folder / ".report.json"
@@ -128,7 +137,9 @@ def _make_data(folder: Path, settings: DemoSettings) -> dict[str, Any]:
         write_task(tasks, name, questions, world.KINDS)
     samples = data.heldout_samples(settings.heldout_images)
     picture = folder / "data" / "example.png"
-    samples[0].image.save(picture)
+    # Two shapes show more than one.
+    example = next((sample for sample in samples if sample.answer == "two"), samples[0])
+    example.image.save(picture)
     return {
         "train": str(train),
         "images": str(images),
@@ -259,13 +270,13 @@ def _target(name: str, value: float, wanted: str, met: bool) -> dict[str, Any]:
 
 
 def _cost(profiled: dict[str, Any], role: str) -> dict[str, Any]:
+    """FLOPs and cache of one sample; seconds of a batch's prefill and of one decode step of the batch."""
     counted, measured = profiled[role], profiled["latency"]["models"][role]
-    tokens_per_second = measured["decode_tokens_per_second"]
     return {
-        "prefill_flops": counted["prefill"]["flops"],
-        "kv_bytes": measured["kv_cache"]["prefill_bytes"],
+        "prefill_flops": counted["prefill"]["flops"] / BATCH,
+        "kv_bytes": measured["kv_cache"]["prefill_bytes"] / BATCH,
         "prefill_seconds": measured["seconds"]["prefill"]["median"],
-        "decode_seconds_per_token": 1 / tokens_per_second if tokens_per_second else None,
+        "decode_seconds_per_token": BATCH / measured["decode_tokens_per_second"],
         "parameters": counted["parameters"]["total"],
     }
 

@@ -1,0 +1,87 @@
+"""The whole chain, small: every step through the public commands, what is finished is reused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from pmod_cli.cli import main
+from pmod_cli.modeling.schedule import kept_tokens, shifted_cosine
+
+ARGUMENTS = ["--steps", "2", "--train-images", "16", "--heldout-images", "12"]
+
+
+@pytest.fixture(scope="module")
+def report(demo_folder):
+    return json.loads((demo_folder / "report.json").read_text())
+
+
+def test_every_model_has_a_row(report):
+    assert [row["model"] for row in report["rows"]] == [
+        "baseline",
+        "baseline, images shuffled",
+        "dense, fine-tuned (control)",
+        "p-MoD, before fine-tuning",
+        "p-MoD, fine-tuned",
+    ]
+    accuracy = {row["model"]: row["accuracy"]["exact_match"] for row in report["rows"]}
+    assert accuracy["baseline"] >= 90
+    assert accuracy["baseline, images shuffled"] <= 60
+    assert {"colour", "shape", "place", "exists", "count"} == set(report["kinds"])
+
+
+def test_costs_are_the_schedules(report):
+    ratios = shifted_cosine(8)
+    kept = [100 if ratio is None else kept_tokens(100, ratio) for ratio in ratios]
+    assert report["retention"]["scheduled"] == kept
+    assert report["retention"]["ratios"] == ratios
+    rows = {row["model"]: row for row in report["rows"]}
+    pmod, dense = rows["p-MoD, fine-tuned"], rows["dense, fine-tuned (control)"]
+    # Keys and values, fp32, width 96: what the caches of both models really held differs by the dropped tokens.
+    assert dense["kv_bytes"] - pmod["kv_bytes"] == sum(100 - number for number in kept) * 2 * 96 * 4
+    assert pmod["prefill_flops"] < 0.75 * dense["prefill_flops"]
+    target = next(target for target in report["targets"] if target["name"].startswith("mean vision-token"))
+    assert target["met"]
+
+
+def test_pictures_and_pages_exist(report):
+    for name, path in report["files"].items():
+        if path.endswith(".png"):
+            with Image.open(path) as image:
+                assert min(image.size) > 300, name
+
+
+def test_a_second_run_reuses_and_repeats_what_is_lost(demo_folder, tmp_path, capsys):
+    # A copy has other paths, so its commands would run anew: move the run's steps along in place instead.
+    steps = demo_folder / "steps"
+    before = {path.name: path.stat().st_mtime_ns for path in steps.iterdir()}
+    saved = tmp_path / "steps"
+    shutil.copytree(steps, saved)
+    (steps / "retention.json").unlink()
+    with pytest.raises(SystemExit) as exit_code:
+        main(["demo", "--output", str(demo_folder), *ARGUMENTS, "--json"])
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["command"] == "demo"
+    missed = [target for target in document["result"]["targets"] if not target["met"]]
+    assert exit_code.value.code == (1 if missed else None)
+    after = {path.name: path.stat().st_mtime_ns for path in steps.iterdir()}
+    assert {name for name in before if after[name] != before[name]} == {"retention.json"}
+    assert err.count("finished before, reused") == len(before) - 1
+    assert (
+        json.loads((steps / "retention.json").read_text())["result"]
+        == json.loads((saved / "retention.json").read_text())["result"]
+    )
+
+
+def test_a_missed_target_exits_1(demo_folder, capsys, monkeypatch):
+    monkeypatch.setattr("pmod_cli.demo.run.GUESSING_MARGIN", -100.0)
+    with pytest.raises(SystemExit) as exit_code:
+        main(["demo", "--output", str(demo_folder), *ARGUMENTS])
+    assert exit_code.value.code == 1
+    out, err = capsys.readouterr()
+    assert "missed  baseline with shuffled pictures" in out
+    assert err.strip().splitlines()[-1].startswith("error: missed: baseline with shuffled pictures")
