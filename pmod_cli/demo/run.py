@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ def run_demo(folder: Path, settings: DemoSettings, announce: Callable[[str], Non
     # Nothing is downloaded, and the libraries' own bars for files that load in no time only hide ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", "Cannot enable progress bars")
     folder = folder.resolve()
     steps = Steps(folder, announce)
     models, evaluations = folder / "models", folder / "eval"
