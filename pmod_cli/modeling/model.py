@@ -133,7 +133,7 @@ class MoDMultimodalModel:
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         plan, attention_mask = self._plan(
-            vision_mask, attention_mask, features, inputs_embeds, routing_record
+            vision_mask, attention_mask, features, inputs_embeds, routing_record, image_sizes is not None
         )
         if features is not None:
             assert vision_mask is not None
@@ -193,6 +193,7 @@ class MoDMultimodalModel:
         features: list[Tensor] | None,
         inputs_embeds: Tensor,
         record: dict[int, LayerRouting] | None,
+        tiled: bool,
     ) -> tuple[RoutingPlan | None, Tensor | None]:
         """The routing plan, and the attention mask, None if it hides nothing. One host synchronisation."""
         batch, length = inputs_embeds.shape[:2]
@@ -208,7 +209,7 @@ class MoDMultimodalModel:
                 raise ValueError(f"{sum(vision)} image tokens in the prompt for {expected} image features")
         if vision_mask is None or not any(vision):
             return (None if real_mask is None else RoutingPlan(None, real_mask)), attention_mask
-        targets, counts = self._targets(vision_mask, real_mask, vision, num_real, features)
+        targets, counts = self._targets(vision_mask, real_mask, vision, num_real, features, tiled)
         return RoutingPlan.from_counts(targets, real_mask, counts, num_real, record), attention_mask
 
     def _targets(
@@ -218,21 +219,28 @@ class MoDMultimodalModel:
         num_vision: list[int],
         num_real: list[int],
         features: list[Tensor] | None,
+        tiled: bool,
     ) -> tuple[Tensor, list[int]]:
         """Routed tokens of a chunk with images, [batch, tokens], and their number in each sample."""
         if self.mod.target_tokens == "all":
             return (torch.ones_like(vision_mask) if real_mask is None else real_mask), num_real
         if self.mod.target_tokens == "vision_hr" and features is not None:
-            return self._high_resolution(vision_mask, num_vision, [len(feature) for feature in features])
+            lengths = [len(feature) for feature in features]
+            return self._high_resolution(vision_mask, num_vision, lengths, tiled)
         return vision_mask, num_vision
 
     def _high_resolution(
-        self, vision_mask: Tensor, num_vision: list[int], lengths: list[int]
+        self, vision_mask: Tensor, num_vision: list[int], lengths: list[int], tiled: bool
     ) -> tuple[Tensor, list[int]]:
-        """Vision tokens behind each image's base tile; of an image without tiles, all."""
+        """Vision tokens behind each image's base tile; of an image that is one tile and no more, all.
+
+        A tiled image can be so flat that no high-resolution token is left, and then none of its tokens is routed.
+        """
         vision = self.config.vision_config  # type: ignore[attr-defined]
         base = (vision.image_size // vision.patch_size) ** 2
-        flags = [index >= base or length == base for length in lengths for index in range(length)]
+        flags = [
+            index >= base or (length == base and not tiled) for length in lengths for index in range(length)
+        ]
         counts, start = [], 0
         for number in num_vision:
             counts.append(sum(flags[start : start + number]))
