@@ -120,7 +120,7 @@ def _save(folder: Path, weights: dict[str, Tensor], shards: int, pickled: bool) 
         write(weights, folder / f"{stem}.{suffix}")
         return
     names = sorted(weights)
-    index = {}
+    index: dict[str, str] = {}
     for shard in range(shards):
         file = f"{stem}-{shard + 1:05d}-of-{shards:05d}.{suffix}"
         part = names[shard::shards]
