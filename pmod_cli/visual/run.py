@@ -1,0 +1,127 @@
+"""The whole of ``pmod visualize``: load, prefill once with the routing recorded, answer, draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.errors import PmodError
+from pmod_cli.generation import Answer, Prompt, VisionLanguageModel, check_source, open_image
+from pmod_cli.visual import style
+from pmod_cli.visual.trace import Trace, dense_twin, trace
+
+
+def visualize(
+    model: str,
+    image: Path,
+    prompt: str,
+    *,
+    files: Mapping[str, Path],
+    layers: Sequence[int] | None = None,
+    baseline: str = "auto",
+    max_new_tokens: int = 128,
+    dtype: str = "auto",
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Draw what each layer of a p-MoD model kept of a picture.
+
+    Args:
+        model: p-MoD checkpoint folder or hub id.
+        image: The picture's file.
+        prompt: The question.
+        files: What to write: ``sheet``, ``gif``, ``html``.
+        layers: Those on the sheet; some that route by default.
+        baseline: ``auto`` (the same weights without routers), ``none``, or a dense checkpoint.
+        max_new_tokens: Of an answer.
+        dtype: See `VisionLanguageModel.load`.
+        device: See `VisionLanguageModel.load`.
+
+    Returns:
+        What ``pmod visualize --json`` prints (see ``docs/visualize.md``).
+
+    Raises:
+        PmodError: A source or picture that cannot be used, a dense model, a layer that does not exist.
+    """
+    check_source(model)
+    picture = open_image(image)
+    loaded = VisionLanguageModel.load(model, dtype=dtype, device=device)
+    question = Prompt(prompt, (picture,))
+    traced = trace(loaded, question)
+    for layer in layers or ():
+        if not 0 <= layer < traced.layers:
+            raise PmodError(f"--layers: there is no layer {layer}", f"the model has 0 to {traced.layers - 1}")
+    [answer] = loaded.generate([question], max_new_tokens=max_new_tokens)
+    other = _baseline_answer(loaded, model, baseline, question, max_new_tokens, dtype, device)
+    _draw(traced, picture, files, layers, model, prompt, answer, other)
+    return {
+        "model": model,
+        "image": str(image),
+        "prompt": prompt,
+        "answer": answer.text,
+        "baseline": other,
+        "image_size": list(picture.size),
+        "vision_tokens": traced.layout.tokens,
+        "views": [
+            {"name": view.name, "first": view.first, "rows": view.rows, "columns": view.columns}
+            for view in traced.layout.views
+        ],
+        "layers": [
+            {"ratio": ratio, "kept": traced.kept[index].nonzero()[0].tolist()}
+            for index, ratio in enumerate(traced.ratios)
+        ],
+        "files": {name: str(path) for name, path in files.items()},
+    }
+
+
+def _baseline_answer(
+    loaded: VisionLanguageModel,
+    model: str,
+    baseline: str,
+    question: Prompt,
+    max_new_tokens: int,
+    dtype: str,
+    device: str | None,
+) -> dict[str, str] | None:
+    if baseline == "none":
+        return None
+    if baseline == "auto":
+        name, dense = "the same weights, every layer dense", dense_twin(loaded, model)
+    else:
+        check_source(baseline)
+        name, dense = baseline, VisionLanguageModel.load(baseline, dtype=dtype, device=device)
+    [answer] = dense.generate([question], max_new_tokens=max_new_tokens)
+    return {"name": name, "answer": answer.text}
+
+
+def _draw(
+    traced: Trace,
+    picture: Any,
+    files: Mapping[str, Path],
+    layers: Sequence[int] | None,
+    model: str,
+    prompt: str,
+    answer: Answer,
+    other: dict[str, str] | None,
+) -> None:
+    if "sheet" in files or "gif" in files:
+        from pmod_cli.visual.draw import default_layers, draw_animation, draw_sheet
+
+        if "sheet" in files:
+            heading = f"“{_cut(prompt, 70)}”  →  “{_cut(answer.text, 40)}”"
+            chosen = default_layers(traced) if layers is None else layers
+            style.save(draw_sheet(traced, picture, chosen, heading), files["sheet"], title=heading, dpi=200)
+        if "gif" in files:
+            style.write(files["gif"], draw_animation(traced, picture))
+    if "html" in files:
+        from pmod_cli.visual.page import build_page
+
+        page = build_page(
+            traced, picture, model=model, prompt=prompt, answer=answer.text, baseline=other
+        )
+        style.write(files["html"], page)
+
+
+def _cut(text: str, length: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"
