@@ -10,7 +10,18 @@ from pathlib import Path
 from pmod_cli.cli.app import app, main
 
 # The order of registration is the order in ``pmod --help``: the order in which the verbs are used.
-for _verb in ("demo", "convert", "inspect", "finetune", "data", "profile", "generate", "eval", "visualize", "report"):
+for _verb in (
+    "demo",
+    "convert",
+    "inspect",
+    "finetune",
+    "data",
+    "profile",
+    "generate",
+    "eval",
+    "visualize",
+    "report",
+):
     if (Path(__file__).parent / f"{_verb}.py").exists():
         __import__(f"pmod_cli.cli.{_verb}")
 

@@ -19,7 +19,9 @@ def visualize_command(
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask; the chat template is applied.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Sheet of chosen layers, heat map, retention: .png, .pdf or .svg."),
+        typer.Option(
+            "--output", "-o", help="Sheet of chosen layers, heat map, retention: .png, .pdf or .svg."
+        ),
     ] = None,
     gif: Annotated[Path | None, typer.Option("--gif", help="Animation, one frame a layer.")] = None,
     html: Annotated[

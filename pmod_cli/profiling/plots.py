@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.errors import MissingExtraError, PmodError
 from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
-
-# Blue and orange of the Okabe-Ito palette: told apart by everyone, and in grey.
-COLOURS = {"dense": "#0072B2", "pmod": "#E69F00"}
-NAMES = {"dense": "dense", "pmod": "p-MoD"}
+from pmod_cli.visual import style
 
 
+@style.look()
 def plot_profile(result: ProfileResult, path: str | Path) -> None:
     """Draw retention, FLOPs and KV cache by layer, and time by phase (FLOPs by phase if nothing was measured).
 
@@ -24,7 +21,7 @@ def plot_profile(result: ProfileResult, path: str | Path) -> None:
         MissingExtraError: matplotlib is not installed.
         PmodError: The format is not known, or the folder does not exist.
     """
-    figure, axes = _figure(2, 2, (9, 6))
+    figure, axes = style.figure(2, 2, (9, 6))
     roles: list[str] = [role for role in ("dense", "pmod") if role in result.variants]
     largest = result.variants[roles[0]]
     flops_unit, flops_factor = _unit(max(FLOPS_PER_MAC * layer.macs for layer in largest.prefill.layers))
@@ -38,8 +35,10 @@ def plot_profile(result: ProfileResult, path: str | Path) -> None:
             [count / bytes_factor for count in profile.kv_prefill],
         )
         for axis, curve in zip(axes.flat, curves, strict=False):
-            label = NAMES[role]
-            axis.step(range(len(layers)), curve, color=COLOURS[role], label=label, where="mid", linewidth=1.6)
+            label = style.NAMES[role]
+            axis.step(
+                range(len(layers)), curve, color=style.COLOURS[role], label=label, where="mid", linewidth=1.6
+            )
     titles = (
         ("Tokens processed", "% of the prompt"),
         ("Prefill FLOPs", f"{flops_unit}FLOPs"),
@@ -48,15 +47,16 @@ def plot_profile(result: ProfileResult, path: str | Path) -> None:
     for axis, (title, unit) in zip(axes.flat, titles, strict=False):
         axis.set(title=title, ylabel=unit, xlabel="decoder layer")
         axis.set_ylim(bottom=0)
-    axes[0][0].legend(frameon=False)
+    axes[0][0].legend()
     _phases(axes[1][1], result, roles)
     work = result.work
     figure.suptitle(
         f"{result.model}: {work.vision_tokens} vision + {work.text_tokens} text tokens, batch {work.batch}"
     )
-    _save(figure, Path(path))
+    style.save(figure, path)
 
 
+@style.look()
 def plot_sweep(rows: list[dict[str, Any]], knob: str, path: str | Path) -> None:
     """Draw the ratios of p-MoD to dense over what was swept.
 
@@ -69,7 +69,7 @@ def plot_sweep(rows: list[dict[str, Any]], knob: str, path: str | Path) -> None:
         MissingExtraError: matplotlib is not installed.
         PmodError: The format is not known, or the folder does not exist.
     """
-    figure, [[axis]] = _figure(1, 1, (5.5, 3.8))
+    figure, [[axis]] = style.figure(1, 1, (5.5, 3.8))
     labels = {
         "prefill_flops": "prefill FLOPs",
         "kv_prefill": "KV cache",
@@ -80,15 +80,21 @@ def plot_sweep(rows: list[dict[str, Any]], knob: str, path: str | Path) -> None:
     values = [row[knob] for row in rows]
     for index, (key, label) in enumerate(labels.items()):
         if all(key in row for row in rows):
-            axis.plot(values, [row[key] for row in rows], marker="osv^D"[index], label=label)
+            axis.plot(
+                values,
+                [row[key] for row in rows],
+                marker=style.MARKERS[index],
+                color=style.SERIES[index],
+                label=label,
+            )
     axis.set(xlabel={"ratio": "ratio of the MoD layers", "tokens": "text tokens"}.get(knob, knob))
     axis.set(ylabel="p-MoD / dense")
-    axis.axhline(1, color="0.6", linewidth=0.8)
+    axis.axhline(1, color=style.FAINT, linewidth=0.8)
     axis.set_ylim(bottom=0)
     if knob != "ratio":
         axis.set_xscale("log", base=2)
-    axis.legend(frameon=False)
-    _save(figure, Path(path))
+    axis.legend()
+    style.save(figure, path)
 
 
 def _unit(largest: float) -> tuple[str, float]:
@@ -117,42 +123,11 @@ def _phases(axis: Any, result: ProfileResult, roles: list[str]) -> None:
             heights = [FLOPS_PER_MAC * count / factor for count in (prefill, total - prefill, total)]
             spread = None
         places = [index + 0.4 * (offset - (len(roles) - 1) / 2) for index in range(len(names))]
-        axis.bar(places, heights, 0.38, yerr=spread, capsize=2, color=COLOURS[role], label=NAMES[role])
+        axis.bar(
+            places, heights, 0.38, yerr=spread, capsize=2, color=style.COLOURS[role], label=style.NAMES[role]
+        )
         axis.set_xticks(range(len(names)), names)
     if measured:
         axis.set(title=f"Time on {measured.device.split(' (')[0]}", ylabel="ms")
     else:
         axis.set(title=f"FLOPs with {result.work.new_tokens} new tokens", ylabel=f"{unit}FLOPs")
-
-
-def _figure(rows: int, columns: int, inches: tuple[float, float]) -> tuple[Any, Any]:
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingExtraError("matplotlib", "plot") from None
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=inches, layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="0.9", linewidth=0.6)
-        axis.set_axisbelow(True)
-    return figure, axes
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Write beside, then move into place: a broken run leaves no half picture."""
-    known = figure.canvas.get_supported_filetypes()
-    kind = path.suffix.removeprefix(".").lower()
-    if kind not in known:
-        raise PmodError(f"cannot write a picture to {path}", "name a .png, .pdf or .svg file")
-    if not path.parent.is_dir():
-        raise PmodError(f"no folder {path.parent}")
-    partial = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(partial, format=kind, dpi=160)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

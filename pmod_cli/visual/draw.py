@@ -62,9 +62,9 @@ def draw_sheet(trace: Trace, image: Image.Image, layers: Sequence[int], heading:
     picture = _pixels(image)
     panels: list[tuple[str, int | None, View | None]] = []  # what, layer, view
     rows = 0
-    for number, view in enumerate(trace.layout.views):
+    for number, grid_view in enumerate(trace.layout.views):
         first: list[tuple[str, int | None, View | None]] = [("picture", None, None)] if number == 0 else []
-        block = [*first, *(("layer", layer, view) for layer in layers), ("heat", None, view)]
+        block = [*first, *(("layer", layer, grid_view) for layer in layers), ("heat", None, grid_view)]
         rows += math.ceil(len(block) / _ACROSS)
         panels += block + [("", None, None)] * (-len(block) % _ACROSS)
     shape = min(max(picture.shape[0] / picture.shape[1], 0.4), 2.0)
@@ -174,7 +174,9 @@ def _retention(axis: Any, trace: Trace, chosen: Sequence[int]) -> Any:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y")
     step = max(1, math.ceil(trace.layers / 16))
-    axis.set(xlabel="decoder layer", ylabel="tokens kept, %", ylim=(0, 112), xticks=range(0, trace.layers, step))
+    axis.set(
+        xlabel="decoder layer", ylabel="tokens kept, %", ylim=(0, 112), xticks=range(0, trace.layers, step)
+    )
     axis.set_xlim(-0.7, trace.layers - 0.3)
     axis.set_yticks([0, 50, 100])
     return bars

@@ -1,7 +1,8 @@
 """Where each vision token lies on the original picture.
 
-What the image processor does to a picture (pad, resize, crop) moves each axis by a scale and an offset; undone, they
-give the edges of the patches in pixels of the original. Padding is cut off: a patch that shows nothing else has no area.
+What the image processor does to a picture (pad, resize, crop) moves each axis by a scale and an offset; undone,
+they give the edges of the patches in pixels of the original. Padding is cut off: a patch that shows only padding has no
+area.
 """
 
 from __future__ import annotations
@@ -167,9 +168,7 @@ def _anyres(model: Any, size: tuple[int, int]) -> Layout:
     width, height = size
     tower = model.config.vision_config
     side, grid = tower.image_size, tower.image_size // tower.patch_size
-    whole = View(
-        "whole picture", 0, grid, np.linspace(0, width, grid + 1), np.linspace(0, height, grid + 1)
-    )
+    whole = View("whole picture", 0, grid, np.linspace(0, width, grid + 1), np.linspace(0, height, grid + 1))
     pinpoints = [list(pinpoint) for pinpoint in model.config.image_grid_pinpoints]
     full_height, full_width = select_best_resolution((height, width), pinpoints)
     across, down = _Axis(width), _Axis(height)

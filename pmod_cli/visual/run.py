@@ -116,9 +116,7 @@ def _draw(
     if "html" in files:
         from pmod_cli.visual.page import build_page
 
-        page = build_page(
-            traced, picture, model=model, prompt=prompt, answer=answer.text, baseline=other
-        )
+        page = build_page(traced, picture, model=model, prompt=prompt, answer=answer.text, baseline=other)
         style.write(files["html"], page)
 
 

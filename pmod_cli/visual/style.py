@@ -25,7 +25,7 @@ INK, FAINT, LINE = "#1F2328", "#5F6770", "#E3E6E9"
 HEAT = "viridis"
 """Colour map of counts: its lightness rises evenly, so it survives a grey print."""
 
-DIM, DIM_SHARE = 0.42, 0.8
+DIM, DIM_SHARE = 0.42, 0.75
 """A dropped patch is mixed with this grey by this share."""
 
 _RC = {
@@ -91,7 +91,7 @@ _THEMED = {INK: "--ink", FAINT: "--faint", LINE: "--line", DENSE: "--dense", PMO
 
 @contextmanager
 def look() -> Iterator[None]:
-    """The style as matplotlib's settings; whatever is drawn or written within has it.
+    """The style as matplotlib's settings; whatever is drawn or written within (or in a function it decorates) has it.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
