@@ -23,6 +23,9 @@ BASELINE = Path(__file__).parent / "assets" / "baseline"
 """The trained baseline that travels with the package (see ``docs/demo.md``)."""
 
 TASK = "pmod_demo"
+QUESTION = "How many shapes are there?"
+"""Asked about the picture whose patches are drawn; the model needs all of the picture for it."""
+
 BATCH = 32
 """Samples of a batch, for evaluation and for timing: one sample alone is too small for its FLOPs to show in time."""
 
@@ -110,18 +113,29 @@ def run_demo(folder: Path, settings: DemoSettings, announce: Callable[[str], Non
         "p-MoD, before fine-tuning": evaluate("eval-pmod-start", models / "pmod-start", TASK, ["convert"]),
         "p-MoD, fine-tuned": evaluate("eval-pmod", models / "pmod", TASK, ["finetune-pmod"]),
     }
-    retention = steps.run(
-        "retention",
-        made["picture"],
-        lambda: _measure_retention(models / "pmod", Path(made["picture"])),
-        ["finetune-pmod"],
-    )
+    pages = {"kept_patches": folder / "kept_patches.png", "visualize": folder / "visualize.html"}
+    drawn: list[str | Path] = [
+        "-o",
+        pages["kept_patches"],
+        "--html",
+        pages["visualize"],
+        "--max-new-tokens",
+        "8",
+        "--force",
+    ]
+    asked = ["--image", made["picture"], "--prompt", QUESTION, "--baseline", control]
+    seen = steps.command("visualize", ["visualize", models / "pmod", *asked, *drawn], ["data", *tuned])
+    retention = _retention(seen)
     report = _report(accuracies, profiled, retention, made["guessing"])
     report["seconds"] = steps.seconds
     report["wall_seconds"] = sum(steps.seconds.values())
     report["batch"] = BATCH
     report["settings"] = vars(settings)
-    report["files"] = _draw(folder, profiled, retention, Path(made["picture"]))
+    report["files"] = {
+        "report": str(folder / "report.json"),
+        "layers": str(_draw_layers(folder / "layers.png", profiled, retention)),
+        **{name: str(path) for name, path in pages.items()},
+    }
     temporary = folder / ".report.json"
     temporary.write_text(json.dumps(report, indent=2))
     temporary.replace(folder / "report.json")
@@ -191,33 +205,15 @@ def _points(metrics: dict[str, float], name: str) -> float:
     return 100 * next(value for key, value in metrics.items() if key.split(",")[0] == name)
 
 
-def _measure_retention(model_path: Path, picture: Path) -> dict[str, Any]:
-    """What each layer of the fine-tuned model really keeps of one picture, and what its schedule says."""
-    import torch
-    from PIL import Image
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    import pmod_cli  # noqa: F401  (registers the model types)
-
-    model = AutoModelForImageTextToText.from_pretrained(model_path, dtype=torch.float32).eval()
-    processor = AutoProcessor.from_pretrained(model_path)
-    content = [{"type": "image"}, {"type": "text", "text": "What colour is the shape on the left?"}]
-    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=Image.open(picture).convert("RGB"), text=prompt, return_tensors="pt")
-    with torch.inference_mode():
-        routing = model(**inputs, output_routing=True).routing
-    vision = inputs["input_ids"][0] == model.config.image_token_id
-    number = int(vision.sum())
-    ratios = model.config.mod_config.retention_ratios
-    every = list(range(number))
-    kept = [
-        every if layer is None else layer.kept[0, vision].nonzero().flatten().tolist() for layer in routing
-    ]
+def _retention(seen: dict[str, Any]) -> dict[str, Any]:
+    """What each layer of the fine-tuned model really kept of one picture, and what its schedule says."""
+    number = seen["vision_tokens"]
+    ratios = [layer["ratio"] for layer in seen["layers"]]
     return {
         "vision_tokens": number,
         "ratios": ratios,
         "mean_ratio": mean_retention(ratios),
-        "kept": kept,
+        "kept": [layer["kept"] for layer in seen["layers"]],
         "scheduled": [number if ratio is None else kept_tokens(number, ratio) for ratio in ratios],
     }
 
@@ -283,14 +279,11 @@ def _cost(profiled: dict[str, Any], role: str) -> dict[str, Any]:
     }
 
 
-def _draw(folder: Path, profiled: dict[str, Any], retention: dict[str, Any], picture: Path) -> dict[str, str]:
-    from pmod_cli.demo.pictures import draw_kept_patches, draw_layers
+def _draw_layers(path: Path, profiled: dict[str, Any], retention: dict[str, Any]) -> Path:
+    from pmod_cli.demo.pictures import draw_layers
 
-    layers = folder / "layers.png"
     flops = {
         role: [layer["flops"] for layer in profiled[role]["prefill"]["layers"]] for role in ("dense", "pmod")
     }
-    draw_layers(layers, retention["ratios"], flops)
-    patches = folder / "kept_patches.png"
-    draw_kept_patches(patches, picture, retention["kept"], retention["vision_tokens"])
-    return {"report": str(folder / "report.json"), "layers": str(layers), "kept_patches": str(patches)}
+    draw_layers(path, retention["ratios"], flops)
+    return path

@@ -60,7 +60,7 @@ def test_a_second_run_reuses_and_repeats_what_is_lost(demo_folder, tmp_path, cap
     before = {path.name: path.stat().st_mtime_ns for path in steps.iterdir()}
     saved = tmp_path / "steps"
     shutil.copytree(steps, saved)
-    (steps / "retention.json").unlink()
+    (steps / "visualize.json").unlink()
     with pytest.raises(SystemExit) as exit_code:
         main(["demo", "--output", str(demo_folder), *ARGUMENTS, "--json"])
     out, err = capsys.readouterr()
@@ -69,11 +69,11 @@ def test_a_second_run_reuses_and_repeats_what_is_lost(demo_folder, tmp_path, cap
     missed = [target for target in document["result"]["targets"] if not target["met"]]
     assert exit_code.value.code == (1 if missed else None)
     after = {path.name: path.stat().st_mtime_ns for path in steps.iterdir()}
-    assert {name for name in before if after[name] != before[name]} == {"retention.json"}
+    assert {name for name in before if after[name] != before[name]} == {"visualize.json"}
     assert err.count("finished before, reused") == len(before) - 1
     assert (
-        json.loads((steps / "retention.json").read_text())["result"]
-        == json.loads((saved / "retention.json").read_text())["result"]
+        json.loads((steps / "visualize.json").read_text())["result"]
+        == json.loads((saved / "visualize.json").read_text())["result"]
     )
 
 
