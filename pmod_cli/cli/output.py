@@ -14,9 +14,15 @@ from pmod_cli.errors import PmodError
 
 SCHEMA_VERSION = 1
 
-# In a pipe or a CI log there is no terminal to fit a table into.
-stdout = Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)
-stderr = Console(stderr=True, highlight=False)
+
+def _console(error: bool) -> Console:
+    stream = sys.stderr if error else sys.stdout
+    # In a pipe or a CI log there is no terminal to fit a table into.
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 120
+    return Console(stderr=error, highlight=False, width=width)
+
+
+stdout, stderr = _console(error=False), _console(error=True)
 
 
 def emit_json(command: str, result: Any) -> None:

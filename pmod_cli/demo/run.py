@@ -6,9 +6,7 @@ Every step goes through the public commands, as a user would type them.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,10 +58,6 @@ def run_demo(folder: Path, settings: DemoSettings, announce: Callable[[str], Non
         The report, which is also written to ``folder/report.json``: ``rows`` (one a model), ``kinds``,
         ``targets`` (each with ``met``), ``seconds`` by step, ``retention``, ``files``.
     """
-    # Nothing is downloaded, and the libraries' own bars for files that load in no time only hide ours.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore", "Cannot enable progress bars")
     folder = folder.resolve()
     steps = Steps(folder, announce)
     models, evaluations = folder / "models", folder / "eval"

@@ -99,11 +99,12 @@ def _free_memory() -> int | None:
 def quiet_transformers() -> Iterator[None]:
     """Only errors of transformers are shown."""
     # A dense checkpoint has no routers and a p-MoD checkpoint has more than the dense class wants: both are meant.
-    verbosity = transformers_logging.get_verbosity()
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
