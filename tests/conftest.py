@@ -13,7 +13,8 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "modeling")]
+_here = Path(__file__).parent
+sys.path[:0] = [str(_here), str(_here / "modeling"), str(_here / "conversion")]
 
 from small_demo import small_demo  # noqa: E402  (needs the path above)
 

@@ -12,6 +12,8 @@ from typing import Any
 from pmod_cli.conversion.card import model_card, provenance
 from pmod_cli.conversion.decoder import DecoderLayout, find_decoder
 from pmod_cli.conversion.formats import Options, Shard, Translation, find_format
+from pmod_cli.conversion.hub import download_files
+from pmod_cli.conversion.restore import FOLDER as BASELINE
 from pmod_cli.conversion.restore import baseline_files, index_of, plan_baseline, to_json
 from pmod_cli.conversion.routers import check_decoder, check_recipe, router_tensors, schedule
 from pmod_cli.conversion.shards import StoredTensor, shard_bytes
@@ -148,6 +150,7 @@ def plan_conversion(
     fmt: str | None = None,
     options: Options | None = None,
     revision: str | None = None,
+    headers: bool = False,
 ) -> Plan:
     """Find out everything about a conversion without writing anything (but for the hub's cache).
 
@@ -158,12 +161,13 @@ def plan_conversion(
         fmt: Name of the source's format; detected if None.
         options: See `Options`.
         revision: Hub branch, tag or commit.
+        headers: Of a hub id, read the headers over the network and do not download the weights.
 
     Raises:
         PmodError: Whatever is wrong with the source, or does not fit it.
     """
     options = options or Options()
-    opened = open_source(source, revision=revision, allow_pickle=options.allow_pickle)
+    opened = open_source(source, revision=revision, allow_pickle=options.allow_pickle, headers=headers)
     name, module = find_format(opened, fmt)
     translation = module.translate(opened, options)
     family = find_family(str(translation.config.get("model_type", "")))
@@ -249,6 +253,8 @@ def convert_back(
     """
     started = time.perf_counter()
     opened = open_source(source, revision=revision)
+    if opened.revision is not None:
+        download_files(opened.name, opened.revision, [f"{BASELINE}/*"])
     dense = plan_baseline(opened)
     methods = _write(opened, dense, destination, force, copy, progress)
     routers = [t for file in opened.weight_files() for t in file.tensors.values() if ".router." in t.name]

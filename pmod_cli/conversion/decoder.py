@@ -27,11 +27,20 @@ _LAYER = {
 _OUTSIDE = {
     "embed_tokens.weight": ("vocab_size", "hidden_size"),
     "lm_head.weight": ("vocab_size", "hidden_size"),
-    "multi_modal_projector.linear_1.weight": ("projector width", "features"),
-    "multi_modal_projector.linear_2.weight": ("hidden_size", "projector width"),
+    "multi_modal_projector.linear_1.weight": ("hidden_size", "features"),
+    "multi_modal_projector.linear_2.weight": ("hidden_size", "hidden_size"),
     "image_newline": ("hidden_size",),
+    "embeddings.class_embedding": ("vision hidden_size",),
+    "embeddings.position_embedding.weight": ("vision positions", "vision hidden_size"),
 }
-"""Tensors outside the layers by the end of their names; a checkpoint may lack those that its family has not."""
+"""Tensors outside the layers, by the end of their names."""
+
+_REQUIRED = (
+    "embed_tokens.weight",
+    "multi_modal_projector.linear_1.weight",
+    "multi_modal_projector.linear_2.weight",
+)
+"""Those of them that no family lacks."""
 
 ROUTER_DTYPES = ("F32", "BF16", "F16")
 
@@ -91,15 +100,14 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
         for name in (f"{prefix}{layer}.{end}" for end in _LAYER)
         if name not in by_name
     ]
+    missing += [end for end in _REQUIRED if not any(name.endswith(end) for name in by_name)]
+    if config.get("tie_word_embeddings") is False and not any(n.endswith("lm_head.weight") for n in by_name):
+        missing.append("lm_head.weight")
     if missing:
         raise PmodError(
             f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
         )
-    sides = _Sides(text)
-    for match in found:
-        sides.check(by_name[match[0]], _LAYER.get(match[2]))
-    for name, tensor in by_name.items():
-        sides.check(tensor, next((shape for end, shape in _OUTSIDE.items() if name.endswith(end)), None))
+    _check_shapes(by_name, {match[0]: _LAYER[match[2]] for match in found if match[2] in _LAYER}, config)
     sample = by_name[f"{prefix}0.self_attn.q_proj.weight"]
     if sample.dtype not in ROUTER_DTYPES or "quantization_config" in config:
         raise PmodError(
@@ -108,31 +116,39 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
     return DecoderLayout(prefix, layers, sample.shape[1], sample.dtype)
 
 
-class _Sides:
-    """The length of every named side, from the config or from the first tensor that has it."""
-
-    def __init__(self, text: dict[str, Any]) -> None:
-        self.known: dict[str, tuple[int, str]] = {}
-        heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
-        head = text.get("head_dim")
-        if head is None and heads and text.get("hidden_size"):
-            head = text["hidden_size"] // heads
-        values = {name: text.get(name) for name in ("hidden_size", "intermediate_size", "vocab_size")}
-        values["query width"] = heads * head if heads and head else None
-        values["key width"] = kv_heads * head if kv_heads and head else None
-        for name, value in values.items():
-            if isinstance(value, int):
-                self.known[name] = (value, "config.json")
-
-    def check(self, tensor: StoredTensor, sides: tuple[str, ...] | None) -> None:
-        if sides is None:
-            return
-        if len(tensor.shape) != len(sides):
-            raise PmodError(f"{tensor.name} has {len(tensor.shape)} dimensions, not {len(sides)}")
-        for length, side in zip(tensor.shape, sides, strict=True):
-            expected, where = self.known.setdefault(side, (length, tensor.name))
+def _check_shapes(
+    tensors: dict[str, StoredTensor], layer_sides: dict[str, tuple[str, ...]], config: dict[str, Any]
+) -> None:
+    """Hold every side against the config, or against the first tensor that has it; and layers against each other."""
+    known = _sides_of(config)
+    first_layers: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        sides = layer_sides.get(name) or next(
+            (shape for end, shape in _OUTSIDE.items() if name.endswith(end)), None
+        )
+        if sides is not None and len(sides) != len(tensor.shape):
+            raise PmodError(f"{name} has shape {list(tensor.shape)}, and {len(sides)} sides are expected")
+        for length, side in zip(tensor.shape, sides or (), strict=False):
+            expected, where = known.setdefault(side, (length, name))
             if length != expected:
                 raise PmodError(
-                    f"{tensor.name} has shape {list(tensor.shape)}: its {side} is {length}, "
-                    f"and {expected} by {where}"
+                    f"{name} has shape {list(tensor.shape)}: its {side} is {length}, and {expected} by {where}"
                 )
+        # Layers of one stack are alike: this finds what is wrong in parts whose sides have no names here.
+        like = first_layers.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", name), tensor)
+        if like.shape != tensor.shape:
+            raise PmodError(f"{name} has shape {list(tensor.shape)}, and {like.name} has {list(like.shape)}")
+
+
+def _sides_of(config: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """The sides that the config gives, each with where it stands."""
+    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
+    heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    head = text.get("head_dim")
+    if head is None and heads and text.get("hidden_size"):
+        head = text["hidden_size"] // heads
+    sides = {name: text.get(name) for name in ("hidden_size", "intermediate_size", "vocab_size")}
+    sides["query width"] = heads * head if heads and head else None
+    sides["key width"] = kv_heads * head if kv_heads and head else None
+    sides["vision hidden_size"] = vision.get("hidden_size")
+    return {name: (value, "config.json") for name, value in sides.items() if isinstance(value, int)}

@@ -103,6 +103,8 @@ def _parse_header(path: Path, header: dict, offset: int, size: int) -> dict[str,
             continue
         start, end = entry["data_offsets"]
         dtype, shape = entry["dtype"], tuple(int(side) for side in entry["shape"])
+        if min(shape, default=0) < 0:
+            raise ValueError
         if dtype not in DTYPE_BYTES:
             raise PmodError(f"{path}: {name} has type {dtype}, which is not known")
         read = partial(_read_range, path, offset + start, offset + end)

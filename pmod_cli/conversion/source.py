@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PICKLED_INDEX, _PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
 
 
 @dataclass(frozen=True)
@@ -49,12 +47,14 @@ class Source:
         folder: Where it lies. In the hub's cache its files are symbolic links.
         config: Contents of its ``config.json``; empty if it has none.
         revision: The hub commit; None for a local folder.
+        remote: Its weights, where only their headers were read, from the hub.
     """
 
     name: str
     folder: Path
     config: dict[str, Any] = field(repr=False)
     revision: str | None = None
+    remote: tuple[WeightFile, ...] = field(default=(), repr=False)
 
     @property
     def model_type(self) -> str:
@@ -70,21 +70,28 @@ class Source:
         path = self.folder / name
         return read_json(path) if path.is_file() else None
 
-    def weight_files(self, allow_pickle: bool = False) -> list[WeightFile]:
+    def weight_files(
+        self, allow_pickle: bool = False, only: Callable[[str], bool] | None = None
+    ) -> list[WeightFile]:
         """Its weights, by the headers alone; the same choice of files as transformers makes.
 
         Args:
             allow_pickle: Whether ``.bin`` files may be loaded if there is nothing better.
+            only: Says of a tensor's name whether it is wanted; files that have none by the index are left out.
 
         Raises:
             PmodError: No weights, an index that names an absent file or tensor, a corrupt or truncated file.
         """
+        if self.remote:
+            return list(self.remote)
         for single, index, safe in ((SINGLE, INDEX, True), (_PICKLED, _PICKLED_INDEX, False)):
             if (self.folder / single).is_file():
                 weight_map = None
                 names: Sequence[str] = [single]
             elif (self.folder / index).is_file():
                 weight_map = self._weight_map(index)
+                if only is not None:
+                    weight_map = {name: file for name, file in weight_map.items() if only(name)}
                 names = sorted(set(weight_map.values()))
             else:
                 continue
@@ -142,15 +149,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_source(
-    name: str | Path, *, revision: str | None = None, allow_pickle: bool = False, near: Path | None = None
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    near: Path | None = None,
+    only: Callable[[str], bool] | None = None,
+    headers: bool = False,
 ) -> Source:
-    """Find a checkpoint; a hub id is downloaded (weights included) unless the cache has it.
+    """Find a checkpoint; of a hub id, what the cache does not have is downloaded.
 
     Args:
         name: Folder or hub id.
         revision: Branch, tag or commit on the hub.
         allow_pickle: Whether to download ``.bin`` weights where there are no safetensors.
         near: A folder to look in first, for a part that a checkpoint names (e.g. its vision tower).
+        only: Says of a tensor's name whether it is wanted; weight files without such tensors are not downloaded.
+        headers: Read the headers of weights that are not in the cache over the network, and do not download them.
 
     Raises:
         PmodError: Nothing there, or the hub cannot be reached.
@@ -163,33 +178,16 @@ def open_source(
             raise PmodError(f"{path} is a file, not the folder of a checkpoint")
     if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise PmodError(f"no folder {name}", "give a folder or a hub id such as llava-hf/llava-1.5-7b-hf")
-    folder = _download(name, revision, allow_pickle)
+    from pmod_cli.conversion import hub
+
+    folder = hub.download_small_files(name, revision)
     config = folder / "config.json"
-    return Source(name, folder, read_json(config) if config.is_file() else {}, folder.name)
-
-
-def _download(repo: str, revision: str | None, allow_pickle: bool) -> Path:
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    def fetch(*patterns: str) -> Path:
-        # Only the top level: some repositories keep the weights in a second format in sub-folders.
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
-        )
-
-    try:
-        folder = fetch(*_SMALL_FILES, "*.safetensors")
-        if not any(folder.glob("*.safetensors")) and allow_pickle:
-            folder = fetch(*_SMALL_FILES, "*.bin")
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "True", "yes", "ON")
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PmodError(
-            f"no folder {repo}, and it cannot be had from the hub: {why}",
-            "HF_HUB_OFFLINE is set"
-            if offline
-            else "check the name and the network; hf auth login if it is gated",
-        ) from error
-    return folder
+    source = Source(name, folder, read_json(config) if config.is_file() else {}, folder.name)
+    if only is not None and (folder / INDEX).is_file():
+        files = {file for tensor, file in source._weight_map(INDEX).items() if only(tensor)}
+        hub.download_files(name, folder.name, sorted(files))
+    elif headers and (remote := hub.missing_headers(name, folder)):
+        return replace(source, remote=remote)
+    else:
+        hub.download_weights(name, folder.name, allow_pickle)
+    return source

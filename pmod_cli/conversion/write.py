@@ -62,13 +62,18 @@ def existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
+def free_space(destination: Path) -> int:
+    """Bytes free where a destination will be."""
+    return shutil.disk_usage(existing_parent(destination)).free
+
+
 def check_space(destination: Path, needed: int) -> None:
     """Refuse what does not fit on the disk.
 
     Raises:
         PmodError: It does not.
     """
-    free = shutil.disk_usage(existing_parent(destination)).free
+    free = free_space(destination)
     if needed > free:
         raise PmodError(
             f"{destination} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
@@ -78,7 +83,7 @@ def check_space(destination: Path, needed: int) -> None:
 
 def link_is_possible(file: Path, destination: Path) -> bool:
     """Whether a hard link from the destination to a file can be expected: they are on one file system."""
-    return file.stat().st_dev == existing_parent(destination).stat().st_dev
+    return existing_parent(file).stat().st_dev == existing_parent(destination).stat().st_dev
 
 
 class Staging:

@@ -1,0 +1,143 @@
+"""What a p-MoD checkpoint says of itself: layers, routers, where it comes from. Reads only files with routers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmod_cli.conversion.convert import layer_table
+from pmod_cli.conversion.shards import StoredTensor
+from pmod_cli.conversion.source import open_source
+from pmod_cli.errors import PmodError
+from pmod_cli.families import find_family
+from pmod_cli.modeling.schedule import mean_retention
+from pmod_cli.modeling.settings import MoDConfig
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A p-MoD checkpoint.
+
+    Attributes:
+        model: As the user named it.
+        family: Its family.
+        layers: One row a decoder layer: ``layer``, ``kind`` (dense or mod), ``retention_ratio``, and for an MoD layer
+            ``router``: ``weight_norm`` (Euclidean), ``weight_max`` (largest magnitude), ``bias`` (None if it has
+            none), ``initial`` (whether all is zero still).
+        mean_retention: Mean share of vision tokens over all layers.
+        mod: The ``mod`` section of its config, ratios included.
+        router_dtype: As safetensors calls it.
+        router_parameters: Parameters of all routers.
+        initial_routers: Routers still at their initial value (zero).
+        initial_share: The same as a share of all routers.
+        provenance: The ``pmod`` section of its config: ``version``, ``source``, ``revision``, ``format``,
+            ``recipe``; None if another program made it.
+        training: What ``pmod finetune`` noted: ``model``, ``steps``, ``final_loss``; None if it did not.
+    """
+
+    model: str
+    family: str
+    layers: list[dict[str, Any]]
+    mean_retention: float
+    mod: dict[str, Any]
+    router_dtype: str
+    router_parameters: int
+    initial_routers: int
+    initial_share: float
+    provenance: dict[str, Any] | None
+    training: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in what JSON can write."""
+        return asdict(self)
+
+
+def inspect_checkpoint(model: str | Path, revision: str | None = None) -> Inspection:
+    """Read a p-MoD checkpoint's config and routers.
+
+    Args:
+        model: Folder or hub id; of a hub id only files that hold routers are downloaded.
+        revision: Hub branch, tag or commit.
+
+    Raises:
+        PmodError: It is not a p-MoD checkpoint, or routers are missing.
+    """
+    source = open_source(model, revision=revision, only=_is_router)
+    if not source.config:
+        raise PmodError(f"{source.name} is not a checkpoint: it has no config.json")
+    family = find_family(source.model_type)
+    if source.model_type != family.model_type:
+        raise PmodError(f"{source.name} is a dense {family.name} checkpoint", "pmod convert makes it p-MoD")
+    try:
+        mod = MoDConfig.from_dict(source.config.get("mod") or {})
+    except (TypeError, ValueError) as error:
+        raise PmodError(f"{source.name}: bad mod section in config.json: {error}") from error
+    tensors = {
+        name: tensor
+        for file in source.weight_files(only=_is_router)
+        for name, tensor in file.tensors.items()
+        if _is_router(name)
+    }
+    layers = layer_table(mod)
+    for layer in mod.mod_layers:
+        layers[layer]["router"] = _statistics(layer, tensors, mod)
+    initial = sum(layers[layer]["router"]["initial"] for layer in mod.mod_layers)
+    return Inspection(
+        model=source.name,
+        family=family.name,
+        layers=layers,
+        mean_retention=mean_retention(mod.retention_ratios),
+        mod=mod.to_dict(),
+        router_dtype=next(iter(tensors.values())).dtype if tensors else "",
+        router_parameters=sum(int(np.prod(tensor.shape)) for tensor in tensors.values()),
+        initial_routers=initial,
+        initial_share=initial / len(mod.mod_layers) if mod.mod_layers else 0.0,
+        provenance=source.config.get("pmod"),
+        training=_training(source.json("training.json")),
+    )
+
+
+def _is_router(name: str) -> bool:
+    return ".router." in name
+
+
+def _statistics(layer: int, tensors: dict[str, StoredTensor], mod: MoDConfig) -> dict[str, Any]:
+    found = {}
+    for part in ("weight", "bias") if mod.router_bias else ("weight",):
+        ending = f".layers.{layer}.router.{part}"
+        name = next((name for name in tensors if name.endswith(ending)), None)
+        if name is None:
+            raise PmodError(f"the weights lack {ending[1:]}")
+        found[part] = _values(tensors[name])
+    weight, bias = found["weight"], found.get("bias")
+    return {
+        "weight_norm": float(np.linalg.norm(weight)),
+        "weight_max": float(np.abs(weight).max()),
+        "bias": None if bias is None else float(bias[0]),
+        "initial": not weight.any() and (bias is None or not bias.any()),
+    }
+
+
+def _values(tensor: StoredTensor) -> np.ndarray:
+    """A tensor's values, flat, as float64."""
+    data = tensor.read()
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+    types = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+    if tensor.dtype not in types:
+        raise PmodError(f"{tensor.name} has type {tensor.dtype}, which is not a router's")
+    return np.frombuffer(data, types[tensor.dtype]).astype(np.float64)
+
+
+def _training(summary: dict[str, Any] | None) -> dict[str, Any] | None:
+    if summary is None:
+        return None
+    result = summary.get("result") or {}
+    return {
+        "model": summary.get("model"),
+        "steps": result.get("steps"),
+        "final_loss": result.get("final_loss"),
+    }
