@@ -104,22 +104,37 @@ def _samples(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
     return found
 
 
-def _write_pictures(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[str, int], list[str]]:
-    """Take the pictures of documents from the tasks' data; those whose data are gone have none."""
+def pictures_of(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[str, int], list[Any]]:
+    """Take the pictures of documents from the tasks' data.
+
+    Args:
+        wanted: Task and document each.
+        folder: Of the evaluation.
+
+    Returns:
+        PIL images by task and document; of tasks whose data are gone there are none.
+    """
     settings = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
     names = sorted({task for task, _ in wanted})
     catalogue = Tasks(names, settings.get("include_path") or [])
-    written: dict[tuple[str, int], list[str]] = {}
+    found: dict[tuple[str, int], list[Any]] = {}
     for name in names:
         try:
             task = catalogue.load(name)
         except PmodError:
             continue
+        for doc_id in (doc_id for task_name, doc_id in wanted if task_name == name):
+            found[name, doc_id] = list(task.doc_to_visual(task.eval_docs[doc_id]) or [])
+    return found
+
+
+def _write_pictures(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[str, int], list[str]]:
+    written: dict[tuple[str, int], list[str]] = {}
+    for (name, doc_id), pictures in pictures_of(wanted, folder).items():
         target = folder / "pictures" / name
         target.mkdir(parents=True, exist_ok=True)
-        for doc_id in (doc_id for task_name, doc_id in wanted if task_name == name):
-            for index, picture in enumerate(task.doc_to_visual(task.eval_docs[doc_id]) or []):
-                path = target / f"{doc_id}-{index}.png"
-                picture.save(path)
-                written.setdefault((name, doc_id), []).append(str(path))
+        for index, picture in enumerate(pictures):
+            path = target / f"{doc_id}-{index}.png"
+            picture.save(path)
+            written.setdefault((name, doc_id), []).append(str(path))
     return written

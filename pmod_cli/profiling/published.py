@@ -47,3 +47,12 @@ def published_figures(geometry: Geometry) -> Published | None:
         32000,
     )
     return _BY_TYPE.get(geometry.model_type) if is_vicuna_7b else None
+
+
+def published_family(model_type: str) -> Published | None:
+    """What the paper says of its 7B model of a family.
+
+    Args:
+        model_type: Of the dense model, as transformers calls it.
+    """
+    return _BY_TYPE.get(model_type)

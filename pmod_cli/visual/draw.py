@@ -149,7 +149,7 @@ def _panel_title(trace: Trace, layer: int, view: View) -> str:
     kept = int(trace.kept[layer][view.tokens].sum())
     total = view.rows * view.columns
     where = "" if len(trace.layout.views) == 1 else f", {view.name.split(',')[0]}"
-    return f"layer {layer}{where}\n{kept} of {total} ({kept / total:.0%})"
+    return f"layer {layer}{where}\n{kept} of {total} ({100 * kept / total:.0f} %)"
 
 
 def _heat(axis: Any, trace: Trace, picture: np.ndarray, view: View) -> None:

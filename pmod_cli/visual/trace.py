@@ -44,7 +44,7 @@ class Trace:
         kept, total = int(self.kept[layer].sum()), self.kept.shape[1]
         if self.ratios[layer] is None:
             return f"layer {layer}: dense, all {total}"
-        return f"layer {layer}: {kept} of {total} ({kept / total:.0%})"
+        return f"layer {layer}: {kept} of {total} ({100 * kept / total:.0f} %)"
 
 
 @torch.inference_mode()

@@ -1,0 +1,45 @@
+"""``pmod report``: one page from the outputs of one or more runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pmod_cli.cli.app import app
+from pmod_cli.cli.output import emit_json, stderr, stdout
+
+
+@app.command("report")
+def report_command(
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...",
+            help="Folders that finetune, eval, profile or demo wrote to, or files with a command's --json.",
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The page; a Markdown file is put beside it.")
+    ] = Path("report.html"),
+    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Collect recipe, cost, accuracy, training curves and changed answers of runs into one page.
+
+    Examples:
+      pmod report pmod-demo -o demo.html
+
+      pmod report runs/pmod-llava results/pmod-llava profile.json -o pmod-llava.html
+    """
+    from pmod_cli.report import write_report
+
+    result = write_report(places, output, force=force)
+    for path, reason in result["unread"].items():
+        stderr.print(f"not read: {path}: {reason}", markup=False, soft_wrap=True)
+    if as_json:
+        emit_json("report", result)
+        return
+    stdout.print(result["files"]["html"], markup=False, soft_wrap=True)
+    stdout.print(result["files"]["markdown"], markup=False, soft_wrap=True)

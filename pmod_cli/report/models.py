@@ -1,0 +1,179 @@
+"""The models of a report: what each scored, what each costs, and which is compared with which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.evaluation.stats import Difference, Stratum, difference
+from pmod_cli.report.collect import Evaluation, Found
+
+
+@dataclass
+class Model:
+    """One model that was evaluated.
+
+    Attributes:
+        source: Where it is, as the evaluation names it.
+        label: Short name.
+        model_type: transformers' name.
+        ratios: Retention ratios by layer; None for a dense model.
+        scores: By task, as in ``results.json``.
+        samples: By task: where its answers are.
+        flops: Of the prefill of one sample; None if no profile fits.
+    """
+
+    source: str
+    label: str
+    model_type: str
+    ratios: list[float | None] | None
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    samples: dict[str, tuple[Evaluation, str]] = field(default_factory=dict)
+    flops: float | None = None
+
+    @property
+    def is_pmod(self) -> bool:
+        """Whether it routes."""
+        return self.model_type.startswith("pmod_")
+
+    @property
+    def family(self) -> str:
+        """``model_type`` of the dense model."""
+        return self.model_type.removeprefix("pmod_")
+
+
+def gather(found: Found) -> list[Model]:
+    """One entry a model, over all evaluations; dense ones first."""
+    models: dict[str, Model] = {}
+    for evaluation in found.evaluations:
+        for role in ("baseline", "model"):
+            described = evaluation.result.get(role)
+            if not described:
+                continue
+            key = str(described.get("fingerprint") or described["source"])
+            source = str(described["source"])
+            model = models.setdefault(
+                key,
+                Model(
+                    source,
+                    found.names.get(source, ""),
+                    str(described.get("model_type")),
+                    described.get("retention_ratios"),
+                ),
+            )
+            for task in evaluation.result["tasks"]:
+                if task.get(role):
+                    model.scores[task["name"]] = task[role] | {"scale": task["scale"], "tasks": task["tasks"]}
+                    for leaf in task["tasks"]:
+                        model.samples[leaf] = (evaluation, role)
+    gathered = sorted(models.values(), key=lambda model: model.is_pmod)
+    _name(gathered)
+    for model in gathered:
+        model.flops = _flops(model, found)
+    return gathered
+
+
+def main_model(models: list[Model], found: Found) -> Model | None:
+    """The p-MoD model that the report is about: the one that was profiled, else the last one that was trained."""
+    routed = [model for model in models if model.is_pmod]
+    profiled = {(profile.result.get("pmod") or {}).get("name") for profile in found.profiles}
+    trained = {str(training.summary["result"]["output"]) for training in found.trainings if training.summary}
+    for named in (profiled, trained):
+        for model in reversed(routed):
+            if model.source in named:
+                return model
+    return routed[-1] if routed else None
+
+
+def reference(models: list[Model], found: Found) -> Model | None:
+    """The dense model to compare with: the one that a profile or an evaluation names as baseline, else the first."""
+    named = {(profile.result.get("dense") or {}).get("name") for profile in found.profiles}
+    named |= {(evaluation.result.get("baseline") or {}).get("source") for evaluation in found.evaluations}
+    dense = [model for model in models if not model.is_pmod]
+    return next((model for model in dense if model.source in named), dense[0] if dense else None)
+
+
+def compare(model: Model, other: Model, task: str) -> Difference | None:
+    """The model's score less the other's, paired over the samples of both; None if they were not kept.
+
+    An evaluation of both at once has computed it; else it is computed here, for tasks whose score is the mean of
+    their samples' scores.
+    """
+    for evaluation in {id(found[0]): found[0] for found in model.samples.values()}.values():
+        for entry in evaluation.result["tasks"]:
+            known = entry.get("difference")
+            if entry["name"] == task and known and _is(evaluation.result.get("baseline"), other):
+                return Difference(known["points"], known["low"], known["high"])
+    sides = [_mean_of_samples(side, task) for side in (model, other)]
+    if sides[0] is None or sides[1] is None:
+        return None
+    return difference({"all": sides[0]}, {"all": sides[1]})
+
+
+def answers(model: Model, task: str) -> dict[Any, dict[str, Any]]:
+    """The model's answers to a task: document -> ``prompt``, ``target``, ``answer``, ``score``."""
+    if task not in model.samples:
+        return {}
+    evaluation, role = model.samples[task]
+    rows = evaluation.samples(task)
+    return {
+        row["doc_id"]: {key: row.get(key) for key in ("prompt", "target")} | row[role]
+        for row in rows
+        if role in row
+    }
+
+
+def _is(described: dict[str, Any] | None, model: Model) -> bool:
+    return bool(described) and str((described or {}).get("source")) == model.source
+
+
+def _mean_of_samples(model: Model, task: str) -> Stratum | None:
+    score = model.scores.get(task)
+    if score is None or score["value"] is None or len(score["tasks"]) != 1:
+        return None
+    rows = answers(model, score["tasks"][0])
+    values = {key: row["score"] for key, row in rows.items()}
+    if not values or any(value is None for value in values.values()):
+        return None
+    if abs(score["scale"] * sum(values.values()) / len(values) - score["value"]) > 1e-6:
+        return None  # another kind of score
+    return Stratum(score["scale"], {key: (float(value), 1.0) for key, value in values.items()})
+
+
+def _name(models: list[Model]) -> None:
+    """Give each a label: its folder's name, and as many of those above as tell it from the others."""
+    for model in models:
+        parts = Path(model.source).parts
+        for length in range(1, len(parts) + 1):
+            tail = parts[-length:]
+            others = [Path(other.source).parts[-length:] for other in models if other is not model]
+            if model.label or tail not in others:
+                break
+        model.label = model.label or "/".join(tail) or model.source
+
+
+def _flops(model: Model, found: Found) -> float | None:
+    """Prefill FLOPs of one sample, from the profile of this very model, else of one with the same ratios."""
+    same, alike = [], []
+    for profile in found.profiles:
+        for role in ("pmod", "dense"):
+            side = profile.result.get(role)
+            if not side or (role == "pmod") != model.is_pmod:
+                continue
+            flops = side["prefill"]["flops"] / profile.result["workload"]["batch"]
+            if side["name"] == model.source:
+                same.append(flops)
+            elif str(side["model_type"]).removeprefix("pmod_") == model.family and _equal(
+                side["retention_ratios"], model.ratios
+            ):
+                alike.append(flops)
+    return next(iter([*same, *alike]), None)
+
+
+def _equal(first: list[float | None] | None, second: list[float | None] | None) -> bool:
+    if first is None or second is None or len(first) != len(second):
+        return first is None and second is None
+    return all(
+        a == b if a is None or b is None else abs(a - b) < 1e-6 for a, b in zip(first, second, strict=True)
+    )

@@ -1,0 +1,111 @@
+"""Collects, builds and writes a report: an HTML page, a Markdown file and that file's pictures."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pmod_cli import __version__
+from pmod_cli.errors import PmodError
+from pmod_cli.report import sections
+from pmod_cli.report.collect import collect
+from pmod_cli.report.document import Document, to_html, to_markdown
+from pmod_cli.report.models import gather, main_model, reference
+from pmod_cli.visual.style import write
+
+
+def write_report(places: Sequence[str | Path], output: str | Path, *, force: bool = False) -> dict[str, Any]:
+    """Collect the outputs of one or more runs into one page.
+
+    Args:
+        places: Folders that commands wrote to, or files with a command's ``--json``.
+        output: The HTML page; the Markdown file and the folder of its pictures get its name.
+        force: Replace them if they exist.
+
+    Returns:
+        What ``pmod report --json`` prints (see ``docs/visualize.md``).
+
+    Raises:
+        PmodError: Nothing to report on, or a place that cannot be written to.
+        MissingExtraError: matplotlib is not installed.
+    """
+    page = Path(output)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise PmodError(
+            f"cannot write a report to {page}", "name a .html file; the Markdown is put beside it"
+        )
+    markdown, folder = page.with_suffix(".md"), page.with_name(f"{page.stem}_files")
+    if not page.absolute().parent.is_dir():
+        raise PmodError(f"no folder {page.parent}")
+    for path in (page, markdown, folder):
+        if path.exists() and not force:
+            raise PmodError(f"{path} exists", "--force replaces it")
+    found = collect([Path(place) for place in places])
+    models = gather(found)
+    other = reference(models, found)
+    chapters = [
+        sections.summary(found, main_model(models, found), other),
+        sections.pictures(found, page.absolute().parent),
+        sections.recipe(found),
+        sections.cost(found),
+        sections.accuracy(models, other),
+        sections.accuracy_and_flops(models),
+        sections.training(found),
+        sections.differences(models, other),
+        sections.environment(found),
+    ]
+    counts = {
+        "profiles": len(found.profiles),
+        "trainings": len(found.trainings),
+        "evaluations": len(found.evaluations),
+    }
+    told = ", ".join(
+        f"{number} {name if number != 1 else name[:-1]}" for name, number in counts.items() if number
+    )
+    names = ", ".join(str(place) for place in places)
+    document = Document(
+        "p-MoD report", f"{told} in {names}; pmod {__version__}", [c for c in chapters if c.blocks]
+    )
+    text, pictures = to_markdown(document, folder.name)
+    _write_folder(folder, pictures)
+    write(markdown, text)
+    write(page, to_html(document))
+    return {
+        "files": {"html": str(page), "markdown": str(markdown), "pictures": str(folder)},
+        "found": counts,
+        "sections": [section.title for section in document.sections],
+        "models": [
+            {
+                "label": model.label,
+                "source": model.source,
+                "prefill_flops": model.flops,
+                "scores": {
+                    task: {"value": score["value"], "stderr": score["stderr"]}
+                    for task, score in model.scores.items()
+                },
+            }
+            for model in models
+        ],
+        "unread": {str(path): reason for path, reason in found.unread.items()},
+    }
+
+
+def _write_folder(folder: Path, pictures: dict[str, bytes]) -> None:
+    """Write the pictures beside their place, then move the folder there."""
+    if folder.exists() and not (
+        folder.is_dir() and all(path.suffix in (".png", ".jpg") for path in folder.iterdir())
+    ):
+        raise PmodError(f"{folder} is not a folder of a report's pictures", "choose another output")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        for name, data in pictures.items():
+            (partial / name).write_bytes(data)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
