@@ -27,6 +27,14 @@ QUESTION = "How many shapes are there?"
 BATCH = 32
 """Samples of a batch, for evaluation and for timing: one sample alone is too small for its FLOPs to show in time."""
 
+LABELS = {
+    "baseline": "baseline",
+    "dense-control": "dense, fine-tuned (control)",
+    "pmod-start": "p-MoD, before fine-tuning",
+    "pmod": "p-MoD, fine-tuned",
+}
+"""What the models' folders are called in tables and in the report."""
+
 GUESSING_MARGIN = 5.0
 """Points above text-only guessing that the shuffled baseline may score: two standard errors of the sample."""
 
@@ -125,14 +133,20 @@ def run_demo(folder: Path, settings: DemoSettings, announce: Callable[[str], Non
     report["wall_seconds"] = sum(steps.seconds.values())
     report["batch"] = BATCH
     report["settings"] = vars(settings)
+    report["models"] = {str(models / name): label for name, label in LABELS.items()}
+    page = folder / "report.html"
     report["files"] = {
-        "report": str(folder / "report.json"),
+        "json": str(folder / "report.json"),
         "layers": str(_draw_layers(folder / "layers.png", profiled, retention)),
         **{name: str(path) for name, path in pages.items()},
+        "report": str(page),
     }
     temporary = folder / ".report.json"
     temporary.write_text(json.dumps(report, indent=2))
-    temporary.replace(folder / "report.json")
+    temporary.replace(folder / "report.json")  # before the page, which takes the models' names from it
+    from pmod_cli.report import write_report
+
+    write_report([folder], page, force=True)
     return report
 
 

@@ -128,9 +128,13 @@ def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
     for folder, names, files in os.walk(top):
         here = Path(folder)
         deep = len(here.relative_to(top).parts) >= _DEPTH
-        kept = [] if deep else sorted(name for name in names if name not in _PASSED_OVER and name[0] != ".")
-        names[:] = kept
+        names[:] = [] if deep else sorted(filter(_worth_a_look, names))
         yield here, sorted(files)
+
+
+def _worth_a_look(name: str) -> bool:
+    # NAME_files holds the pictures of a report.
+    return name not in _PASSED_OVER and not name.startswith(".") and not name.endswith("_files")
 
 
 def _read_folder(folder: Path, files: list[str], found: Found) -> None:

@@ -45,7 +45,9 @@ def accuracy_figure(
         caption: Stands below.
     """
     panels = [[*ours, *published]] if together or not published else [list(ours), list(published)]
-    drawn, axes = style.figure(1, len(panels), (4.6 * len(panels), 3.5 + 0.2 * (max(map(len, panels)) + 1) // 2))
+    drawn, axes = style.figure(
+        1, len(panels), (4.6 * len(panels), 3.5 + 0.2 * (max(map(len, panels)) + 1) // 2)
+    )
     for number, (axis, points) in enumerate(zip(axes[0], panels, strict=True)):
         unit, factor = _unit(max(point.flops for point in points))
         for place, point in enumerate(points):

@@ -211,7 +211,9 @@ def accuracy(models: Sequence[Model], other: Model | None) -> Section:
             both = task in model.scores and task in other.scores
             gap = compare(model, other, task) if both else None
             star = " *" if gap and gap.significant else ""
-            cells.append(f"{_signed(gap.points)} ({_signed(gap.low)} to {_signed(gap.high)}){star}" if gap else "-")
+            cells.append(
+                f"{_signed(gap.points)} ({_signed(gap.low)} to {_signed(gap.high)}){star}" if gap else "-"
+            )
         if any(cell != "-" for cell in cells):
             gaps.append([task, *cells])
     if gaps and other:
