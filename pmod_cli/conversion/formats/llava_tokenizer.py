@@ -67,7 +67,7 @@ def build_tokenizer(source: Source, decoder: str, max_length: int | None) -> Tok
     Raises:
         PmodError: The files cannot be read as a tokenizer.
     """
-    from transformers import AddedToken
+    from transformers import AddedToken, AutoTokenizer
 
     tokenizer = _load(source)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
@@ -77,15 +77,28 @@ def build_tokenizer(source: Source, decoder: str, max_length: int | None) -> Tok
     tokenizer.padding_side = "left"  # what generating in batches needs; training pads by itself
     if max_length:
         tokenizer.model_max_length = max_length
-    template = _TEMPLATES.get(decoder)
-    tokenizer.chat_template = template and template.replace(
-        f"{IMAGE_TOKEN}\n", f"{IMAGE_TOKEN}{_blank_after_image(tokenizer)}\n"
-    )
-    with tempfile.TemporaryDirectory() as folder:
+    if getattr(tokenizer, "legacy", None) is not None:
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # else lost by saving, and tokens with it
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         tokenizer.save_pretrained(folder)
-        files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        template = _template(AutoTokenizer.from_pretrained(folder), decoder)
+        files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files.pop("chat_template.jinja", None)
+    if template:
+        files["chat_template.jinja"] = template.encode()
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     return TokenizerFiles(files, image_token, tokenizer.pad_token_id)
+
+
+def _template(tokenizer: Any, decoder: str) -> str | None:
+    """The chat template of a decoder, such that the tokens are those that LLaVA's own code makes of a conversation."""
+    template = _TEMPLATES.get(decoder)
+    if template is None:
+        return None
+    if tokenizer.bos_token_id is not None and tokenizer.encode("x")[0] == tokenizer.bos_token_id:
+        template = template.removeprefix("{{ bos_token }}")
+    return template.replace(f"{IMAGE_TOKEN}\n", f"{IMAGE_TOKEN}{_blank_after_image(tokenizer)}\n")
 
 
 def _blank_after_image(tokenizer: Any) -> str:

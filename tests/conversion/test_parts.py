@@ -1,0 +1,257 @@
+"""A LLaVA put together of a language model, a vision tower and a projector, and its tokenizer."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from tiny import tiny_model
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
+
+from pmod_cli.cli import main
+from pmod_cli.conversion.convert import convert, plan_conversion
+from pmod_cli.conversion.formats import Options, find_format
+from pmod_cli.conversion.source import open_source
+from pmod_cli.errors import PmodError
+
+PIECES = 350
+SENTENCES = [
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "USER: What is in the image? ASSISTANT: a cat sits on the mat",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+]
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A small sentencepiece model of the kind Llama has."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20),
+        model_writer=model,
+        vocab_size=PIECES,
+        model_type="bpe",
+        byte_fallback=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["vicuna's tokenizer", "legacy tokenizer"])
+def parts(request, tmp_path_factory, pieces):
+    """Folders as they lie on the hub: Vicuna has ``tokenizer.model`` alone; tower and projector are pickled."""
+    folder = tmp_path_factory.mktemp("parts")
+    model = tiny_model("llava", vocab_size=PIECES, mod=None)
+    weights = model.state_dict()
+
+    vicuna, clip, stage1 = folder / "vicuna", folder / "clip", folder / "stage1"
+    for path in (vicuna, clip, stage1):
+        path.mkdir()
+    text = {name: value for name, value in weights.items() if "language_model" in name or "lm_head" in name}
+    text = {name.replace("model.language_model.", "model."): value.clone() for name, value in text.items()}
+    text["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # old checkpoints have it
+    save_file(text, vicuna / "model.safetensors")
+    config = model.config.text_config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (vicuna / "config.json").write_text(json.dumps(config))
+    (vicuna / "generation_config.json").write_text(json.dumps({"do_sample": True, "eos_token_id": 2}))
+    (vicuna / "tokenizer.model").write_bytes(pieces)
+    token = {"__type": "AddedToken", "lstrip": False, "normalized": False, "rstrip": False}
+    (vicuna / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "LlamaTokenizer",
+                "add_bos_token": True,
+                "bos_token": {**token, "content": "<s>"},
+                "eos_token": {**token, "content": "</s>"},
+                "unk_token": {**token, "content": "<unk>"},
+                "pad_token": None,
+                "legacy": request.param,
+                "model_max_length": 4096,
+                "padding_side": "right",
+                "sp_model_kwargs": {},
+            }
+        )
+    )
+    (vicuna / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<unk>"}))
+
+    tower = {
+        name.replace("model.vision_tower.", "vision_model."): value.clone()
+        for name, value in weights.items()
+        if "vision_tower" in name
+    }
+    tower |= {"text_model.embeddings.position_ids": torch.zeros(3), "logit_scale": torch.zeros(())}
+    torch.save(tower, clip / "pytorch_model.bin")
+    vision = model.config.vision_config.to_dict()
+    (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": vision}))
+
+    names = {"linear_1": "0", "linear_2": "2"}
+    projector = {
+        f"model.mm_projector.{names[name.split('.')[2]]}.{name.rsplit('.', 1)[1]}": value.half()
+        for name, value in weights.items()
+        if "projector" in name
+    }
+    torch.save(projector, stage1 / "mm_projector.bin")
+    return model, vicuna, clip, stage1
+
+
+def options(parts, **changes):
+    _, _, clip, stage1 = parts
+    return Options(**{"allow_pickle": True, "vision_tower": str(clip), "projector": str(stage1), **changes})
+
+
+@pytest.fixture(scope="module")
+def assembled(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("assembled") / "pmod"
+    done = convert(plan_conversion(parts[1], options=options(parts)), folder)
+    assert (done.format, done.family) == ("parts", "llava")
+    return folder
+
+
+def test_every_weight_is_its_parts(parts, assembled):
+    model = parts[0]
+    result, info = AutoModelForImageTextToText.from_pretrained(
+        assembled, dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ours = result.state_dict()
+    for name, value in model.state_dict().items():
+        if "embed_tokens" in name or name == "lm_head.weight":
+            assert torch.equal(ours[name][:PIECES], value)
+            torch.testing.assert_close(ours[name][PIECES:], value.mean(0).expand(34, -1))
+        else:
+            assert torch.equal(ours[name], value.half().float() if "projector" in name else value), name
+    assert result.config.image_token_id == PIECES
+    assert result.config.text_config.vocab_size == 384
+
+
+def test_processor_expands_an_image_and_pads_it(parts, assembled):
+    processor = AutoProcessor.from_pretrained(assembled)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(images=Image.new("RGB", (40, 10), "white"), text=text, return_tensors="pt")
+    assert (inputs["input_ids"] == PIECES).sum() == 25
+    # Padded to a square with the mean colour, which is zero after normalisation; cropping would leave white.
+    assert inputs["pixel_values"][0, :, 0].abs().max() < 0.02
+    assert processor.tokenizer.pad_token_id == 0
+    assert processor.tokenizer.padding_side == "left"
+    model = AutoModelForImageTextToText.from_pretrained(assembled, dtype=torch.float32)
+    assert (
+        model.generate(**inputs, max_new_tokens=3, eos_token_id=None).shape[1]
+        == inputs["input_ids"].shape[1] + 3
+    )
+    assert model.generation_config.do_sample in (None, False)
+
+
+def test_text_around_an_image_is_tokenised_as_by_llava(parts, assembled, pieces):
+    """LLaVA gives the text on each side of an image to sentencepiece by itself; the template leads to the same ids."""
+    spm = sentencepiece.SentencePieceProcessor(model_proto=pieces)
+    tokenizer = AutoTokenizer.from_pretrained(assembled)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the image?"}]}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    before, after = prompt.split("<image>")
+    expected = [1, *spm.encode(before), PIECES, *spm.encode("\n" + after.split("\n", 1)[1])]
+    assert tokenizer(prompt)["input_ids"] == expected
+    assert before.endswith("USER: ")
+    assert after.endswith("\nWhat is in the image? ASSISTANT:")
+
+
+def test_llava_next_gets_its_newline_and_grids(parts, tmp_path):
+    plan = plan_conversion(parts[1], options=options(parts, family="llava_next"))
+    assert any("image_newline" in note for note in plan.translation.notes)
+    convert(plan, tmp_path / "pmod")
+    model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "pmod", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert model.config.image_grid_pinpoints == [[40, 20], [20, 40], [40, 40], [20, 60], [60, 20]]
+    assert model.model.image_newline.std().item() == pytest.approx(32**-0.5, rel=0.5)
+    processor = AutoProcessor.from_pretrained(tmp_path / "pmod")
+    inputs = processor(images=Image.new("RGB", (40, 30)), text="<image>\nWhat?", return_tensors="pt")
+    with torch.no_grad():
+        assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
+
+
+def test_a_recipe_names_the_parts(parts, tmp_path, capsys):
+    _, vicuna, clip, stage1 = parts
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        f"source: {{language_model: x, vision_tower: {clip}, projector: {stage1 / 'mm_projector.bin'}}}"
+    )
+    words = [
+        "convert",
+        str(vicuna),
+        str(tmp_path / "pmod"),
+        "--recipe",
+        str(recipe),
+        "--allow-pickle",
+        "--json",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 0, capsys.readouterr().err
+    assert json.loads(capsys.readouterr().out)["result"]["format"] == "parts"
+
+
+def test_a_tokenizer_that_has_the_image_token_already(assembled, parts):
+    # The converted checkpoint's own tokenizer.json, where the language model has none.
+    vicuna = open_source(parts[1])
+    plan = plan_conversion(vicuna.folder, options=options(parts, tokenizer=str(assembled)))
+    assert plan.translation.config["image_token_index"] == PIECES
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_tower": None}, "is a language model alone"),
+        ({"projector": None}, "is a language model alone"),
+        ({"allow_pickle": False}, "--allow-pickle"),
+        ({"projector": "{clip}"}, "has no mm_projector.safetensors or mm_projector.bin"),
+        ({"projector": "{clip}/pytorch_model.bin"}, "is no mlp2x_gelu projector"),
+        ({"vision_tower": "{vicuna}"}, "only CLIP towers"),
+        ({"tokenizer": "{clip}"}, "has no tokenizer"),
+    ],
+)
+def test_parts_that_do_not_fit_are_one_line(parts, changes, message):
+    _, vicuna, clip, _ = parts
+    filled = {
+        key: value.format(vicuna=vicuna, clip=clip) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
+    with pytest.raises(PmodError) as caught:
+        plan_conversion(vicuna, options=options(parts, **filled))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_projector_of_another_width(parts, tmp_path):
+    narrow = {"0.weight": (32, 8), "0.bias": (32,), "2.weight": (32, 32), "2.bias": (32,)}
+    tensors = {f"mm_projector.{name}": torch.zeros(shape) for name, shape in narrow.items()}
+    save_file(tensors, tmp_path / "mm_projector.safetensors")
+    with pytest.raises(PmodError, match=r"linear_1.weight has shape \[32, 8\]"):
+        plan_conversion(parts[1], options=options(parts, projector=str(tmp_path)))
+
+
+def test_formats_are_told_apart(parts):
+    assert find_format(open_source(parts[1]))[0] == "parts"
+    assert LlavaForConditionalGeneration.config_class is LlavaConfig
