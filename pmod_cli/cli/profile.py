@@ -155,8 +155,14 @@ def profile_command(
         raise PmodError("--max-... limits hold for a single profile", "leave --sweep and --schedules out")
     if max_prefill_ratio is not None and not latency:
         raise PmodError("--max-prefill-ratio needs --latency")
-    if plot is not None and plot.exists() and not force:
-        raise PmodError(f"{plot} exists", "--force overwrites it")
+    if plot is not None and schedules:
+        raise PmodError("--plot goes with a profile or with --sweep")
+    if sweep is not None and schedules:
+        raise PmodError("--sweep and --schedules are two tables", "one at a time")
+    if plot is not None:
+        from pmod_cli.visual.style import check_target
+
+        check_target(plot, force)
     from pmod_cli.profiling.profile import Settings, profile_subject
     from pmod_cli.profiling.subject import find_subject
 
@@ -191,10 +197,6 @@ def profile_command(
     from pmod_cli.profiling.render import profile_grids, profile_markdown
     from pmod_cli.profiling.result import check_gates
 
-    if plot is not None:
-        from pmod_cli.profiling.plots import plot_profile
-
-        plot_profile(result, plot)
     if as_json:
         emit_json("profile", result.to_dict())
     elif markdown:
@@ -204,6 +206,10 @@ def profile_command(
             stdout.print(grid.to_rich())
         for note in notes(result):
             stdout.print(f"- {note}", markup=False)
+    if plot is not None:
+        from pmod_cli.profiling.plots import plot_profile
+
+        plot_profile(result, plot)
     check_gates(result, limits)
 
 
@@ -228,7 +234,7 @@ def _rows(subject: Subject, settings: Settings, knob: Knob | None, options: Any,
     from pmod_cli.profiling.sweep import compare_schedules, sweep
 
     if knob is None:
-        return compare_schedules(subject, settings)
+        return compare_schedules(subject, settings, options, progress)
     return sweep(subject, settings, knob.value, options, progress)
 
 
@@ -244,17 +250,15 @@ def _show_rows(
     from pmod_cli.profiling.render import rows_grid
 
     what = f"sweep of {knob.value}" if knob else "schedules at equal mean retention"
-    if plot is not None:
-        if knob is None:
-            raise PmodError("--plot goes with a profile or with --sweep")
-        from pmod_cli.profiling.plots import plot_sweep
-
-        plot_sweep(rows, knob.value, plot)
     if as_json:
         emit_json("profile", {"model": model, "sweep": knob.value if knob else "schedules", "rows": rows})
-        return
-    grid = rows_grid(f"{model}: {what}, p-MoD / dense", rows)
-    stdout.print(grid.to_markdown() if markdown else grid.to_rich(), markup=False, soft_wrap=markdown)
+    else:
+        grid = rows_grid(f"{model}: {what}, p-MoD / dense", rows)
+        stdout.print(grid.to_markdown() if markdown else grid.to_rich(), markup=False, soft_wrap=markdown)
+    if plot is not None and knob is not None:
+        from pmod_cli.profiling.plots import plot_sweep
+
+        plot_sweep(rows, knob.value, plot, title=model)
 
 
 def _compare(before: Path, after: Path, as_json: bool, markdown: bool) -> None:

@@ -1,4 +1,4 @@
-"""The sizes of a LLaVA-like model that counting needs, read from its transformers config."""
+"""The sizes of a LLaVA-like model that counting needs, read from its ``config.json``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli.errors import PmodError
+from pmod_cli.profiling.defaults import complete
 
 
 @dataclass(frozen=True)
@@ -39,22 +40,22 @@ class Decoder:
     tied: bool = False
 
     @classmethod
-    def from_config(cls, config: Any, tied: bool) -> Decoder:
-        """Read a ``text_config``."""
-        heads = config.num_attention_heads
-        attention_bias = bool(getattr(config, "attention_bias", False))
+    def from_config(cls, config: dict[str, Any], tied: bool) -> Decoder:
+        """Read a ``text_config``, defaults filled in."""
+        heads = config["num_attention_heads"]
+        attention_bias = bool(config.get("attention_bias"))
         return cls(
-            hidden=config.hidden_size,
-            layers=config.num_hidden_layers,
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
             heads=heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            intermediate=config.intermediate_size,
-            vocab=config.vocab_size,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            intermediate=config["intermediate_size"],
+            vocab=config["vocab_size"],
             # Qwen2's bias is part of its architecture, not a setting.
-            qkv_bias=attention_bias or config.model_type == "qwen2",
+            qkv_bias=attention_bias or config["model_type"] == "qwen2",
             output_bias=attention_bias,
-            mlp_bias=bool(getattr(config, "mlp_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias")),
             tied=tied,
         )
 
@@ -101,31 +102,32 @@ class Tower:
         return self.tokens - (not self.selects_cls)
 
     @classmethod
-    def from_config(cls, config: Any) -> Tower:
-        """Read the vision side of a whole model's config.
+    def from_config(cls, config: dict[str, Any]) -> Tower:
+        """Read the vision side of a whole model's config, defaults filled in.
 
         Raises:
             PmodError: If the tower is not CLIP's.
         """
-        vision = config.vision_config
-        if vision.model_type != "clip_vision_model":
+        vision = config["vision_config"]
+        if vision["model_type"] != "clip_vision_model":
             raise PmodError(
-                f"cannot count a vision tower of type {vision.model_type!r}", "supported: clip_vision_model"
+                f"cannot count a vision tower of type {vision['model_type']!r}",
+                "supported: clip_vision_model",
             )
-        selected = config.vision_feature_layer
+        selected = config["vision_feature_layer"]
         chosen = [selected] if isinstance(selected, int) else list(selected)
-        layers = vision.num_hidden_layers
+        layers = vision["num_hidden_layers"]
         return cls(
-            hidden=vision.hidden_size,
+            hidden=vision["hidden_size"],
             layers=layers,
             # hidden_states has layers + 1 entries: index 0 is the embedding, -1 the last layer's output.
             used_layers=max(index % (layers + 1) for index in chosen),
             features=len(chosen),
-            intermediate=vision.intermediate_size,
-            patch=vision.patch_size,
-            image=vision.image_size,
-            channels=vision.num_channels,
-            selects_cls=config.vision_feature_select_strategy == "full",
+            intermediate=vision["intermediate_size"],
+            patch=vision["patch_size"],
+            image=vision["image_size"],
+            channels=vision["num_channels"],
+            selects_cls=config["vision_feature_select_strategy"] == "full",
         )
 
 
@@ -150,21 +152,22 @@ class Geometry:
     image_token: int
 
     @classmethod
-    def from_config(cls, config: Any) -> Geometry:
-        """Read a dense or p-MoD config (transformers object, defaults filled in).
+    def from_config(cls, config: dict[str, Any]) -> Geometry:
+        """Read a dense ``config.json``.
 
         Raises:
-            PmodError: If the vision tower is not supported.
+            PmodError: If the vision tower is not supported, or a size is none.
         """
-        text = config.text_config
-        tied = bool(getattr(config, "tie_word_embeddings", False))
+        config = complete(config)
+        text = config["text_config"]
+        tied = bool(config["tie_word_embeddings"] or text.get("tie_word_embeddings"))
         return cls(
-            model_type=config.model_type.removeprefix("pmod_"),
+            model_type=config["model_type"],
             decoder=Decoder.from_config(text, tied),
             tower=Tower.from_config(config),
-            projector_bias=bool(config.multimodal_projector_bias),
-            pinpoints=tuple((h, w) for h, w in getattr(config, "image_grid_pinpoints", None) or ()),
-            image_token=config.image_token_id,
+            projector_bias=bool(config["multimodal_projector_bias"]),
+            pinpoints=tuple((h, w) for h, w in config.get("image_grid_pinpoints") or ()),
+            image_token=config["image_token_index"],
         )
 
     @property

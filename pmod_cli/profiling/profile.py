@@ -198,7 +198,7 @@ def _count(variant: Variant, settings: Settings, counter: str) -> tuple[VariantP
     used = TORCH if counter == "torch" else convention
     profile = VariantProfile(
         name=variant.name,
-        model_type=variant.config.model_type,
+        model_type=variant.model_type,
         retention_ratios=mod.retention_ratios if mod else None,
         work=work,
         parameters=closed_form.parameters(geometry, mod),

@@ -37,7 +37,9 @@ class Grid:
 
         table = Table(title=self.title, title_justify="left")
         for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
+            # Where the terminal is narrow the header wraps, figures do not.
+            widest = max((len(row[index]) for row in self.rows if len(row) > index), default=0)
+            table.add_column(name, justify="right" if index else "left", min_width=widest, no_wrap=not index)
         for row in self.rows:
             if len(row) == 1:
                 table.add_section()
@@ -195,18 +197,29 @@ def rows_grid(title: str, rows: Sequence[dict[str, Any]]) -> Grid:
         "tokens": "text tokens",
         "batch": "batch",
         "schedule": "schedule",
-        "mod_layers": "MoD layers",
-        "mean_retention": "vision retention",
-        "prefill_flops": "prefill FLOPs",
-        "kv_prefill": "KV cache",
+        "mod_layers": "MoD",
+        "mean_retention": "vision",
+        "prefill": "prefill MACs / FLOPs",
+        "prefill_flops": "of dense",
+        "kv_prefill": "KV",
         "decode_step_traffic": "decode traffic",
         "prefill_seconds": "prefill time",
         "decode_seconds": "decode time",
         "end_to_end_seconds": "end to end",
     }
-    plain = ("ratio", "tokens", "batch", "schedule", "mod_layers")
-    present = [key for key in columns if key in rows[0]]
-    cells = [[str(row[key]) if key in plain else share(row[key]) for key in present] for row in rows]
+    if "schedule" in rows[0]:
+        del columns["decode_step_traffic"]  # the same at an equal mean
+
+    def cell(row: dict[str, Any], key: str) -> str:
+        if key == "prefill":
+            return macs(row["pmod"]["prefill_macs"])
+        if key == "schedule":
+            return " ".join([row[key], *(f"{value:.4g}" for value in row["setting"].values())])
+        plain = key in ("ratio", "tokens", "batch", "mod_layers")
+        return str(row[key]) if plain else share(row[key])
+
+    present = [key for key in columns if key in rows[0] or key == "prefill"]
+    cells = [[cell(row, key) for key in present] for row in rows]
     return Grid(title, [columns[key] for key in present], cells)
 
 

@@ -9,9 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.conversion.routers import check_decoder, check_recipe, schedule
 from pmod_cli.errors import PmodError
 from pmod_cli.families import find_family
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.profiling.defaults import transformers_config
 from pmod_cli.profiling.geometries import find_geometry, shipped_geometries
 from pmod_cli.profiling.geometry import Geometry
 from pmod_cli.recipe import Recipe, default_recipe, load_recipe, nearest, shipped_recipes
@@ -35,22 +37,30 @@ class Variant:
 
     @cached_property
     def config(self) -> Any:
-        """The transformers config: of the dense class, or of its p-MoD counterpart."""
-        from transformers.models.auto import CONFIG_MAPPING
+        """The transformers config: of the dense class, or of its p-MoD counterpart.
 
+        Raises:
+            PmodError: transformers refuses it.
+        """
         raw = dict(self.raw)
         if self.mod is not None:
-            raw |= {"model_type": f"pmod_{raw['model_type']}", "mod": self.mod.to_dict()}
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+            raw |= {"model_type": self.model_type, "mod": self.mod.to_dict()}
+        return transformers_config(raw)
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of its class."""
+        family = find_family(self.raw["model_type"])
+        return family.base_type if self.mod is None else family.model_type
 
     @cached_property
     def geometry(self) -> Geometry:
         """Its sizes.
 
         Raises:
-            PmodError: If the vision tower is of a kind that cannot be counted.
+            PmodError: If the vision tower is of a kind that cannot be counted, or a size is none.
         """
-        return Geometry.from_config(self.config)
+        return Geometry.from_config(self.raw)
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,7 @@ def find_subject(
         raw, weights, named = _read(model)
         if chosen is None and named:
             chosen = load_recipe(model, overrides)
+    family = find_family(raw["model_type"])
     raw, mod = _split(raw, name)
     if mod is not None and (chosen or overrides):
         raise PmodError(f"{name} is p-MoD already", "a recipe or --set says how to convert a dense model")
@@ -117,15 +128,10 @@ def find_subject(
     if mod is None and baseline == "none":
         return Subject(name, None, dense)
     if mod is None:
-        settings = (chosen or default_recipe(overrides)).mod
-        mod = MoDConfig(
-            settings.retention_ratios(dense.geometry.decoder.layers),
-            weight_norm=settings.weight_norm,
-            weight_scale=settings.weight_scale,
-            weight_bias=settings.weight_bias,
-            router_bias=settings.router_bias,
-            target_tokens=settings.target_tokens,
-        )
+        settings = chosen or default_recipe(overrides)
+        check_recipe(settings, family)
+        check_decoder(family, raw)
+        mod = schedule(settings, dense.geometry.decoder.layers)
     layers = dense.geometry.decoder.layers
     if len(mod.retention_ratios) != layers:
         raise PmodError(f"{name}: {len(mod.retention_ratios)} retention ratios for {layers} decoder layers")
@@ -158,6 +164,8 @@ def _read(model: str) -> tuple[dict[str, Any], str | None, bool]:
         return shipped, model if "/" in model else None, False
     if model.count("/") == 1 and not model.startswith((".", "~")):
         return _read_hub(model), model, False
+    if path.suffix == ".json" or model.startswith((".", "/", "~")):
+        raise PmodError(f"no file or folder {model}", "give a checkpoint folder, a config.json or a name")
     near = nearest(model, [*shipped_geometries(), *shipped_recipes()])
     raise PmodError(
         f"nothing to profile at {model!r}",

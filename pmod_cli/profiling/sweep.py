@@ -9,7 +9,8 @@ from typing import Any
 
 from pmod_cli.errors import PmodError
 from pmod_cli.modeling.schedule import SCHEDULES, Ratios, mean_retention
-from pmod_cli.profiling.profile import Settings, profile, profile_subject
+from pmod_cli.profiling.profile import Settings, profile_subject
+from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
 from pmod_cli.profiling.subject import Subject
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -34,7 +35,8 @@ def sweep(
         progress: Called with a short text at each step.
 
     Returns:
-        One row a value: the value under the knob's name, and the ratios of p-MoD to dense.
+        One row a value: the value under the knob's name, the ratios of p-MoD to dense, and under ``pmod`` and
+        ``dense`` each model's ``prefill_macs``, ``prefill_flops`` and ``kv_prefill_bytes``.
 
     Raises:
         PmodError: An unknown knob, or only one model.
@@ -62,20 +64,28 @@ def sweep(
         result = profile_subject(one, quick, measure_options)
         if not result.ratios:
             raise PmodError("a sweep compares a p-MoD model with its dense baseline")
-        rows.append({knob: value, **result.ratios})
+        rows.append({knob: value, **result.ratios, **_work(result)})
     return rows
 
 
-def compare_schedules(subject: Subject, settings: Settings) -> list[dict[str, Any]]:
+def compare_schedules(
+    subject: Subject,
+    settings: Settings,
+    measure_options: dict[str, Any] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
     """Profile each kind of schedule, set to the subject's own mean retention.
 
     Args:
         subject: The models; the p-MoD model's mean retention is the target.
         settings: The prompt.
+        measure_options: Options of `measure`; None to count only.
+        progress: Called with a short text at each step.
 
     Returns:
-        One row a schedule: ``schedule`` (with its setting), ``mean_retention``, ``mod_layers`` and the ratios; the
-        subject's own first. A kind that cannot reach the mean is left out.
+        One row a schedule: ``schedule``, ``setting`` (the parameter that was solved for),
+        ``mean_retention``, ``mod_layers``, and what `sweep` gives; the subject's own first. A
+        kind that cannot reach the mean is left out.
 
     Raises:
         PmodError: If there is only one model.
@@ -84,7 +94,7 @@ def compare_schedules(subject: Subject, settings: Settings) -> list[dict[str, An
         raise PmodError("comparing schedules needs a p-MoD model and its dense baseline")
     own = subject.pmod.mod.retention_ratios
     target = mean_retention(own)
-    candidates: list[tuple[str, Ratios]] = [("this model", own)]
+    candidates: list[tuple[str, dict[str, float], Ratios]] = [("this model", {}, own)]
     layers = subject.pmod.geometry.decoder.layers
     for name, parameter in (
         ("shifted_cosine", "shift"),
@@ -94,19 +104,35 @@ def compare_schedules(subject: Subject, settings: Settings) -> list[dict[str, An
     ):
         found = _solve(partial(_schedule, name, parameter, layers), target)
         if found is not None:
-            candidates.append((f"{name}, {parameter} {found[0]:.4g}", found[1]))
+            candidates.append((name, {parameter: found[0]}, found[1]))
     rows = []
-    for name, ratios in candidates:
-        result = profile(with_ratios(subject, ratios), dataclasses.replace(settings, counter="formula"))
+    for name, setting, ratios in candidates:
+        if progress:
+            progress(name)
+        quick = dataclasses.replace(settings, counter="formula")
+        result = profile_subject(with_ratios(subject, ratios), quick, measure_options)
         rows.append(
             {
                 "schedule": name,
+                "setting": setting,
                 "mean_retention": mean_retention(ratios),
                 "mod_layers": sum(ratio is not None for ratio in ratios),
                 **result.ratios,
+                **_work(result),
             }
         )
     return rows
+
+
+def _work(result: ProfileResult) -> dict[str, dict[str, int]]:
+    return {
+        role: {
+            "prefill_macs": variant.prefill.macs,
+            "prefill_flops": FLOPS_PER_MAC * variant.prefill.macs,
+            "kv_prefill_bytes": sum(variant.kv_prefill),
+        }
+        for role, variant in result.variants.items()
+    }
 
 
 def with_ratios(subject: Subject, ratios: Ratios) -> Subject:

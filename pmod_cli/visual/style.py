@@ -130,6 +130,28 @@ def figure(rows: int, columns: int, inches: tuple[float, float], **options: Any)
     return drawn, axes
 
 
+def check_target(path: Path, force: bool = False) -> None:
+    """Refuse a place where no picture can be written; called before the work, so that none of it is lost.
+
+    Args:
+        path: Where to write.
+        force: Whether a file there may be overwritten.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        PmodError: The format is not known, the folder does not exist, or the file does.
+    """
+    with look():
+        from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix.removeprefix(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise PmodError(f"cannot write a picture to {path}", "name a .png, .pdf or .svg file")
+    if not path.parent.is_dir():
+        raise PmodError(f"no folder {path.parent}")
+    if path.exists() and not force:
+        raise PmodError(f"{path} exists", "--force overwrites it")
+
+
 def save(drawn: Any, path: str | Path, *, title: str = "", dpi: int = 160) -> None:
     """Write a figure beside its place, then move it there: a broken run leaves no half picture.
 
@@ -140,13 +162,11 @@ def save(drawn: Any, path: str | Path, *, title: str = "", dpi: int = 160) -> No
         dpi: Pixels an inch.
 
     Raises:
-        PmodError: The format is not known, or the folder does not exist.
+        PmodError: See `check_target`.
     """
     path = Path(path)
-    known = drawn.canvas.get_supported_filetypes()
+    check_target(path, force=True)
     kind = path.suffix.removeprefix(".").lower()
-    if kind not in known:
-        raise PmodError(f"cannot write a picture to {path}", "name a .png, .pdf or .svg file")
     metadata = {"Software": "pmod", "Title": title} if kind == "png" else None
     with look():
         buffer = io.BytesIO()

@@ -35,7 +35,7 @@ def paper_mod(layers, **changes):
 
 
 def geometry(name, layers=None):
-    return Geometry.from_config(dense_config(name, layers))
+    return Geometry.from_config(_geometry_data(name, layers))
 
 
 def tiny_raw(model_type="llava", text=None):

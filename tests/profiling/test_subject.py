@@ -46,6 +46,22 @@ def test_recipe_alone_and_with_changes():
     assert min(ratio for ratio in subject.pmod.mod.retention_ratios if ratio is not None) == 0.3
 
 
+@pytest.mark.parametrize("name", ["pmod-llava-1.5-7b", "llava-1.5-7b", "lora-24gb", "pmod-llava-next-7b"])
+def test_recipes_by_name(name):
+    for subject in (find_subject(name), find_subject(None, recipe=name)):
+        assert subject.pmod.geometry.decoder.layers == 32
+        assert subject.pmod.mod.retention_ratios[31] == 0.15
+
+
+def test_only_what_convert_would_make():
+    with pytest.raises(PmodError, match="recipe llava-next-7b is for llava_next"):
+        find_subject("llava-1.5-7b", recipe="llava-next-7b")
+    with pytest.raises(PmodError, match="leaves all 32 decoder layers dense"):
+        find_subject(
+            "llava-1.5-7b", overrides=["mod.schedule=constant", "mod.first_layer=31", "mod.last_layer=30"]
+        )
+
+
 def test_baseline_none_of_either_kind(tmp_path):
     dense = write(tmp_path / "dense.json", tiny_raw())
     assert list(find_subject(dense, baseline="none").variants) == ["dense"]
@@ -65,6 +81,8 @@ def test_baseline_by_path(tmp_path):
 def test_what_cannot_be_found_names_the_nearest():
     with pytest.raises(PmodError, match=r"did you mean llava-1\.5-13b"):
         find_subject("llava-1.5-13")
+    with pytest.raises(PmodError, match=r"no file or folder \./none/config\.json"):
+        find_subject("./none/config.json")
     with pytest.raises(PmodError, match="name a MODEL"):
         find_subject(None)
 
