@@ -48,6 +48,11 @@ def apply_aspect(model: Any, processor: Any, aspect: str) -> Any:
 
 def _padding(image_processor: Any) -> Any:
     """LLaVA's own image processor with the settings of a CLIP one, which crops."""
+    from pmod_cli.families.image_processors import PmodLlavaImageProcessor
+
+    if isinstance(image_processor, PmodLlavaImageProcessor):
+        image_processor.do_pad = True
+        return image_processor
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     settings = image_processor.to_dict()

@@ -90,6 +90,12 @@ def test_the_image_processor_is_the_towers(tmp_path):
     assert list(processor.image_mean) == [0.5, 0.4, 0.3]
 
 
+def test_a_tower_beside_the_checkpoint(tmp_path):
+    _, source = original(tmp_path, layout={"tower_inside": False})
+    (source / "tower").rename(tmp_path / "tower")
+    assert plan_conversion(source).translation.config["vision_config"]["image_size"] == 20
+
+
 def test_square_pictures_are_cropped(tmp_path):
     _, source = original(tmp_path, image_aspect_ratio="square")
     convert(plan_conversion(source), tmp_path / "pmod")

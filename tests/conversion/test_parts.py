@@ -178,6 +178,30 @@ def test_text_around_an_image_is_tokenised_as_by_llava(parts, assembled, pieces)
     assert after.endswith("\nWhat is in the image? ASSISTANT:")
 
 
+def test_generate_as_typed(assembled, tmp_path, capsys):
+    Image.new("RGB", (50, 30), "red").save(tmp_path / "red.png")
+    words = [
+        "generate",
+        str(assembled),
+        "--image",
+        str(tmp_path / "red.png"),
+        "--prompt",
+        "What is in the image?",
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--max-new-tokens", "4", "--json"])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 0, printed.err
+    tokenizer = AutoTokenizer.from_pretrained(assembled)
+    template = "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    template += "detailed, and polite answers to the user's questions. USER: "
+    text = len(tokenizer(template)["input_ids"]) + len(
+        tokenizer("\nWhat is in the image? ASSISTANT:", add_special_tokens=False)["input_ids"]
+    )
+    # One beginning-of-sequence token, and the sentencepiece blank behind the image.
+    assert json.loads(printed.out)["result"]["prompt_tokens"] == text + 25
+
+
 def test_llava_next_gets_its_newline_and_grids(parts, tmp_path):
     plan = plan_conversion(parts[1], options=options(parts, family="llava_next"))
     assert any("image_newline" in note for note in plan.translation.notes)

@@ -67,11 +67,11 @@ def find_tower(
     if not name:
         raise PmodError("the checkpoint names no vision tower", "--vision-tower: a folder or a hub id")
     known = KNOWN.get(Path(name).name)
-    local = (near / name).is_dir() if near else False
-    if inside and known and not chosen and not local and not Path(name).is_dir():
+    local = _find_folder(name, near, chosen)
+    if inside and known and local is None and not chosen:
         return Tower(known, None)
     try:
-        source = open_source(name, near=near, allow_pickle=allow_pickle)
+        source = open_source(local or name, allow_pickle=allow_pickle)
     except PmodError as error:
         raise PmodError(f"vision tower: {error.message}", "--vision-tower: a folder or a hub id") from error
     config = tower_config(source.config, name)
@@ -85,6 +85,12 @@ def find_tower(
             if key and key.name:
                 tensors.append(stored.renamed(key.name))
     return Tower(config, images, tensors)
+
+
+def _find_folder(name: str, near: Path | None, chosen: bool) -> Path | None:
+    """Where a tower lies: what the user names from where they are, what a checkpoint names inside it or beside it."""
+    here, beside = [Path(name).expanduser()], [near / name, near.parent / name] if near else []
+    return next((path for path in (here + beside if chosen else beside + here) if path.is_dir()), None)
 
 
 def check_tower(config: dict[str, Any], tensors: Iterable[StoredTensor]) -> None:
