@@ -222,7 +222,7 @@ def to_markdown(document: Document, folder: str) -> tuple[str, dict[str, bytes]]
         The text, and the pictures by file name.
     """
     files: dict[str, bytes] = {}
-    parts = [f"# {document.title}", document.subtitle]
+    parts = [f"# {_plain(document.title)}", _plain(document.subtitle)]
 
     def picture(name: str, data: bytes, caption: str) -> str:
         file = f"{name}.{'png' if _is_png(data) else 'jpg'}"
@@ -230,7 +230,7 @@ def to_markdown(document: Document, folder: str) -> tuple[str, dict[str, bytes]]
         return f"![{_plain(caption)}]({folder}/{file})"
 
     for section in document.sections:
-        parts.append(f"## {section.title}")
+        parts.append(f"## {_plain(section.title)}")
         for block in section.blocks:
             if isinstance(block, Text):
                 parts.append(_plain(block.text))
@@ -261,7 +261,7 @@ def to_markdown(document: Document, folder: str) -> tuple[str, dict[str, bytes]]
 
 def _markdown_table(table: Table) -> str:
     width = len(table.header)
-    rows = [list(table.header), ["---", *["---:"] * (width - 1)]]
+    rows = [[_plain(name) for name in table.header], ["---", *["---:"] * (width - 1)]]
     for row in table.rows:
         cells = [f"**{_plain(row[0])}**"] if len(row) == 1 else [_plain(cell) for cell in row]
         rows.append([*cells, *[""] * (width - len(cells))])

@@ -299,7 +299,7 @@ def training(found: Found) -> Section:
         rows.append(
             [
                 label + ("" if run.summary else " (not finished)"),
-                str(steps[-1]["step"]),
+                str(run.summary["result"]["steps"] if run.summary else steps[-1]["step"]),
                 f"{steps[0]['loss']:.4g}",
                 f"{steps[-1]['loss']:.4g}",
                 f"{sum(speed) / len(speed):.1f}" if speed else "-",

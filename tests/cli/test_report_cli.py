@@ -1,0 +1,93 @@
+"""``pmod report``: files, JSON, one line for every mistake; the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "visual"))
+import browser
+
+from pmod_cli.cli import main
+
+
+def run(capsys, *words):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["report", *map(str, words)])
+    captured = capsys.readouterr()
+    return exit_info.value.code, captured.out, captured.err
+
+
+def test_report_and_json(demo_folder, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    code, out, err = run(capsys, demo_folder, "-o", page, "--json")
+    assert code in (0, None), err
+    document = json.loads(out)
+    assert (document["schema_version"], document["command"]) == (1, "report")
+    result = document["result"]
+    assert result["files"]["html"] == str(page)
+    assert result["found"] == {"profiles": 1, "trainings": 2, "evaluations": 5}
+    rows = {row["model"]: row for row in json.loads((demo_folder / "report.json").read_text())["rows"]}
+    for model in result["models"]:
+        row = rows[model["label"]]
+        assert model["scores"]["pmod_demo"]["value"] == pytest.approx(row["accuracy"]["exact_match"])
+        assert model["prefill_flops"] == row["prefill_flops"]
+    code, _, err = run(capsys, demo_folder, "-o", page)
+    assert code == 2
+    assert "exists (--force replaces it)" in err
+    code, out, _ = run(capsys, demo_folder, "-o", page, "--force")
+    assert code in (0, None)
+    assert out.splitlines() == [str(page), str(page.with_suffix(".md"))]
+
+
+@pytest.mark.parametrize(
+    ("place", "output", "message"),
+    [
+        ("nowhere", "page.html", "no folder nowhere"),
+        ("empty", "page.html", "holds no output of pmod profile, finetune or eval"),
+        ("empty", "page.pdf", "name a .html file"),
+        ("empty", "no/such/page.html", "no folder no/such"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch, place, output, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("empty/notes.txt").write_text("nothing")
+    code, out, err = run(capsys, place, "-o", output)
+    assert code == 2
+    assert out == ""
+    [line] = err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+def test_without_matplotlib(demo_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run(capsys, demo_folder, "-o", tmp_path / "page.html")
+    assert code == 2
+    assert err == "error: matplotlib is not installed (pip install 'pmod-cli[plot]')\n"
+
+
+@pytest.mark.skipif(browser.missing() is not None, reason=str(browser.missing()))
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_page_in_a_browser(demo_folder, dark):
+    """All pictures load, nothing is refused, and the page is not wider than the window."""
+    with browser.open_browser(dark) as driver:
+        driver.get((demo_folder / "report.html").as_uri())
+        loaded = driver.execute_script(
+            "return [...document.images].map(image => image.complete && image.naturalWidth > 0)"
+        )
+        assert loaded
+        assert all(loaded)
+        widths = driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert widths[0] <= widths[1]
+        ink, dense = driver.execute_script(
+            "const style = getComputedStyle(document.querySelector('#training svg text'));"
+            "return [style.fill, getComputedStyle(document.body).color]"
+        )
+        assert ink == dense  # the drawings' text has the page's colour, in either mode
+        assert [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"] == []
