@@ -50,3 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(code)
     except KeyboardInterrupt as error:
         sys.exit(report_error(error))
+    except SystemExit as error:
+        if error.code == 130:  # what Typer makes of Ctrl-C, without a word
+            report_error(KeyboardInterrupt())
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,10 @@ def _one_line_errors(what: str) -> Iterator[None]:
 
 def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     with _one_line_errors(f"no folder {repo}, and it cannot be had from the hub"):
         # Only the top level: some repositories keep the weights in a second format in sub-folders, and a converted
         # checkpoint its baseline's files.

@@ -21,11 +21,7 @@ def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
     Raises:
         PmodError: Pickles are not allowed, or the file cannot be read as weights alone.
     """
-    if not allow:
-        raise PmodError(
-            f"{path.name} holds pickled weights, which can run code when they are loaded",
-            "--allow-pickle loads them with torch's weights_only reader",
-        )
+    check_allowed(path.name, allow)
     import torch
 
     try:
@@ -40,6 +36,19 @@ def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise PmodError(f"{path} is not a state dict of tensors")
     return {name: _stored(path, name, tensor) for name, tensor in state.items()}
+
+
+def check_allowed(name: str, allow: bool) -> None:
+    """Refuse a pickled file unless the user allows it.
+
+    Raises:
+        PmodError: The user does not.
+    """
+    if not allow:
+        raise PmodError(
+            f"{name} holds pickled weights, which can run code when they are loaded",
+            "--allow-pickle loads them with torch's weights_only reader",
+        )
 
 
 def _is_zip(path: Path) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.conversion.pickles import read_pickle
+from pmod_cli.conversion.pickles import check_allowed, read_pickle
 from pmod_cli.conversion.shards import StoredTensor, read_header
 from pmod_cli.errors import PmodError
 
@@ -95,6 +95,8 @@ class Source:
                 names = sorted(set(weight_map.values()))
             else:
                 continue
+            if not safe:
+                check_allowed(names[0], allow_pickle)
             for name in names:
                 if not (self.folder / name).is_file():
                     raise PmodError(f"{index} names {name}, which is not in {self.name}", "download it again")
@@ -104,7 +106,12 @@ class Source:
             ]
             _check_index(files, weight_map or {}, index)
             return files
-        raise PmodError(f"{self.name} has no weights", f"expected {SINGLE} or {INDEX}")
+        pickled = self.revision is not None and not allow_pickle
+        raise PmodError(
+            f"{self.name} has no weights",
+            f"expected {SINGLE} or {INDEX}"
+            + ("; if the repository has .bin files alone, --allow-pickle" if pickled else ""),
+        )
 
     def _weight_map(self, index: str) -> dict[str, str]:
         weight_map = (self.json(index) or {}).get("weight_map")
