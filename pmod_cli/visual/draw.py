@@ -159,7 +159,7 @@ def _heat(axis: Any, trace: Trace, picture: np.ndarray, view: View) -> None:
     image = axis.imshow(counts, cmap=style.HEAT, vmin=least, vmax=trace.layers)
     axis.set_gid(f"heat-{trace.layout.views.index(view)}")
     where = "" if len(trace.layout.views) == 1 else f", {view.name.split(',')[0]}"
-    axis.set_title(f"layers survived{where}\nof {trace.layers}")
+    axis.set_title(f"layers survived\nof {trace.layers}{where}")
     bar = axis.figure.colorbar(image, cax=axis.inset_axes((0.0, -0.1, 1.0, 0.05)), orientation="horizontal")
     bar.outline.set_visible(False)
     bar.ax.xaxis.get_major_locator().set_params(integer=True, nbins=5)
