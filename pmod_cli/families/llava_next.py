@@ -110,6 +110,7 @@ class PmodLlavaNextModel(MoDMultimodalModel, LlavaNextModel):
 
     config_class = PmodLlavaNextConfig
     output_class = LlavaNextModelOutputWithPast
+    tiled = True
 
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any

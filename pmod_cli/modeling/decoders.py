@@ -59,6 +59,11 @@ class MoDDecoder:
 
     mod_layer_class: type[MoDDecoderLayer]
 
+    @property
+    def retention_ratios(self) -> list[float | None]:
+        """What the layers keep now, one entry a layer, None for a dense one; a warm-up changes it."""
+        return [getattr(layer, "retention_ratio", None) for layer in self.layers]  # type: ignore[attr-defined]
+
     @classmethod
     def from_dense(cls, dense: PreTrainedModel, mod: MoDConfig) -> Any:
         """Take over a dense decoder's modules and give some of its layers a router.

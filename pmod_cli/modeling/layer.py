@@ -100,9 +100,12 @@ class MoDDecoderLayer:
         logits = self.router(hidden_states)
         weights = self.router.weights(logits, plan.target_mask)
         keys = selection_keys(logits, plan.target_mask, plan.real_mask, plan.rank)
-        indices, valid = select_tokens(keys, plan.kept_lengths(self.retention_ratio))
+        layer: int = self.self_attn.layer_idx  # type: ignore[attr-defined]
+        lengths = plan.kept_lengths[layer]
+        assert lengths is not None
+        indices, valid = select_tokens(keys, lengths)
         if plan.record is not None:
-            plan.record[self.self_attn.layer_idx] = _routing(logits, weights, indices, valid)  # type: ignore[attr-defined]
+            plan.record[layer] = _routing(logits, weights, indices, valid)
 
         weights = weights.to(hidden_states.dtype).view(-1, 1)
         flat = hidden_states.reshape(-1, width)

@@ -46,9 +46,11 @@ class MoDMultimodalModel:
 
     Attributes:
         output_class: The inner model's output (e.g. `LlavaModelOutputWithPast`).
+        tiled: Whether each image is a base tile and a grid of high-resolution tiles.
     """
 
     output_class: type
+    tiled = False
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -104,7 +106,8 @@ class MoDMultimodalModel:
 
         Raises:
             ValueError: Neither or both of ``input_ids`` and ``inputs_embeds``; image tokens and image features
-                that differ in number; an attention mask that is not 2-D; a cache that cannot hold kept tokens.
+                that differ in number; an attention mask that is not 2-D; several sequences packed into one; a
+                cache that cannot hold kept tokens; parts of images where ``vision_hr`` needs whole ones.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -127,13 +130,14 @@ class MoDMultimodalModel:
                 **{name: value for name, value in options.items() if value is not None},
             )
         features = None if image_outputs is None else list(image_outputs.pooler_output)
-
+        if features is not None and self.mod.target_tokens == "vision_hr":
+            _check_whole_images(image_outputs)
         if features is not None and vision_mask is None:
             vision_mask = self._image_token_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         plan, attention_mask = self._plan(
-            vision_mask, attention_mask, features, inputs_embeds, routing_record, image_sizes is not None
+            vision_mask, attention_mask, position_ids, features, inputs_embeds, routing_record
         )
         if features is not None:
             assert vision_mask is not None
@@ -190,16 +194,18 @@ class MoDMultimodalModel:
         self,
         vision_mask: Tensor | None,
         attention_mask: Tensor | None,
+        position_ids: Tensor | None,
         features: list[Tensor] | None,
         inputs_embeds: Tensor,
         record: dict[int, LayerRouting] | None,
-        tiled: bool,
     ) -> tuple[RoutingPlan | None, Tensor | None]:
         """The routing plan, and the attention mask, None if it hides nothing. One host synchronisation."""
         batch, length = inputs_embeds.shape[:2]
         real_mask = None if attention_mask is None else attention_mask[:, -length:].bool()
         whole_mask = None if attention_mask is None else attention_mask.bool()
-        vision, real, whole = count_tokens(vision_mask, real_mask, whole_mask)
+        vision, real, whole, restarts = count_tokens(
+            vision_mask, real_mask, whole_mask, _restarts(position_ids, attention_mask, batch)
+        )
         if whole_mask is not None and whole == [whole_mask.shape[1]] * batch:
             attention_mask = real_mask = None
         num_real = real if real_mask is not None else [length] * batch
@@ -209,8 +215,14 @@ class MoDMultimodalModel:
                 raise ValueError(f"{sum(vision)} image tokens in the prompt for {expected} image features")
         if vision_mask is None or not any(vision):
             return (None if real_mask is None else RoutingPlan(None, real_mask)), attention_mask
-        targets, counts = self._targets(vision_mask, real_mask, vision, num_real, features, tiled)
-        return RoutingPlan.from_counts(targets, real_mask, counts, num_real, record), attention_mask
+        if any(restarts):
+            raise ValueError(
+                "position_ids start anew within a sequence: several sequences packed into one are not supported, "
+                "since a layer keeps a share of each sequence's vision tokens; pad them into a batch"
+            )
+        targets, counts = self._targets(vision_mask, real_mask, vision, num_real, features)
+        ratios = self.language_model.retention_ratios
+        return RoutingPlan.from_counts(targets, real_mask, counts, num_real, ratios, record), attention_mask
 
     def _targets(
         self,
@@ -219,18 +231,17 @@ class MoDMultimodalModel:
         num_vision: list[int],
         num_real: list[int],
         features: list[Tensor] | None,
-        tiled: bool,
     ) -> tuple[Tensor, list[int]]:
         """Routed tokens of a chunk with images, [batch, tokens], and their number in each sample."""
         if self.mod.target_tokens == "all":
             return (torch.ones_like(vision_mask) if real_mask is None else real_mask), num_real
         if self.mod.target_tokens == "vision_hr" and features is not None:
             lengths = [len(feature) for feature in features]
-            return self._high_resolution(vision_mask, num_vision, lengths, tiled)
+            return self._high_resolution(vision_mask, num_vision, lengths)
         return vision_mask, num_vision
 
     def _high_resolution(
-        self, vision_mask: Tensor, num_vision: list[int], lengths: list[int], tiled: bool
+        self, vision_mask: Tensor, num_vision: list[int], lengths: list[int]
     ) -> tuple[Tensor, list[int]]:
         """Vision tokens behind each image's base tile; of an image that is one tile and no more, all.
 
@@ -239,7 +250,9 @@ class MoDMultimodalModel:
         vision = self.config.vision_config  # type: ignore[attr-defined]
         base = (vision.image_size // vision.patch_size) ** 2
         flags = [
-            index >= base or (length == base and not tiled) for length in lengths for index in range(length)
+            index >= base or (length == base and not self.tiled)
+            for length in lengths
+            for index in range(length)
         ]
         counts, start = [], 0
         for number in num_vision:
@@ -247,6 +260,25 @@ class MoDMultimodalModel:
             start += number
         source = torch.tensor(flags, device=vision_mask.device)
         return torch.zeros_like(vision_mask).masked_scatter(vision_mask, source), counts
+
+
+def _restarts(position_ids: Tensor | None, attention_mask: Tensor | None, batch: int) -> Tensor | None:
+    """True where positions fall within a sequence, [batch, tokens - 1], as in packed sequences.
+
+    None with an attention mask, under which padding has positions of its own.
+    """
+    if position_ids is None or attention_mask is not None or position_ids.shape[-1] < 2:
+        return None
+    return (position_ids[..., 1:] < position_ids[..., :-1]).expand(batch, -1)
+
+
+def _check_whole_images(image_outputs: Any) -> None:
+    """``generate`` with ``prefill_chunk_size`` cuts encoded images, and leaves only their features."""
+    if getattr(image_outputs, "last_hidden_state", None) is None:
+        raise ValueError(
+            "target tokens 'vision_hr' need to know where each image's base tile ends, which image features cut "
+            "into chunks do not tell; leave prefill_chunk_size out"
+        )
 
 
 class MoDForConditionalGeneration:

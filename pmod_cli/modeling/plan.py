@@ -6,7 +6,8 @@ shapes. It is read once a forward pass, in one transfer; no layer asks the devic
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -43,16 +44,15 @@ class RoutingPlan:
         target_mask: True for routed tokens, [batch, tokens]; None if there are none in the whole batch, and
             every layer then runs dense.
         real_mask: False for padding, [batch, tokens]; None if nothing is padded.
-        num_targets: Routed tokens of each sample.
-        num_real: Real tokens of each sample.
+        kept_lengths: For each decoder layer how many tokens each sample keeps, text included; None for a dense
+            layer. Found here and not in the layers, so that a compiled layer sees plain numbers.
         rank: Tie-break, int64 [batch, tokens]; None if there are no routed tokens.
         record: Filled with one `LayerRouting` a Mixture-of-Depths layer when the caller wants them.
     """
 
     target_mask: Tensor | None
     real_mask: Tensor | None
-    num_targets: list[int] = field(default_factory=list)
-    num_real: list[int] = field(default_factory=list)
+    kept_lengths: Sequence[list[int] | None] = ()
     rank: Tensor | None = None
     record: dict[int, LayerRouting] | None = None
 
@@ -63,6 +63,7 @@ class RoutingPlan:
         real_mask: Tensor | None,
         num_targets: list[int],
         num_real: list[int],
+        ratios: Sequence[float | None],
         record: dict[int, LayerRouting] | None = None,
     ) -> RoutingPlan:
         """A plan from counts that the host already has; nothing is read from the device.
@@ -72,18 +73,19 @@ class RoutingPlan:
             real_mask: False for padding, [batch, tokens], or None.
             num_targets: Routed tokens of each sample, as counted in ``target_mask``.
             num_real: Real tokens of each sample, as counted in ``real_mask``.
+            ratios: Retention ratio of each decoder layer, None for a dense one.
             record: Where layers put their routing, or None.
         """
         if target_mask is None or not any(num_targets):
             return cls(None, real_mask, record=record)
-        return cls(target_mask, real_mask, num_targets, num_real, spread_rank(target_mask), record)
-
-    def kept_lengths(self, ratio: float) -> list[int]:
-        """Tokens that each sample keeps in a layer of this retention ratio, text included."""
-        return [
-            real - targets + kept_tokens(targets, ratio)
-            for real, targets in zip(self.num_real, self.num_targets, strict=True)
+        samples = list(zip(num_real, num_targets, strict=True))
+        lengths = [
+            None
+            if ratio is None
+            else [real - routed + kept_tokens(routed, ratio) for real, routed in samples]
+            for ratio in ratios
         ]
+        return cls(target_mask, real_mask, lengths, spread_rank(target_mask), record)
 
 
 def count_tokens(*masks: Tensor | None) -> list[list[int]]:

@@ -120,7 +120,8 @@ def routing_plan(model: Any, work: Workload) -> RoutingPlan | None:
     if not routed:
         return None
     mask = torch.empty(work.batch, work.prompt_tokens, dtype=torch.bool, device=model.device)
-    return RoutingPlan.from_counts(mask, None, [routed] * work.batch, [work.prompt_tokens] * work.batch)
+    counts, lengths = [routed] * work.batch, [work.prompt_tokens] * work.batch
+    return RoutingPlan.from_counts(mask, None, counts, lengths, model.model.language_model.retention_ratios)
 
 
 def empty_cache(model: Any) -> Any:

@@ -62,7 +62,7 @@ def variants(args: argparse.Namespace, backward: bool) -> dict[str, Callable[[],
         rope = LlamaRotaryEmbedding(config)
         full_rope = rope(hidden, position_ids=torch.arange(tokens)[None])
         short_rope = rope(short, position_ids=torch.arange(kept)[None])
-    plan = RoutingPlan.from_counts(vision, None, [args.vision], [tokens])
+    plan = RoutingPlan.from_counts(vision, None, [args.vision], [tokens], [args.ratio])
 
     def run(module: Any, inputs: torch.Tensor, **kwargs: Any) -> Callable[[], Any]:
         def call() -> None:

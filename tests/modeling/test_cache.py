@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import pad, pictures, prompt, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
 
 from pmod_cli.modeling.cache import KeptTokensLayer
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
@@ -158,6 +159,46 @@ def test_reset_and_reuse():
     cache.reset()
     assert cache.get_seq_length() == 0
     torch.testing.assert_close(prefill(model, ids, cache, pixel_values=pixels).logits, first, atol=0, rtol=0)
+
+
+def test_quantised_cache_is_refused_with_the_reason():
+    class Stored(QuantizedLayer):
+        """transformers' layer, without the package that would quantise (optimum-quanto or hqq)."""
+
+        def _quantize(self, tensor, axis):
+            return tensor
+
+        def _dequantize(self, tensor):
+            return tensor
+
+    model = tiny_model()
+    cache = Cache(layers=[Stored() for _ in range(8)])
+    with pytest.raises(ValueError, match=r"which Stored of Cache cannot hold.*DynamicCache"):
+        prefill(model, torch.tensor([prompt(1, 8)]), cache, pixel_values=pictures(1))
+
+
+def test_offloading_moves_kept_tokens_and_brings_them_back():
+    """What an offloaded cache does with a layer; the cache itself needs a GPU's streams."""
+    model = tiny_model()
+    ids = torch.tensor([prompt(1, 8)])
+    cache, plain = DynamicCache(), DynamicCache()
+    for each in (cache, plain):
+        prefill(model, ids, each, pixel_values=pictures(1))
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    step = torch.tensor([[7]])
+    assert torch.equal(prefill(model, step, cache).logits, prefill(model, step, plain).logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="transformers' offloaded cache needs a GPU")
+def test_offloaded_cache_on_a_gpu():
+    model = tiny_model().cuda()
+    ids, mask = (tensor.cuda() for tensor in pad([prompt(1, 8), prompt(2, 4)], "left"))
+    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures(3).cuda()}
+    options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [99]}
+    expected = model.generate(**inputs, **options)
+    assert torch.equal(model.generate(**inputs, **options, cache_implementation="offloaded"), expected)
 
 
 def test_static_cache_is_refused_with_the_reason():

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny import IMAGE, pad, pictures, prompt, tiny_model
-from transformers import DynamicCache, TextStreamer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import DynamicCache, PreTrainedTokenizerFast, TextStreamer
 
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.modeling.settings import MoDConfig
 
 IDS, PIXELS = torch.tensor([prompt(1, 10)]), pictures(1)
 INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "pixel_values": PIXELS}
@@ -80,6 +84,66 @@ def test_assisted_decoding_gives_the_same_tokens(model):
     expected = model.generate(**INPUTS, **OPTIONS, do_sample=False)
     looked_up = model.generate(**INPUTS, **OPTIONS, do_sample=False, prompt_lookup_num_tokens=3)
     assert torch.equal(looked_up, expected)
+
+
+def test_assistant_model_gives_the_same_tokens(model):
+    """A smaller p-MoD model proposes; what is rejected is cropped from both caches."""
+    assistant = tiny_model(seed=1, mod=MoDConfig([None, 0.5, 0.25]), num_hidden_layers=3)
+    expected = model.generate(**INPUTS, **OPTIONS, do_sample=False)
+    assisted = model.generate(**INPUTS, **OPTIONS, do_sample=False, assistant_model=assistant)
+    assert torch.equal(assisted, expected)
+
+
+def test_stop_strings(model):
+    """A real tokenizer of one word an id: generation ends behind the third new word."""
+    vocabulary = {f"w{token}": token for token in range(100)}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w2", pad_token="w0")
+    start = IDS.shape[1]
+    words = model.generate(**INPUTS, **OPTIONS, do_sample=False)[0, start:].tolist()
+    stop = f"w{words[2]}"
+    first = [f"w{word}" for word in words].index(stop)
+    stopped = model.generate(**INPUTS, **OPTIONS, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    assert stopped[0, start:].tolist() == words[: first + 1]
+
+
+def test_output_routing_is_for_forward_passes(model):
+    with pytest.raises(ValueError, match="output_routing"):
+        model.generate(**INPUTS, **OPTIONS, output_routing=True)
+
+
+def test_second_image_in_the_second_turn_through_generate(model):
+    """`generate` on the first turn's cache equals the same forward passes by hand."""
+    cache, by_hand = DynamicCache(), DynamicCache()
+    options = {**OPTIONS, "do_sample": False, "max_new_tokens": 4}
+    first = model.generate(**INPUTS, **{CACHE_ARGUMENT: cache}, **options)
+    turn = torch.tensor([prompt(1, 5, seed=7)])
+    whole = torch.cat([first, turn], dim=1)
+    second = model.generate(
+        input_ids=whole,
+        attention_mask=torch.ones_like(whole),
+        pixel_values=pictures(1, seed=5),
+        **{CACHE_ARGUMENT: cache},
+        **options,
+    )
+    start = IDS.shape[1]
+    chunks = [(IDS, PIXELS)] + [(first[:, i : i + 1], None) for i in range(start, first.shape[1] - 1)]
+    chunks.append((torch.cat([first[:, -1:], turn], dim=1), pictures(1, seed=5)))
+    produced = []
+    with torch.no_grad():
+        for ids, pixels in chunks:
+            inputs = {} if pixels is None else {"pixel_values": pixels}
+            logits = model(input_ids=ids, **inputs, **{CACHE_ARGUMENT: by_hand}).logits
+        for _ in range(4):
+            logits[..., IMAGE] = -float("inf")
+            produced.append(logits[:, -1:].argmax(-1))
+            logits = model(input_ids=produced[-1], **{CACHE_ARGUMENT: by_hand}).logits
+    assert torch.equal(second[:, -4:], torch.cat(produced, dim=1))
+    slots = [layer.keys.shape[-2] for layer in cache.layers]
+    # `generate` does not run the last token it produced; the loop above did.
+    assert [slot + 1 for slot in slots] == [layer.keys.shape[-2] for layer in by_hand.layers]
+    assert slots[0] == cache.get_seq_length() > slots[-1]
 
 
 def test_continuing_a_conversation_on_its_cache(model):

@@ -62,7 +62,12 @@ def run(
     real = None if mask is None or bool(mask.all()) else mask
     targets, counts = count_tokens(vision, real)
     plan = RoutingPlan.from_counts(
-        vision, real, targets, counts or [hidden.shape[1]] * len(hidden), record={}
+        vision,
+        real,
+        targets,
+        counts or [hidden.shape[1]] * len(hidden),
+        [layer.retention_ratio],
+        record={},
     )
     rope = LlamaRotaryEmbedding(config)(hidden, position_ids=tensors["position_ids"])
     output = layer(

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny import IMAGE, dense_counterpart, pad, pictures, prompt, tiny_config, tiny_model
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.schedule import kept_tokens
 from pmod_cli.modeling.settings import MoDConfig
 
@@ -83,19 +85,6 @@ def test_save_load_generate_round_trip(family, tmp_path):
     assert torch.equal(loaded.generate(**inputs, **options), model.generate(**inputs, **options))
 
 
-def test_missing_router_tensors_start_at_zero(tmp_path, caplog):
-    model = tiny_model()
-    dense_counterpart(model).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "pmod_llava", "mod": model.model.mod.to_dict()}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
-    routers = {name: value for name, value in loaded.named_parameters() if ".router." in name}
-    assert set(info["missing_keys"]) == set(routers)
-    assert len(routers) == 12
-    assert all(not value.any() for value in routers.values())
-
-
 def test_transformers_alone_refuses_the_checkpoint(tmp_path):
     tiny_model().save_pretrained(tmp_path)
     code = f"from transformers import AutoConfig; AutoConfig.from_pretrained({str(tmp_path)!r})"
@@ -162,6 +151,42 @@ def test_output_routing():
         assert (routing.weights[~vision] == 1).all()
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_hidden_states(attention):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        plain = model(input_ids=IDS, pixel_values=PIXELS)
+        output = model(input_ids=IDS, pixel_values=PIXELS, output_hidden_states=True)
+    assert torch.equal(output.logits, plain.logits)
+    assert len(output.hidden_states) == 9
+    assert all(hidden.shape == (1, IDS.shape[1], 32) for hidden in output.hidden_states)
+    assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
+
+
+def test_attentions_are_among_the_kept_tokens():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = model(input_ids=IDS, pixel_values=PIXELS, output_attentions=True)
+    text = IDS.shape[1] - 25
+    for ratio, weights in zip(model.model.mod.retention_ratios, output.attentions, strict=True):
+        kept = text + (25 if ratio is None else kept_tokens(25, ratio))
+        assert weights.shape == (1, 4, kept, kept)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(1, 4, kept))
+        assert not weights.triu(1).any()
+
+
+def test_return_dict_false():
+    model = tiny_model()
+    with torch.no_grad():
+        output = model(input_ids=IDS, pixel_values=PIXELS)
+        as_tuple = model(input_ids=IDS, pixel_values=PIXELS, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], output.logits)
+    assert len(as_tuple) == len(output.to_tuple())
+
+
 def test_skipped_tokens_are_scaled_and_nothing_else():
     """STRing: a skipped vision token leaves the layer as its weight times what came in."""
     model = tiny_model()
@@ -225,6 +250,69 @@ def test_target_tokens(target):
     assert routing.kept[~targets].all()
     assert int((routing.kept & targets).sum()) == kept_tokens(int(targets.sum()), 0.5)
     assert (routing.weights[~targets] == 1).all()
+
+
+def next_features(model, pixels, size):
+    return model.model.get_image_features(pixels, image_sizes=size, return_dict=True)
+
+
+@pytest.mark.parametrize("target", ["vision", "vision_hr", "all"])
+def test_target_tokens_of_an_image_that_continues_a_cache(target):
+    """In the second turn only that turn's image (and for "all" its text) is routed."""
+    model = tiny_model("llava_next", mod=MoDConfig([None, 0.5] * 4, target_tokens=target))
+    size = torch.tensor([[40, 30]])
+    pixels = torch.randn(1, 5, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    count = len(next_features(model, pixels, size).pooler_output[0])
+    first = torch.tensor([prompt(1, 8, tokens=count)])
+    second = torch.tensor([prompt(1, 5, seed=1, tokens=count)])
+    cache = DynamicCache()
+    routing = []
+    for ids in (first, second):
+        inputs = {"pixel_values": pixels, "image_sizes": size, CACHE_ARGUMENT: cache}
+        with torch.no_grad():
+            routing.append(model(input_ids=ids, **inputs, output_routing=True, use_cache=True).routing[1])
+    targets = {"vision": count, "vision_hr": count - 25}
+    for ids, layer in zip((first, second), routing, strict=True):
+        routed = targets.get(target, ids.shape[1])
+        assert int(layer.kept.sum()) == ids.shape[1] - routed + kept_tokens(routed, 0.5)
+    assert cache.layers[1].slots == sum(int(layer.kept.sum()) for layer in routing)
+
+
+def test_a_prompt_in_chunks_routes_each_chunk_by_itself():
+    """Chunks whose images are encoded beforehand, as ``prefill_chunk_size`` has it."""
+    model = tiny_model(mod=MoDConfig([None, 0.5] * 4))
+    features = model.model.get_image_features(PIXELS, return_dict=True)
+    rows = torch.cat(list(features.pooler_output))
+    cache = DynamicCache()
+    kept = 0
+    for start in range(0, IDS.shape[1], 8):
+        ids = IDS[:, start : start + 8]
+        before = int((IDS[:, :start] == IMAGE).sum())
+        count = int((ids == IMAGE).sum())
+        piece = BaseModelOutputWithPooling(pooler_output=[rows[before : before + count]])
+        encoded = {"mm_encoder_outputs": {"image": piece}} if count else {}
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=True, **{CACHE_ARGUMENT: cache}, **encoded)
+        kept += ids.shape[1] - count + kept_tokens(count, 0.5)
+    assert cache.layers[1].slots == kept
+    assert cache.get_seq_length() == IDS.shape[1]
+
+
+def test_high_resolution_tokens_of_part_of_an_image_are_an_error():
+    model = tiny_model("llava_next", mod=MoDConfig([None, 0.5] * 4, target_tokens="vision_hr"))
+    piece = BaseModelOutputWithPooling(pooler_output=[torch.zeros(30, 32)])
+    ids = torch.tensor([[1] + [IMAGE] * 30])
+    with pytest.raises(ValueError, match="where each image's base tile ends"):
+        model(input_ids=ids, mm_encoder_outputs={"image": piece})
+
+
+def test_sequences_packed_into_one_are_an_error():
+    model = tiny_model()
+    ids = torch.cat([IDS, IDS], dim=1)
+    positions = torch.arange(IDS.shape[1]).repeat(2)[None]
+    with pytest.raises(ValueError, match="packed"):
+        model(input_ids=ids, position_ids=positions, pixel_values=pictures(2))
+    model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None], pixel_values=pictures(2))
 
 
 def test_text_only_training_gives_every_router_a_zero_gradient():

@@ -1,4 +1,4 @@
-"""Training: autocast, LoRA, FSDP2, and one host synchronisation a forward pass."""
+"""Training: checkpointing, autocast, LoRA, DDP, FSDP2, and one host synchronisation a forward pass."""
 
 from __future__ import annotations
 
@@ -32,6 +32,21 @@ def test_bf16_autocast_trains_and_ranks_in_fp32():
     assert all(torch.isfinite(gradient).all() for gradient in routers.values())
     assert all(gradient.any() for gradient in routers.values())
     assert all(layer.logits.dtype == torch.float32 for layer in output.routing if layer is not None)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_identical_gradients(reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            layers = model.model.language_model.layers
+            assert all(layer.gradient_checkpointing for layer in layers)
+        model(**batch(), use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert set(gradients[0]) == set(gradients[1])
+    assert all(torch.equal(gradients[1][name], gradient) for name, gradient in gradients[0].items())
 
 
 def test_bf16_model_generates():
@@ -116,24 +131,31 @@ def test_one_host_synchronisation_a_prefill(padded, monkeypatch):
     assert len(transfers) == 1
 
 
-@pytest.mark.timeout(240)
-def test_fsdp2_in_two_processes_gives_the_same_losses(tmp_path):
-    """`fully_shard` of every decoder layer on two gloo processes; one rank's batches are text only."""
-    script = Path(__file__).parent / "fsdp_worker.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PMOD_OUT": str(tmp_path)}
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Losses and weights of the same training by DDP and by FSDP2 on two gloo processes, and in one process."""
+    folder = tmp_path_factory.mktemp("distributed")
+    script = Path(__file__).parent / "distributed_worker.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PMOD_OUT": str(folder)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=220)
     assert done.returncode == 0, done.stderr[-3000:]
-    sharded = torch.load(tmp_path / "result.pt", weights_only=True)
 
     sys.path.insert(0, str(script.parent))
-    import fsdp_worker
+    import distributed_worker
 
-    expected = fsdp_worker.train_alone()
-    torch.testing.assert_close(
-        torch.tensor(sharded["losses"]), torch.tensor(expected["losses"]), atol=1e-5, rtol=0
-    )
-    assert set(sharded["weights"]) == set(expected["weights"])
+    return torch.load(folder / "result.pt", weights_only=True), distributed_worker.train_alone()
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("method", ["ddp", "fsdp2"])
+def test_two_processes_give_the_losses_of_one(two_processes, method):
+    """Rank 1's batches are text only: every router still has a gradient, so that nobody waits for it."""
+    together, expected = two_processes
+    actual = together[method]
+    close = {"atol": 1e-5, "rtol": 0}
+    torch.testing.assert_close(torch.tensor(actual["losses"]), torch.tensor(expected["losses"]), **close)
+    assert set(actual["weights"]) == set(expected["weights"])
     for name, weight in expected["weights"].items():
-        torch.testing.assert_close(sharded["weights"][name], weight, atol=1e-5, rtol=0)
+        torch.testing.assert_close(actual["weights"][name], weight, **close)

@@ -1,4 +1,4 @@
-"""Trains a tiny p-MoD model for a few steps, sharded over two processes or alone (run by test_training)."""
+"""Trains a tiny p-MoD model for a few steps, in two processes or alone (run by test_training)."""
 
 from __future__ import annotations
 
@@ -46,20 +46,22 @@ def train_alone() -> dict[str, Any]:
     return {"losses": losses, "weights": model.state_dict()}
 
 
-def main() -> None:
-    """One of the two processes."""
+def train(method: str, rank: int) -> dict[str, Any]:
+    """The same with one sample a process."""
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
 
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    mesh = init_device_mesh("cpu", (2,))
     model = frozen_tower_model()
-    for layer in model.model.language_model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    if method == "ddp":
+        model = DistributedDataParallel(model)  # find_unused_parameters stays off: there are none
+    else:
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.language_model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     losses = []
     for step in range(STEPS):
@@ -71,8 +73,18 @@ def main() -> None:
         dist.all_reduce(mean)
         losses.append(float(mean) / 2)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return {"losses": losses, "weights": weights}
+
+
+def main() -> None:
+    """One of the two processes."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    results = {method: train(method, rank) for method in ("ddp", "fsdp2")}
     if rank == 0:
-        torch.save({"losses": losses, "weights": weights}, Path(os.environ["PMOD_OUT"]) / "result.pt")
+        torch.save(results, Path(os.environ["PMOD_OUT"]) / "result.pt")
     dist.destroy_process_group()
 
 
