@@ -104,7 +104,7 @@ def test_bitsandbytes_leaves_routers_in_full_precision(saved, bits):
         if bits == 4
         else {"load_in_8bit": True}
     )
-    options["llm_int8_skip_modules"] = ["vision_tower", "multi_modal_projector", "lm_head"]
+    options["llm_int8_skip_modules"] = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     loaded = load(folder, quantization_config=BitsAndBytesConfig(**options), dtype=torch.float32)
     kind = bitsandbytes.nn.Linear4bit if bits == 4 else bitsandbytes.nn.Linear8bitLt
     for layer, original in zip(
