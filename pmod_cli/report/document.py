@@ -117,10 +117,11 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; pa
 .tiles b { display: block; font-size: 1.7rem; line-height: 1.2; color: var(--pmod); }
 .tiles span { display: block; font-weight: 600; }
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .9rem; margin: .8rem 0; }
-.examples img { max-height: 11rem; border-radius: 4px; background: #fff; image-rendering: auto; min-width: 5rem; }
+.examples img { max-height: 11rem; border-radius: 4px; background: #fff; border: 1px solid var(--line); }
 .examples h3 { margin: 0 0 .4rem; font-size: .9rem; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: .1rem .7rem; margin: .5rem 0 0; font-size: .9rem; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }
+figure, .examples article, tr { break-inside: avoid; }
 figure img { background: #fff; border: 1px solid var(--line); border-radius: 6px; padding: .4rem; }
 caption { text-align: left; font-weight: 600; padding: .6rem 0 .2rem; }
 """

@@ -1,25 +1,18 @@
-"""What stands in a report, section by section; a section without contents is left out."""
+"""Summary, pictures, recipe, cost, training and environment; a section without contents is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.evaluation.paper import JUDGED, PUBLISHED, TABLES, average
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.profiling.explain import size
-from pmod_cli.profiling.published import published_family
 from pmod_cli.report import figures
 from pmod_cli.report.collect import Found, Profile
 from pmod_cli.report.document import Block, Figure, Link, Notes, Section, Table, Text, Tiles, relative
-from pmod_cli.report.examples import changes
 from pmod_cli.report.models import Model, compare
-
-_NORMAL = 1.96
-_EXAMPLES = 8
-_PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
-_PAPER_TASKS = {task: title for columns in TABLES for title, task in columns.items()} | {JUDGED: "MMB"}
+from pmod_cli.report.text import change, flops, milliseconds, share, signed
 
 
 def summary(found: Found, tuned: Model | None, other: Model | None) -> Section:
@@ -33,19 +26,19 @@ def summary(found: Found, tuned: Model | None, other: Model | None) -> Section:
             ("prefill_seconds", "prefill time", "measured"),
         ):
             if key in ratios:
-                tiles.append((_change(ratios[key]), what, f"{why}, p-MoD against dense"))
+                tiles.append((change(ratios[key]), what, f"{why}, p-MoD against dense"))
         retention = (profile.result.get("pmod") or {}).get("retention", {}).get("vision")
         if retention is not None:
-            tiles.append((_share(retention), "of the vision tokens", "kept by a layer, on average"))
+            tiles.append((share(retention), "of the vision tokens", "kept by a layer, on average"))
     if tuned and other:
         for task in (task for task in tuned.scores if task in other.scores):
             gap = compare(tuned, other, task)
             if gap is not None:
                 scores = f"{tuned.scores[task]['value']:.1f} against {other.scores[task]['value']:.1f}"
-                inside = f"95 % interval {_signed(gap.low)} to {_signed(gap.high)}"
+                inside = f"95 % interval {signed(gap.low)} to {signed(gap.high)}"
                 what = f"points on {task}"
                 tiles.append(
-                    (_signed(gap.points), what, f"{scores}, {tuned.label} against {other.label}; {inside}")
+                    (signed(gap.points), what, f"{scores}, {tuned.label} against {other.label}; {inside}")
                 )
                 break
     return Section("Summary", [Tiles(tiles)] if tiles else [])
@@ -82,7 +75,7 @@ def recipe(found: Found) -> Section:
             figures.retention_figure(
                 ratios,
                 f"Retention ratio by layer of {path.name}: {routed} of {len(ratios)} layers route, "
-                f"mean {_share(mean_retention(ratios))}; grey layers are dense.",
+                f"mean {share(mean_retention(ratios))}; grey layers are dense.",
             )
         )
     rows, columns = _settings(found)
@@ -150,15 +143,15 @@ def _cost_table(profile: Profile) -> Table:
         if part and [part] not in rows:
             rows.append([part])
         both = len(values) == 2 and values[0]
-        rows.append([label, *map(show, values), *([_share(values[1] / values[0])] if both else [])])
+        rows.append([label, *map(show, values), *([share(values[1] / values[0])] if both else [])])
 
-    add("prefill", lambda r: sides[r]["prefill"]["flops"], _flops, "FLOPs")
-    add("one decode step", lambda r: sides[r]["decode_step"]["flops"], _flops)
-    add("prefill and all new tokens", lambda r: sides[r]["generation"]["flops"], _flops)
+    add("prefill", lambda r: sides[r]["prefill"]["flops"], flops, "FLOPs")
+    add("one decode step", lambda r: sides[r]["decode_step"]["flops"], flops)
+    add("prefill and all new tokens", lambda r: sides[r]["generation"]["flops"], flops)
     add("after prefill", lambda r: sides[r]["kv_cache"]["prefill_bytes"], size, "KV cache")
     add("with all new tokens", lambda r: sides[r]["kv_cache"]["final_bytes"], size)
-    add("vision tokens", lambda r: sides[r]["retention"]["vision"], _share, "kept by a layer, on average")
-    add("all tokens", lambda r: sides[r]["retention"]["all"], _share)
+    add("vision tokens", lambda r: sides[r]["retention"]["vision"], share, "kept by a layer, on average")
+    add("all tokens", lambda r: sides[r]["retention"]["all"], share)
     add("parameters", lambda r: sides[r]["parameters"]["total"], lambda v: f"{v:,.0f}", "model")
     measured = f"measured on {(result.get('latency') or {}).get('device')}"
     for phase, label in (
@@ -166,7 +159,7 @@ def _cost_table(profile: Profile) -> Table:
         ("decode", "decode (all further tokens)"),
         ("end_to_end", "end to end"),
     ):
-        add(label, lambda r, p=phase: latency[r]["seconds"][p]["median"], _milliseconds, measured)  # type: ignore[misc]
+        add(label, lambda r, p=phase: latency[r]["seconds"][p]["median"], milliseconds, measured)  # type: ignore[misc]
     add("KV cache, real bytes", lambda r: latency[r]["kv_cache"]["prefill_bytes"], size, measured)
     add("peak device memory", lambda r: latency[r]["peak_memory_bytes"], size, measured)
     names = {"dense": "dense", "pmod": "p-MoD"}
@@ -186,105 +179,6 @@ def _cost_notes(result: dict[str, Any]) -> list[str]:
             f"Published for {published['model']}: {published['dense_tflops']} and {published['pmod_tflops']} TFLOPs."
         )
     return lines
-
-
-def accuracy(models: Sequence[Model], other: Model | None) -> Section:
-    """Scores with intervals, and differences to the dense model."""
-    tasks = list(dict.fromkeys(task for model in models for task in model.scores))
-    if not tasks:
-        return Section("Accuracy")
-    rows = []
-    for task in tasks:
-        rows.append([task, *(_score(model.scores.get(task)) for model in models)])
-        rows += _kinds(models, task)
-    if len(tasks) > 1 and all(task in model.scores for task in tasks for model in models):
-        rows.append(["mean", *(_number(mean_accuracy(model, tasks)) for model in models)])
-    table = Table("Scores in points", ["", *(model.label for model in models)], rows)
-    notes = ["± is half the 95 % interval (1.96 bootstrap standard errors over the samples)."]
-    blocks: list[Block] = [table]
-    compared = [model for model in models if model is not other] if other else []
-    gaps = []
-    for task in tasks:
-        cells = []
-        for model in compared:
-            assert other is not None
-            both = task in model.scores and task in other.scores
-            gap = compare(model, other, task) if both else None
-            star = " *" if gap and gap.significant else ""
-            cells.append(
-                f"{_signed(gap.points)} ({_signed(gap.low)} to {_signed(gap.high)}){star}" if gap else "-"
-            )
-        if any(cell != "-" for cell in cells):
-            gaps.append([task, *cells])
-    if gaps and other:
-        blocks.append(
-            Table(f"Difference to {other.label}, in points", ["", *(m.label for m in compared)], gaps)
-        )
-        notes.append("95 % interval of a paired bootstrap over the samples; * where it leaves out 0.")
-    return Section("Accuracy", [*blocks, Notes(notes)])
-
-
-def accuracy_and_flops(models: Sequence[Model]) -> Section:
-    """One point a model, the published ones beside them."""
-    costed = [model for model in models if model.flops and model.scores]
-    shared = [task for task in (costed[0].scores if costed else ()) if all(task in m.scores for m in costed)]
-    shared = [task for task in shared if all(m.scores[task]["value"] is not None for m in costed)]
-    if not shared:
-        missing = (
-            "No model has both a score and a profile: run pmod profile with --json into the same folder."
-        )
-        return Section("Accuracy against FLOPs", [Text(missing)] if models else [])
-    ours = [
-        figures.Point(
-            model.label,
-            model.flops or 0,
-            mean_accuracy(model, shared),
-            _half_width(model, shared),
-            model.is_pmod,
-        )
-        for model in costed
-    ]
-    together = all(task in _PAPER_TASKS for task in shared)
-    family = costed[0].family
-    theirs = _published(family, shared if together else None)
-    what = f"{shared[0]}, points" if len(shared) == 1 else f"mean of {len(shared)} tasks, points"
-    caption = f"Accuracy ({', '.join(shared)}) over the prefill FLOPs of one sample; bars are 95 % intervals."
-    if theirs and together:
-        caption += " Hollow: the paper's 7B models on the same tasks, FLOPs as the paper counts them."
-    elif theirs:
-        caption += " Beside it the paper's 7B models, on their 14 tasks."
-    return Section(
-        "Accuracy against FLOPs",
-        [figures.accuracy_figure(ours, theirs, together=together, what=what, caption=caption)],
-    )
-
-
-def _published(family: str, tasks: Sequence[str] | None) -> list[figures.Point]:
-    """The paper's dense and p-MoD model of a family, on some of its tasks or on all."""
-    flops = published_family(family)
-    if flops is None or family not in PUBLISHED:
-        return []
-    points = []
-    for role, tera, name in (
-        ("baseline", flops.dense_tflops, flops.model),
-        ("model", flops.pmod_tflops, f"p-MoD-{flops.model}"),
-    ):
-        values: dict[str, float | None] = dict(PUBLISHED[family][role])
-        if tasks is not None:
-            values = {_PAPER_TASKS[task]: values[_PAPER_TASKS[task]] for task in tasks}
-        mean = average(values)
-        assert mean is not None
-        points.append(figures.Point(f"{name} (paper)", tera * 1e12, mean, None, role == "model"))
-    return points
-
-
-def mean_accuracy(model: Model, tasks: Sequence[str]) -> float:
-    """Mean over tasks, MME taken out of 100 instead of 2000; NaN if a score is missing."""
-    values = [model.scores[task]["value"] for task in tasks]
-    if any(value is None for value in values):
-        return float("nan")
-    shares = [value / 20 if task == "mme" else value for task, value in zip(tasks, values, strict=True)]
-    return sum(shares) / len(shares)
 
 
 def training(found: Found) -> Section:
@@ -311,25 +205,6 @@ def training(found: Found) -> Section:
     )
 
 
-def differences(models: Sequence[Model], other: Model | None) -> Section:
-    """Samples that a p-MoD model and the dense one scored differently, with pictures."""
-    blocks: list[Block] = []
-    for model in models:
-        if other is None or not model.is_pmod:
-            continue
-        tasks = [task for task in model.samples if task in other.samples]
-        found = changes(model, other, tasks, _EXAMPLES)
-        if found.compared:
-            blocks.append(
-                Text(
-                    f"{model.label} against {other.label}: of {found.compared} samples {found.better} became right or "
-                    f"better, {found.worse} wrong or worse."
-                )
-            )
-            blocks += found.shown
-    return Section("Samples that differ", blocks)
-
-
 def environment(found: Found) -> Section:
     """Versions, and what was read."""
     versions: dict[str, str] = {}
@@ -348,67 +223,3 @@ def environment(found: Found) -> Section:
     if found.unread:
         blocks.append(Notes([f"not read: {path}: {reason}" for path, reason in found.unread.items()]))
     return Section("Environment", blocks)
-
-
-def _score(score: dict[str, Any] | None) -> str:
-    if score is None:
-        return "-"
-    if score["value"] is None:
-        return f"{score['failed']} failed" if score.get("failed") else "none"
-    error = score.get("stderr")
-    return f"{score['value']:.1f}" + (f" ± {_NORMAL * error:.1f}" if error is not None else "")
-
-
-def _half_width(model: Model, tasks: Sequence[str]) -> float | None:
-    """Of the mean's 95 % interval, tasks being independent."""
-    squares = 0.0
-    for task in tasks:
-        error = model.scores[task].get("stderr")
-        if error is None:
-            return None
-        squares += (error / 20 if task == "mme" else error) ** 2
-    return _NORMAL * squares**0.5 / len(tasks)
-
-
-def _kinds(models: Sequence[Model], task: str) -> list[list[str]]:
-    """Rows of a task's kinds of question, where it tells them apart (exact match by kind)."""
-    found: dict[str, dict[int, float]] = {}
-    for place, model in enumerate(models):
-        score = model.scores.get(task)
-        if score is None or len(score["tasks"]) != 1:
-            continue
-        metrics = score["metrics"][score["tasks"][0]]
-        if "exact_match,none" not in metrics:
-            continue
-        for key, value in metrics.items():
-            if key != "exact_match,none":
-                found.setdefault(key.removesuffix(",none"), {})[place] = value * score["scale"]
-    return [
-        [f"– {kind}", *(f"{values[place]:.1f}" if place in values else "-" for place in range(len(models)))]
-        for kind, values in found.items()
-    ]
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "−")
-
-
-def _change(ratio: float) -> str:
-    return f"{_signed(100 * (ratio - 1))} %"
-
-
-def _number(value: float) -> str:
-    return "-" if value != value else f"{value:.1f}"
-
-
-def _flops(value: float) -> str:
-    unit, factor = next((pair for pair in _PREFIXES if value >= pair[1]), ("", 1.0))
-    return f"{value / factor:#.4g} {unit}"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{1e3 * value:.1f} ms"

@@ -10,7 +10,7 @@ from typing import Any
 
 from pmod_cli import __version__
 from pmod_cli.errors import PmodError
-from pmod_cli.report import sections
+from pmod_cli.report import accuracy, sections
 from pmod_cli.report.collect import collect
 from pmod_cli.report.document import Document, to_html, to_markdown
 from pmod_cli.report.models import gather, main_model, reference
@@ -51,10 +51,10 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
         sections.pictures(found, page.absolute().parent),
         sections.recipe(found),
         sections.cost(found),
-        sections.accuracy(models, other),
-        sections.accuracy_and_flops(models),
+        accuracy.accuracy(models, other),
+        accuracy.accuracy_and_flops(models),
         sections.training(found),
-        sections.differences(models, other),
+        accuracy.differences(models, other),
         sections.environment(found),
     ]
     counts = {

@@ -64,13 +64,13 @@ CSS = """
   --page: #14171b; --card: #1d2126; --ink: #e8eaed; --faint: #a3abb4; --line: #363c44;
   --pmod: #56b4e9; --dense: #a8a8a8; --focus: #f0a35e; --good: #4fc9a4; --bad: #f0a35e; } }
 @media print { :root { --page: #ffffff; --card: #ffffff; --ink: #000000; --faint: #444444; --line: #bbbbbb;
-  --pmod: #0072b2; --dense: #757575; } .screen { display: none !important; } }
+  --pmod: #0072b2; --dense: #757575; } .screen { display: none !important; } .scroll { overflow: visible !important; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; } h1, h2, h3 { break-after: avoid; }
 p { margin: .4rem 0; } a { color: var(--pmod); } code { font-size: .92em; overflow-wrap: anywhere; }
 .faint { color: var(--faint); } small, .small { font-size: .86rem; }
 :focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; }

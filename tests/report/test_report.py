@@ -15,7 +15,7 @@ from PIL import Image
 
 from pmod_cli.errors import PmodError
 from pmod_cli.evaluation.paper import PUBLISHED, TASKS, average
-from pmod_cli.report import figures, sections, write_report
+from pmod_cli.report import figures, write_report
 from pmod_cli.report.collect import collect
 from pmod_cli.report.document import Document, Section, Table, Text, to_html, to_markdown
 from pmod_cli.report.models import compare, gather, main_model, reference
@@ -250,7 +250,7 @@ def test_published_points_stand_in_the_same_plot_for_the_paper_s_tasks(paper_run
         return real(ours, theirs, **options)
 
     real = figures.accuracy_figure
-    monkeypatch.setattr(sections.figures, "accuracy_figure", spy)
+    monkeypatch.setattr(figures, "accuracy_figure", spy)
     write_report([paper_run], tmp_path / "paper.html")
     assert drawn["together"]
     ours = {point.label: point for point in drawn["ours"]}
