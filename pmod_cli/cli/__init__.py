@@ -5,8 +5,6 @@ Nothing in this package imports torch or transformers at module level: ``pmod --
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pmod_cli.cli.app import app, main
 
 # The order of registration is the order in ``pmod --help``: the order in which the verbs are used.
@@ -22,7 +20,6 @@ for _verb in (
     "visualize",
     "report",
 ):
-    if (Path(__file__).parent / f"{_verb}.py").exists():
-        __import__(f"pmod_cli.cli.{_verb}")
+    __import__(f"pmod_cli.cli.{_verb}")
 
 __all__ = ["app", "main"]

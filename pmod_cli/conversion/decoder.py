@@ -10,6 +10,7 @@ from typing import Any
 from pmod_cli.conversion.shards import StoredTensor
 from pmod_cli.errors import PmodError
 from pmod_cli.families import Family
+from pmod_cli.profiling.defaults import PARTS
 
 _LAYER = {
     "input_layernorm.weight": ("hidden_size",),
@@ -42,6 +43,8 @@ _REQUIRED = (
 )
 """Those of them that no family lacks."""
 
+_CONFIG = "config.json (or its defaults)"
+
 ROUTER_DTYPES = ("F32", "BF16", "F16")
 
 
@@ -71,7 +74,7 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
 
     Args:
         family: Says how the layers may be called.
-        config: The dense config; what it says of sizes has to be so, what it leaves out is read from the tensors.
+        config: The dense config; the sizes that it gives, or takes by default, have to be so.
         tensors: All of the checkpoint's.
 
     Raises:
@@ -89,11 +92,9 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.(.+)")
     found = [match for match in map(pattern.fullmatch, by_name) if match]
     layers = 1 + max(int(match[1]) for match in found)
-    text = config.get("text_config") or {}
-    if text.get("num_hidden_layers", layers) != layers:
-        raise PmodError(
-            f"the weights have {layers} decoder layers and config.json says {text['num_hidden_layers']}"
-        )
+    expected = _completed(config, "text_config", "llama").get("num_hidden_layers", layers)
+    if expected != layers:
+        raise PmodError(f"the weights have {layers} decoder layers, and {_CONFIG} says {expected}")
     missing = [
         name
         for layer in range(layers)
@@ -142,13 +143,24 @@ def _check_shapes(
 
 def _sides_of(config: dict[str, Any]) -> dict[str, tuple[int, str]]:
     """The sides that the config gives, each with where it stands."""
-    text, vision = config.get("text_config") or {}, config.get("vision_config") or {}
-    heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    text = _completed(config, "text_config", "llama")
+    vision = _completed(config, "vision_config", "clip_vision_model") if config.get("vision_config") else {}
+    heads = text.get("num_attention_heads")
     head = text.get("head_dim")
     if head is None and heads and text.get("hidden_size"):
         head = text["hidden_size"] // heads
     sides = {name: text.get(name) for name in ("hidden_size", "intermediate_size", "vocab_size")}
-    sides["query width"] = heads * head if heads and head else None
-    sides["key width"] = kv_heads * head if kv_heads and head else None
-    sides["vision hidden_size"] = vision.get("hidden_size")
-    return {name: (value, "config.json") for name, value in sides.items() if isinstance(value, int)}
+    if heads and head:
+        sides["query width"] = heads * head
+        sides["key width"] = (text.get("num_key_value_heads") or heads) * head
+    sides["vision hidden_size"] = seen = vision.get("hidden_size")
+    if isinstance(seen, int):
+        layers = config.get("vision_feature_layer")
+        sides["features"] = seen * (len(layers) if isinstance(layers, list) else 1)
+    return {name: (value, _CONFIG) for name, value in sides.items() if isinstance(value, int)}
+
+
+def _completed(config: dict[str, Any], part: str, kind: str) -> dict[str, Any]:
+    """A part of the config with what transformers takes where it is silent."""
+    given = config.get(part) or {}
+    return {**PARTS.get(given.get("model_type", kind), {}), **given}

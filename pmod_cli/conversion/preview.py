@@ -104,7 +104,6 @@ def expected_savings(plan: Plan) -> dict[str, Any]:
     Raises:
         PmodError: The model's vision tower cannot be counted.
     """
-    # Only here are transformers' defaults needed: hub configs leave out what equals them.
     from pmod_cli.profiling import closed_form
     from pmod_cli.profiling.prompt import Workload, default_image_size, image_tokens
     from pmod_cli.profiling.subject import Variant

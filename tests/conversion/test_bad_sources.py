@@ -9,9 +9,11 @@ from checkpoints import HIDDEN, make_checkpoint
 
 from pmod_cli.conversion.convert import plan_conversion
 from pmod_cli.conversion.shards import StoredTensor
+from pmod_cli.demo.run import BASELINE
 from pmod_cli.errors import PmodError
 from pmod_cli.recipe import load_recipe, parse_recipe
 
+TEXT = json.loads((BASELINE / "config.json").read_text())["text_config"]
 LAYER = "language_model.model.layers.3."
 
 
@@ -36,12 +38,13 @@ def without(*endings):
         (reshape(LAYER + "mlp.up_proj.weight", 256, 95), r"layers\.3\.mlp\.up_proj.*its hidden_size is 95"),
         (
             reshape(LAYER + "self_attn.k_proj.weight", 48, HIDDEN),
-            "its key width is 48, and 96 by config.json",
+            "its key width is 48, and 96 by config",
         ),
         (reshape(LAYER + "input_layernorm.weight", HIDDEN, 1), "1 sides are expected"),
         (reshape("language_model.model.embed_tokens.weight", 400, HIDDEN), "its vocab_size is 400"),
         (reshape("language_model.lm_head.weight", 396, HIDDEN), "its vocab_size is 396"),
         (reshape("multi_modal_projector.linear_1.weight", 64, HIDDEN), "its hidden_size is 64"),
+        (reshape("multi_modal_projector.linear_1.weight", HIDDEN, 64), "its features is 64, and 96"),
         (reshape("vision_tower.embeddings.class_embedding", 64), "its vision hidden_size is 64"),
         (
             reshape("vision_tower.encoder.layers.1.mlp.fc1.weight", 7, HIDDEN),
@@ -52,7 +55,7 @@ def without(*endings):
         (without("linear_2.weight"), r"lack multi_modal_projector.linear_2.weight"),
         (
             lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.7." in name],
-            "has|have 7 decoder layers and config.json says 8",
+            r"have 7 decoder layers, and config\.json.* says 8",
         ),
         (
             lambda tensors: [tensors.pop(name) for name in list(tensors) if "language_model.model" in name],
@@ -70,18 +73,19 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
         plan_conversion(source)
 
 
-def test_sizes_that_the_config_leaves_out_come_from_the_tensors(tmp_path):
-    """Hub configs often have no more than a model_type and a vocabulary."""
-    text = {"model_type": "llama", "vocab_size": 397, "num_attention_heads": 4, "head_dim": 24}
-    source = make_checkpoint(tmp_path / "source", config={"text_config": text})
+def test_sizes_that_the_config_leaves_out_are_transformers_defaults(tmp_path):
+    """Hub configs leave out what is a default of the model type."""
+    silent = {"num_key_value_heads": None, "head_dim": None}
+    source = make_checkpoint(tmp_path / "source", config={"text_config": TEXT | silent})
     assert plan_conversion(source).layout.layers == 8
-    wrong = make_checkpoint(
-        tmp_path / "wrong",
-        config={"text_config": text},
-        change=reshape(LAYER + "mlp.gate_proj.weight", 255, HIDDEN),
-    )
-    with pytest.raises(PmodError, match="intermediate_size"):
-        plan_conversion(wrong)
+    text = {"model_type": "llama", "vocab_size": 397, "num_hidden_layers": 8}
+    other = make_checkpoint(tmp_path / "other", config={"text_config": text})
+    with pytest.raises(PmodError, match=r"hidden_size is 96, and 4096 by config\.json"):
+        plan_conversion(other)
+    del text["num_hidden_layers"]
+    fewer = make_checkpoint(tmp_path / "fewer", config={"text_config": text})
+    with pytest.raises(PmodError, match=r"have 8 decoder layers, and config\.json.* says 32"):
+        plan_conversion(fewer)
 
 
 def test_quantised_weights(tmp_path):
@@ -162,7 +166,7 @@ def test_models_that_are_not_supported(tmp_path):
     silent = make_checkpoint(tmp_path / "silent", config={"text_config": {"model_type": "mistral"}})
     with pytest.raises(PmodError, match="sliding window of 4096"):  # transformers' default
         plan_conversion(silent)
-    none = {"model_type": "mistral", "sliding_window": None}
+    none = TEXT | {"model_type": "mistral", "sliding_window": None}
     plan_conversion(make_checkpoint(tmp_path / "none", config={"text_config": none}))
     with pytest.raises(PmodError, match="unknown format 'gguf'"):
         plan_conversion(source, fmt="gguf")
@@ -191,7 +195,7 @@ def test_a_decoder_of_one_layer(tmp_path):
             if "language_model" in name and ".layers." in name and ".layers.0." not in name:
                 del tensors[name]
 
-    text = {"model_type": "llama", "num_attention_heads": 4, "head_dim": 24}
-    source = make_checkpoint(tmp_path / "source", change=cut, config={"text_config": text})
+    config = {"text_config": TEXT | {"num_hidden_layers": 1}}
+    source = make_checkpoint(tmp_path / "source", change=cut, config=config)
     with pytest.raises(PmodError, match="at least 2 decoder layers, not 1"):
         plan_conversion(source)

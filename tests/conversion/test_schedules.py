@@ -95,7 +95,11 @@ def test_the_decoder_is_found_whatever_the_order_of_its_tensors(named, layers, w
     family, prefix = named
     tensors = list(decoder_tensors(prefix, layers, width, dtype))
     random.shuffle(tensors)
-    layout = find_decoder(family, {}, tensors)
+    text = {
+        "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 3 * width, "vocab_size": 7,
+        "num_attention_heads": 2, "head_dim": width, "num_key_value_heads": 1,
+    }  # fmt: skip
+    layout = find_decoder(family, {"text_config": text}, tensors)
     assert layout == DecoderLayout(prefix, layers, width, dtype)
     mod = schedule(parse_recipe({"name": "x"}), layers)
     routers = router_tensors(mod, layout, {})
@@ -117,7 +121,7 @@ def test_the_decoder_is_found_whatever_the_order_of_its_tensors(named, layers, w
     with pytest.raises(PmodError, match=r"lack|decoder layers"):
         find_decoder(
             family,
-            {"text_config": {"num_hidden_layers": layers}},
+            {"text_config": text},
             [tensor for tensor in tensors if tensor is not dropped],
         )
 
