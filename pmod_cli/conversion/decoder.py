@@ -80,6 +80,8 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
     Raises:
         PmodError: No decoder, a missing tensor, a shape that does not fit, or quantised weights.
     """
+    if "quantization_config" in config:
+        raise _quantised()
     by_name = {tensor.name: tensor for tensor in tensors}
     prefix = next(
         (prefix for prefix in family.layer_prefixes if any(name.startswith(prefix) for name in by_name)), None
@@ -91,8 +93,9 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
         )
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.(.+)")
     found = [match for match in map(pattern.fullmatch, by_name) if match]
-    layers = 1 + max(int(match[1]) for match in found)
-    expected = _completed(config, "text_config", "llama").get("num_hidden_layers", layers)
+    layers = 1 + max((int(match[1]) for match in found), default=-1)
+    text = _completed(config.get("text_config") or {}, family.decoders[0])
+    expected = text.get("num_hidden_layers", layers)
     if expected != layers:
         raise PmodError(f"the weights have {layers} decoder layers, and {_CONFIG} says {expected}")
     missing = [
@@ -108,20 +111,26 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
         raise PmodError(
             f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
         )
-    _check_shapes(by_name, {match[0]: _LAYER[match[2]] for match in found if match[2] in _LAYER}, config)
     sample = by_name[f"{prefix}0.self_attn.q_proj.weight"]
-    if sample.dtype not in ROUTER_DTYPES or "quantization_config" in config:
-        raise PmodError(
-            "the weights are quantised", "convert the unquantised checkpoint and quantise when it is loaded"
-        )
+    if sample.dtype not in ROUTER_DTYPES:
+        raise _quantised()
+    inside = {match[0]: _LAYER[match[2]] for match in found if match[2] in _LAYER}
+    _check_shapes(by_name, inside, _sides_of(text, config))
     return DecoderLayout(prefix, layers, sample.shape[1], sample.dtype)
 
 
+def _quantised() -> PmodError:
+    return PmodError(
+        "the weights are quantised", "convert the unquantised checkpoint and quantise when it is loaded"
+    )
+
+
 def _check_shapes(
-    tensors: dict[str, StoredTensor], layer_sides: dict[str, tuple[str, ...]], config: dict[str, Any]
+    tensors: dict[str, StoredTensor],
+    layer_sides: dict[str, tuple[str, ...]],
+    known: dict[str, tuple[int, str]],
 ) -> None:
-    """Hold every side against the config, or against the first tensor that has it; and layers against each other."""
-    known = _sides_of(config)
+    """Hold every side against what is known, or the first tensor that has it; and layers against each other."""
     first_layers: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         sides = layer_sides.get(name) or next(
@@ -141,10 +150,14 @@ def _check_shapes(
             raise PmodError(f"{name} has shape {list(tensor.shape)}, and {like.name} has {list(like.shape)}")
 
 
-def _sides_of(config: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """The sides that the config gives, each with where it stands."""
-    text = _completed(config, "text_config", "llama")
-    vision = _completed(config, "vision_config", "clip_vision_model") if config.get("vision_config") else {}
+def _sides_of(text: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """The sides that the config gives, each with where it stands.
+
+    Args:
+        text: The language model's config, completed.
+        config: The whole config.
+    """
+    vision = _completed(config.get("vision_config") or {}, "")
     heads = text.get("num_attention_heads")
     head = text.get("head_dim")
     if head is None and heads and text.get("hidden_size"):
@@ -160,7 +173,6 @@ def _sides_of(config: dict[str, Any]) -> dict[str, tuple[int, str]]:
     return {name: (value, _CONFIG) for name, value in sides.items() if isinstance(value, int)}
 
 
-def _completed(config: dict[str, Any], part: str, kind: str) -> dict[str, Any]:
+def _completed(part: dict[str, Any], kind: str) -> dict[str, Any]:
     """A part of the config with what transformers takes where it is silent."""
-    given = config.get(part) or {}
-    return {**PARTS.get(given.get("model_type", kind), {}), **given}
+    return {**PARTS.get(part.get("model_type", kind), {}), **part}

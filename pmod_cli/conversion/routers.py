@@ -32,7 +32,7 @@ def check_decoder(family: Family, config: dict[str, Any]) -> None:
         PmodError: Its architecture is not supported, or its attention has a sliding window.
     """
     text = config.get("text_config") or {}
-    kind = text.get("model_type", "llama")
+    kind = text.get("model_type", family.decoders[0])
     if kind not in family.decoders:
         raise PmodError(
             f"language model {kind!r} is not supported in {family.name}",

@@ -21,7 +21,7 @@ class Family:
         name: How recipes and messages call it.
         base_type: ``model_type`` of the dense transformers model.
         architecture: Class name of the p-MoD model.
-        decoders: ``model_type`` of the supported language models.
+        decoders: ``model_type`` of the supported language models; the first is transformers' default.
         layer_prefixes: What may stand before a decoder layer's number in a checkpoint's parameter names.
     """
 
