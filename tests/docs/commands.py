@@ -19,16 +19,13 @@ class Command:
         where: File and line, for messages.
         line: As it stands, continuation lines joined, comment removed.
         arguments: What ``pmod`` gets, launcher and redirection removed.
+        block: Number of the fenced block on its page.
     """
 
     where: str
     line: str
     arguments: list[str]
-
-    @property
-    def launched(self) -> bool:
-        """Whether it is one process of several."""
-        return self.line.startswith(LAUNCHERS)
+    block: int = 0
 
 
 def pages() -> list[Path]:
@@ -39,12 +36,12 @@ def pages() -> list[Path]:
 def commands_of_page(page: Path) -> list[Command]:
     """The ``pmod`` commands of a page's fenced blocks."""
     found: list[Command] = []
-    inside = False
+    inside, block = False, 0
     for number, line in _joined(page.read_text(encoding="utf-8").splitlines()):
         if line.lstrip().startswith("```"):
-            inside = not inside
+            inside, block = not inside, block + 1
         elif inside:
-            found += _commands(f"{page.name}:{number}", line)
+            found += _commands(f"{page.name}:{number}", line, block)
     return found
 
 
@@ -88,7 +85,7 @@ def _joined(lines: list[str]) -> list[tuple[int, str]]:
     return joined
 
 
-def _commands(where: str, line: str) -> list[Command]:
+def _commands(where: str, line: str, block: int = 0) -> list[Command]:
     found = []
     for part in re.split(r"\s&&\s", line.strip()):
         part = re.sub(r"(\s|^)#\s.*$", "", part.strip())
@@ -99,9 +96,11 @@ def _commands(where: str, line: str) -> list[Command]:
         ):
             continue
         words = shlex.split(part)
-        for stop in (">", "2>", "|", "..."):
+        if "..." in words:  # a remark about another command
+            continue
+        for stop in (">", "2>", "|"):
             if stop in words:
                 words = words[: words.index(stop)]
         name = "pmod" if words[0] == "pmod" else "pmod_cli"
-        found.append(Command(where, part, words[words.index(name) + 1 :]))
+        found.append(Command(where, part, words[words.index(name) + 1 :], block))
     return found
