@@ -10,11 +10,11 @@ MAX_TILES = 4
 """Sub-images of LLaVA-NeXT in the paper's runs, beside the overview."""
 
 
-def apply_aspect(model: Any, processor: Any, aspect: str) -> Any:
+def apply_aspect(config: Any, processor: Any, aspect: str) -> Any:
     """Set the processor (and, for ``anyres``, the model's config) to an image aspect ratio.
 
     Args:
-        model: Its config is changed in place.
+        config: The model's; changed in place.
         processor: Likewise.
         aspect: ``pad`` (LLaVA-1.5: pad to a square with the mean colour), ``anyres`` (LLaVA-NeXT, at most
             `MAX_TILES` sub-images) or ``processor`` (as the checkpoint has it).
@@ -25,7 +25,7 @@ def apply_aspect(model: Any, processor: Any, aspect: str) -> Any:
     Raises:
         PmodError: The aspect ratio belongs to the other family.
     """
-    tiled = hasattr(model.config, "image_grid_pinpoints")
+    tiled = hasattr(config, "image_grid_pinpoints")
     if aspect == "pad":
         if tiled:
             raise PmodError("train.image_aspect_ratio=pad is LLaVA-1.5's", "LLaVA-NeXT takes anyres")
@@ -33,15 +33,15 @@ def apply_aspect(model: Any, processor: Any, aspect: str) -> Any:
     elif aspect == "anyres":
         if not tiled:
             raise PmodError("train.image_aspect_ratio=anyres is LLaVA-NeXT's", "LLaVA-1.5 takes pad")
-        side = model.config.vision_config.image_size
+        side = config.vision_config.image_size
         kept = [
             [height, width]
-            for height, width in model.config.image_grid_pinpoints
+            for height, width in config.image_grid_pinpoints
             if (height // side) * (width // side) <= MAX_TILES
         ]
         if not kept:
             raise PmodError(f"no entry of image_grid_pinpoints has at most {MAX_TILES} sub-images")
-        model.config.image_grid_pinpoints = kept
+        config.image_grid_pinpoints = kept
         processor.image_processor.image_grid_pinpoints = kept
     return processor
 

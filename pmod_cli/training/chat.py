@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli.errors import PmodError
-from pmod_cli.training.dataset import BadSample, Turn
+from pmod_cli.training.records import BadSample, Turn
 
 IGNORED = -100
 

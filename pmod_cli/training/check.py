@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,7 +11,9 @@ from typing import Any
 
 from pmod_cli.errors import PmodError
 from pmod_cli.training.collate import EncodedDataset
-from pmod_cli.training.dataset import BadSample, load_image, parse_record, read_records
+from pmod_cli.training.dataset import open_data
+from pmod_cli.training.pictures import Pictures
+from pmod_cli.training.records import BadSample, parse_record
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class DataReport:
 
 
 def check_data(
-    data: Path,
-    images: Path,
+    data: str | Path,
+    images: Path | None,
     *,
     processor: Any = None,
     max_length: int = 2048,
@@ -72,50 +73,50 @@ def check_data(
     """Read every record, decode every image, and, with a processor, build every sample's labels.
 
     Args:
-        data: LLaVA JSON or JSONL.
-        images: The folder that its image names are relative to.
+        data: LLaVA JSON or JSONL, or a `datasets` folder or hub id.
+        images: The folder that a file's image names are relative to.
         processor: The processor of the model to be trained, to find samples whose answers all lie past
             ``max_length``; None leaves that out.
         max_length: In tokens.
-        fix: Write the good records here, as they were (JSON, or JSONL by the suffix).
+        fix: Write the good records here, as they were (JSON, or JSONL by the suffix; of a table, a folder).
         force: Overwrite ``fix``.
         progress: Called with the records done and the records in all.
 
     Raises:
-        PmodError: The file cannot be read, or ``fix`` exists.
+        PmodError: The data cannot be read, or ``fix`` exists.
     """
     if fix is not None and fix.exists() and not force:
         raise PmodError(f"{fix} exists", "--force replaces it")
-    records = read_records(data)
-    encoder = EncodedDataset([], images, processor, max_length) if processor is not None else None
+    source = open_data(data, images)
+    encoder = None if processor is None else EncodedDataset([], source.pictures, processor, max_length)
     seen: set[str] = set()
     readable: dict[str, BadSample | None] = {}
     problems: list[Problem] = []
-    good: list[Any] = []
+    good: list[int] = []
     with_images, longest = 0, None
-    for index, record in enumerate(records):
+    for index, record in enumerate(source.records):
         try:
             sample = parse_record(record, index)
             key = json.dumps([record.get("image"), record["conversations"]], sort_keys=True)
             if key in seen:
                 raise BadSample("duplicate", "the same image and conversation stand earlier in the file")
             for name in sample.images:
-                _check_image(images, name, readable)
+                _check_image(source.pictures, name, readable)
             if encoder is not None:
-                pictures = [load_image(images, name) for name in sample.images]
+                pictures = [source.pictures.load(name) for name in sample.images]
                 longest = max(longest or 0, len(encoder.encode(sample, pictures).input_ids))
             seen.add(key)
-            good.append(record)
+            good.append(index)
             with_images += bool(sample.images)
         except BadSample as error:
             name = record.get("id", "") if isinstance(record, dict) else ""
             problems.append(Problem(index, str(name), error.kind, str(error)))
         if progress is not None:
-            progress(index + 1, len(records))
+            progress(index + 1, len(source.records))
     if fix is not None:
-        _write(fix, good)
+        source.write(good, fix)
     return DataReport(
-        records=len(records),
+        records=len(source.records),
         good=len(good),
         with_images=with_images,
         counts=dict(Counter(problem.kind for problem in problems).most_common()),
@@ -125,25 +126,14 @@ def check_data(
     )
 
 
-def _check_image(folder: Path, name: str, readable: dict[str, BadSample | None]) -> None:
+def _check_image(pictures: Pictures, name: str, readable: dict[str, BadSample | None]) -> None:
     """Decode an image once, however many records name it."""
     if name not in readable:
         try:
-            load_image(folder, name)
+            pictures.load(name)
             readable[name] = None
         except BadSample as error:
             readable[name] = error
     error_before = readable[name]
     if error_before is not None:
         raise error_before
-
-
-def _write(path: Path, records: list[Any]) -> None:
-    if path.suffix == ".jsonl":
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    else:
-        text = json.dumps(records, ensure_ascii=False, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

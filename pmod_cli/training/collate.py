@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch.utils.data import Dataset
 
 from pmod_cli.errors import PmodError
 from pmod_cli.training.chat import IGNORED, ChatEncoder, Encoded
-from pmod_cli.training.dataset import BadSample, Sample, load_image
+from pmod_cli.training.pictures import Pictures
+from pmod_cli.training.records import BadSample, Sample
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,29 @@ class Item:
     replaced: tuple[tuple[str, str], ...] = ()
 
 
+@dataclass(frozen=True)
+class BatchNotes:
+    """What the trainer wants to know of a batch: ids, samples that were replaced (id, reason), real tokens."""
+
+    ids: list[str]
+    replaced: list[tuple[str, str]]
+    tokens: int
+
+
 class EncodedDataset(Dataset[Item]):
     """Encodes samples when they are asked for; a bad one is replaced by the next good one.
 
     Args:
         samples: What to encode.
-        images: The folder of their images.
+        pictures: Where their images are.
         processor: The model's processor.
         max_length: In tokens, image tokens included.
     """
 
-    def __init__(self, samples: Sequence[Sample], images: Path, processor: Any, max_length: int) -> None:
-        self.samples, self.images, self.processor = samples, images, processor
+    def __init__(
+        self, samples: Sequence[Sample], pictures: Pictures, processor: Any, max_length: int
+    ) -> None:
+        self.samples, self.pictures, self.processor = samples, pictures, processor
         self.encoder = ChatEncoder(processor, max_length)
 
     def __len__(self) -> int:
@@ -48,7 +59,7 @@ class EncodedDataset(Dataset[Item]):
         for step in range(len(self.samples)):
             sample = self.samples[(index + step) % len(self.samples)]
             try:
-                images = [load_image(self.images, name) for name in sample.images]
+                images = [self.pictures.load(name) for name in sample.images]
                 return Item(sample.id, self.encode(sample, images), images, tuple(replaced))
             except BadSample as error:
                 replaced.append((sample.id, str(error)))
@@ -85,7 +96,11 @@ class Collator:
         )
 
     def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
-        """A batch of the model's inputs, with ``labels``, ``sample_ids`` and ``replaced`` (id, reason)."""
+        """A batch of the model's inputs, and ``notes`` on it for the trainer.
+
+        Labels are cut before the first answer, and ``logits_to_keep`` has the model's head leave out the same
+        tokens, most of them vision tokens: the loss is the same, without their logits.
+        """
         ids = [item.encoded.input_ids for item in items]
         labels = [item.encoded.labels for item in items]
         mask = [[1] * len(row) for row in ids]
@@ -101,13 +116,23 @@ class Collator:
         def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
             return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
+        # The logits of a token are about the next one: keep those from the token before the first answer.
+        first = max(0, min(map(_first_label, labels)) - 1)
         batch: dict[str, Any] = {
             "input_ids": padded(ids, self.padding),
-            "labels": padded(labels, IGNORED),
+            "labels": padded(labels, IGNORED)[:, first:],
             "attention_mask": padded(mask, 0),
+            "logits_to_keep": length - first,
         }
         if images:
             batch |= self.processor.image_processor(images, return_tensors="pt")
-        batch["sample_ids"] = [item.id for item in items]
-        batch["replaced"] = [pair for item in items for pair in item.replaced]
+        batch["notes"] = BatchNotes(
+            [item.id for item in items],
+            [pair for item in items for pair in item.replaced],
+            sum(len(item.encoded.input_ids) for item in items),
+        )
         return batch
+
+
+def _first_label(labels: Sequence[int]) -> int:
+    return next(index for index, label in enumerate(labels) if label != IGNORED)

@@ -1,178 +1,97 @@
-"""LLaVA's own data: JSON or JSONL records with ``conversations`` and, maybe, ``image``.
-
-Images are opened only when a sample is asked for.
-"""
+"""Data sources: LLaVA JSON beside a folder of images, or a `datasets` table with an image column."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from pmod_cli.errors import MissingExtraError, PmodError
+from pmod_cli.training.pictures import ImageColumn, ImageFolder, Pictures
+from pmod_cli.training.records import BadSample, Sample, parse_json, parse_record
 
-from pmod_cli.errors import PmodError
-
-IMAGE_PLACEHOLDER = "<image>"
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-class BadSample(ValueError):
-    """A record that cannot be trained on.
-
-    Args:
-        kind: Short name of what is wrong, e.g. ``"missing image"``: what `pmod data check` counts by.
-        detail: The particulars.
-    """
-
-    def __init__(self, kind: str, detail: str = "") -> None:
-        super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
+_IMAGE_COLUMNS = ("image", "images")
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One message: its role in the chat template, its text, and how many images come with it."""
-
-    role: str
-    text: str
-    images: int = 0
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A record, read strictly.
+class DataSource:
+    """Records as they stand, and their pictures.
 
     Attributes:
-        id: The record's own, or its place in the file.
-        images: Names relative to the image folder.
-        turns: At least one of the user's and one of the assistant's, in turn.
+        name: The file, folder or hub id.
+        records: In LLaVA's form; what `parse_record` takes.
+        pictures: Where the records' images are.
+        fingerprint: SHA-256 of the file, or of a table's conversations.
+        table: The `datasets.Dataset`, or None for a file.
     """
 
-    id: str
-    images: tuple[str, ...]
-    turns: tuple[Turn, ...]
+    name: str
+    records: list[Any]
+    pictures: Pictures
+    fingerprint: str
+    table: Any = None
 
-
-def read_records(path: Path) -> list[Any]:
-    """Read the records of a JSON list or of a JSON-lines file, without looking into them.
-
-    Raises:
-        PmodError: No such file, not JSON, not a list, or empty.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise PmodError(f"no data file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise PmodError(f"cannot read {path}: {error}") from error
-    try:
-        records = _json_lines(text) if path.suffix == ".jsonl" else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PmodError(f"{path} is not valid JSON: {error}", "JSON-lines files end in .jsonl") from error
-    if not isinstance(records, list):
-        raise PmodError(f"{path} is not a list of records", 'expected [{"conversations": [...]}, ...]')
-    if not records:
-        raise PmodError(f"{path} holds no records")
-    return records
-
-
-def parse_record(record: Any, index: int) -> Sample:
-    """Read one record strictly.
-
-    Args:
-        record: ``{"id", "image": absent | str | list, "conversations": [{"from", "value"}, ...]}``.
-        index: Its place in the file, its id where it has none.
-
-    Raises:
-        BadSample: What is wrong with it.
-    """
-    if not isinstance(record, dict):
-        raise BadSample("not a record", f"a {type(record).__name__}")
-    images = record.get("image")
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise BadSample("bad image field", "absent, a string or a list of strings is expected")
-    conversation = record.get("conversations")
-    if not isinstance(conversation, list) or not conversation:
-        raise BadSample("no conversations")
-    turns = tuple(_parse_turn(turn) for turn in conversation)
-    spoken = [turn.role for turn in turns[turns[0].role == "system" :]]
-    if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
-        raise BadSample("turns out of order", " ".join(spoken) or "no turns")
-    placeholders = sum(turn.images for turn in turns)
-    if placeholders != len(images):
-        raise BadSample("<image> count", f"{placeholders} placeholders, {len(images)} images")
-    return Sample(str(record.get("id", index)), tuple(images), turns)
-
-
-def image_path(folder: Path, name: str) -> Path:
-    """Where an image lies, or why it may not be opened.
-
-    Raises:
-        BadSample: The name leads out of the folder, by ``..``, an absolute path or a link.
-    """
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise BadSample("path leaves the folder", name)
-    path = folder / name
-    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-        raise BadSample("path leaves the folder", name)
-    return path
-
-
-def load_image(folder: Path, name: str) -> Image.Image:
-    """Open and decode an image as RGB.
-
-    Raises:
-        BadSample: It is missing, outside the folder, unreadable, cut short or of no size.
-    """
-    path = image_path(folder, name)
-    try:
-        if path.stat().st_size == 0:
-            raise BadSample("empty image", name)
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise BadSample("missing image", name) from None
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, BadSample):
-            raise
-        raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
+    def write(self, indices: Sequence[int], path: Path) -> None:
+        """Write some records as they stand: a JSON (or JSONL) file, or a table's folder. Complete or absent."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        if self.table is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.table.select(indices).save_to_disk(str(temporary))
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            chosen = [self.records[index] for index in indices]
+            if path.suffix == ".jsonl":
+                text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
+            else:
+                text = json.dumps(chosen, ensure_ascii=False, indent=1)
+            temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
 
 
 class ConversationData(Sequence[Sample]):
-    """The usable records of a data file.
+    """The usable records of a data source.
 
     Args:
-        path: The file.
-        images: The folder that image names are relative to.
+        source: See `open_data`.
 
     Attributes:
-        bad: (id, reason) of the records left out.
-        fingerprint: SHA-256 of the file, to tell on resume whether it is the same.
+        samples: What is usable.
+        bad: id -> reason of the records left out.
 
     Raises:
-        PmodError: If the file cannot be read or holds no usable record.
+        PmodError: No record is usable.
     """
 
-    def __init__(self, path: Path, images: Path) -> None:
-        self.path, self.images = path, images
+    def __init__(self, source: DataSource) -> None:
+        self.pictures, self.fingerprint = source.pictures, source.fingerprint
         self.samples: list[Sample] = []
-        self.bad: list[tuple[str, str]] = []
-        for index, record in enumerate(read_records(path)):
+        self.bad: dict[str, str] = {}
+        for index, record in enumerate(source.records):
             try:
                 self.samples.append(parse_record(record, index))
             except BadSample as error:
                 name = record.get("id", index) if isinstance(record, dict) else index
-                self.bad.append((str(name), str(error)))
-        self.fingerprint = hashlib.sha256(path.read_bytes()).hexdigest()
+                self.bad[str(name)] = str(error)
         if not self.samples:
-            raise PmodError(f"{path}: no usable record; the first: {self.bad[0][1]}", "see pmod data check")
-        if any(sample.images for sample in self.samples) and not images.is_dir():
-            raise PmodError(f"no image folder {images}")
+            first = next(iter(self.bad.values()))
+            raise PmodError(f"{source.name}: no usable record; the first: {first}", "see pmod data check")
+
+    def missing_images(self) -> dict[str, str]:
+        """id -> reason of the samples with an image that is not there, or may not be opened."""
+        missing = {}
+        for sample in self.samples:
+            try:
+                for name in sample.images:
+                    self.pictures.find(name)
+            except BadSample as error:
+                missing[sample.id] = str(error)
+        return missing
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -181,20 +100,98 @@ class ConversationData(Sequence[Sample]):
         return self.samples[index]
 
 
-def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+def open_data(data: str | Path, images: Path | None) -> DataSource:
+    """Open training data, without looking into its records.
+
+    Args:
+        data: A LLaVA JSON or JSONL file; or a folder or hub id that `datasets` opens, with the columns
+            ``conversations`` and ``image`` (or ``images``).
+        images: The folder that a file's image names are relative to; a table has its own.
+
+    Raises:
+        PmodError: There is none, it cannot be read, or it is of another form.
+        MissingExtraError: `datasets` is not installed.
+    """
+    path = Path(data)
+    if path.is_dir():
+        return _open_table(str(data), path)
+    name = str(data)
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix
+    if looks_like_hub_id and not path.exists():
+        return _open_table(name, None)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise PmodError(f"no data file {path}") from None
+    except OSError as error:
+        raise PmodError(f"cannot read {path}: {error.strerror}") from error
+    records = parse_json(content, path)
+    if any(isinstance(record, dict) and record.get("image") for record in records):
+        if images is None:
+            raise PmodError(f"{path} names image files", "--images says which folder they are in")
+        if not images.is_dir():
+            raise PmodError(f"no image folder {images}")
+    folder = images if images is not None else path.parent
+    return DataSource(str(path), records, ImageFolder(folder), hashlib.sha256(content).hexdigest())
 
 
-def _parse_turn(turn: Any) -> Turn:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise BadSample("bad turn", 'expected {"from": ..., "value": ...}')
-    role = ROLES.get(turn.get("from", ""))
-    if role is None:
-        raise BadSample("unknown role", repr(turn.get("from")))
-    images = turn["value"].count(IMAGE_PLACEHOLDER)
-    if images and role != "user":
-        raise BadSample("<image> count", f"a placeholder in a turn of {turn['from']}")
-    text = turn["value"].replace(IMAGE_PLACEHOLDER, "").strip()
-    if not text and role == "assistant":
-        raise BadSample("empty answer")
-    return Turn(role, text, images)
+def _open_table(name: str, folder: Path | None) -> DataSource:
+    table = _train_split(name, _load_table(name, folder))
+    columns = [column for column in _IMAGE_COLUMNS if column in table.column_names]
+    if "conversations" not in table.column_names or not columns:
+        raise PmodError(
+            f"data set {name} lacks the columns conversations and image",
+            f"it has: {', '.join(table.column_names)}",
+        )
+    if not len(table):
+        raise PmodError(f"data set {name} holds no records")
+    column = columns[0]
+    texts = [other for other in ("id", "conversations") if other in table.column_names]
+    records = table.select_columns(texts).to_list()
+    for index, (record, count) in enumerate(zip(records, _pictures_in(table, column), strict=True)):
+        record["image"] = [str(index)] if count is None else [f"{index}:{place}" for place in range(count)]
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+    from datasets import config
+
+    root = folder if folder is not None else Path(config.HF_CACHE_HOME)
+    return DataSource(name, records, ImageColumn(table, column, root), digest.hexdigest(), table)
+
+
+def _load_table(name: str, folder: Path | None) -> Any:
+    try:
+        from datasets import load_dataset, load_from_disk
+        from datasets.exceptions import DatasetsError
+    except ImportError:
+        raise MissingExtraError("datasets", "train") from None
+    saved = folder is not None and any((folder / f"{kind}.json").is_file() for kind in ("state", "dataset_dict"))
+    try:
+        return load_from_disk(name) if saved else load_dataset(name)
+    except (DatasetsError, OSError, ValueError, KeyError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise PmodError(
+            f"cannot open data set {name}: {lines[0]}",
+            "a LLaVA .json or .jsonl file, a datasets folder or a hub id is expected",
+        ) from error
+
+
+def _train_split(name: str, loaded: Any) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    if "train" in loaded:
+        return loaded["train"]
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    raise PmodError(f"data set {name} has no split named train", f"it has: {', '.join(loaded)}")
+
+
+def _pictures_in(table: Any, column: str) -> list[int | None]:
+    """Pictures in each row, read without touching their bytes: None for exactly one, else how many."""
+    import pyarrow.compute as compute
+    from datasets import Image as ImageFeature
+
+    cells = table.with_format("arrow").data.column(column)
+    if isinstance(table.features[column], ImageFeature):
+        return [None if there else 0 for there in cells.is_valid().to_pylist()]
+    return [length or 0 for length in compute.list_value_length(cells).to_pylist()]

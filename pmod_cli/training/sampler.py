@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from pmod_cli.training.dataset import Sample
+from pmod_cli.training.records import Sample
 
 _MEGABATCH = 50
 """Global batches among which samples of like length are brought together."""
