@@ -100,7 +100,7 @@ class TrainSettings(_Section):
     micro_batch_size: int = Field(4, gt=0, description="Samples a device holds at once.")
     learning_rate: float = Field(2e-5, gt=0)
     router_learning_rate: float | None = None
-    lr_scheduler: str = "cosine"
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -119,9 +119,16 @@ class TrainSettings(_Section):
     save_steps: int = Field(500, gt=0)
     logging_steps: int = Field(10, gt=0)
     router_stats_steps: int = Field(100, gt=0, description="Steps between two looks at the routers.")
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 42
     lora: LoraSettings | None = None
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        if value in ("none", None):
+            return ()
+        return (value,) if isinstance(value, str) else value
 
 
 class Recipe(_Section):

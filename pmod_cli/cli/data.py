@@ -21,46 +21,57 @@ def _root() -> None:
 
 @data_app.command("check")
 def check_command(
-    data: Annotated[Path, typer.Argument(help="LLaVA JSON or JSONL.")],
-    images: Annotated[Path, typer.Option("--images", help="Folder that its image names are relative to.")],
+    data: Annotated[str, typer.Argument(help="LLaVA JSON or JSONL; or a datasets folder or hub id.")],
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Folder that a file's image names are relative to.")
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="Its processor finds samples whose answers all lie past --max-length."),
     ] = None,
-    max_length: Annotated[int, typer.Option("--max-length", min=1, help="In tokens.")] = 2048,
-    fix: Annotated[Path | None, typer.Option("--fix", help="Write the records that are fit here.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", help="With --model: its chat template, picture shape and maximum length."),
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", min=1, help="In tokens; the recipe's, or 2048.")
+    ] = None,
+    fix: Annotated[
+        Path | None,
+        typer.Option("--fix", help="Write the records that are fit here: a file, or a table's folder."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --fix.")] = False,
     limit: Annotated[int, typer.Option("--limit", min=0, help="Problems to list.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Find what would go wrong in training. Exit code 1 if anything is, unless --fix writes a clean file.
+    r"""Find what would go wrong in training. Exit code 1 if anything is, unless --fix writes a clean file.
 
     Examples:
       pmod data check llava_v1_5_mix665k.json --images data
 
-      pmod data check llava_v1_5_mix665k.json --images data --fix clean.json --model llava-hf/llava-1.5-7b-hf
+      pmod data check llava_v1_5_mix665k.json --images data --fix clean.json --model llava-hf/llava-1.5-7b-hf \
+        --recipe llava-1.5-7b
     """
     from rich.progress import Progress
     from rich.table import Table
 
     from pmod_cli.errors import GateError
+    from pmod_cli.recipe import default_recipe, load_recipe
     from pmod_cli.training.check import check_data
 
+    settings = (load_recipe(recipe) if recipe else default_recipe()).train
     processor = None
     if model is not None:
-        from transformers import AutoProcessor
+        from pmod_cli.training.loading import load_processor
 
-        from pmod_cli.generation import IMAGE_BACKEND, check_source
-
-        check_source(model)
-        processor = AutoProcessor.from_pretrained(model, backend=IMAGE_BACKEND)
+        processor = load_processor(model, settings)
     with Progress(console=stderr) as bar:
         task = bar.add_task("check", total=None)
         report = check_data(
             data,
             images,
             processor=processor,
-            max_length=max_length,
+            max_length=max_length if max_length is not None else settings.max_length,
             fix=fix,
             force=force,
             progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pmod_cli.cli.app import app
 from pmod_cli.cli.output import emit_json, stderr, stdout
 
+if TYPE_CHECKING:
+    from pmod_cli.training.memory import MemoryEstimate
+    from pmod_cli.training.parts import PartCount
+
 
 @app.command("finetune")
 def finetune_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, dense or p-MoD.")],
-    data: Annotated[Path, typer.Option("--data", help="LLaVA JSON or JSONL.")],
-    images: Annotated[Path, typer.Option("--images", help="Folder that its image names are relative to.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", help="LLaVA JSON or JSONL; or a datasets folder or hub id with an image column."
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", help="The new checkpoint.")],
+    images: Annotated[
+        Path | None, typer.Option("--images", help="Folder that a file's image names are relative to.")
+    ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Name of a shipped recipe, or a .yaml file.")
     ] = None,
@@ -24,7 +35,11 @@ def finetune_command(
         list[str] | None, typer.Option("--set", help="key=value over the recipe, e.g. train.max_steps=10.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last complete checkpoint of OUTPUT.training.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last complete checkpoint in OUTPUT.training; begin if there is none.",
+        ),
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUTPUT; start an unfinished run anew.")
@@ -39,6 +54,8 @@ def finetune_command(
 
       pmod finetune ./pmod-llava-1.5-7b --data mix665k.json --images data --output run --recipe llava-1.5-7b --resume
 
+      pmod finetune ./pmod-llava-next-7b --data lmms-lab/LLaVA-NeXT-Data --output run --recipe llava-next-7b
+
       torchrun --nproc_per_node 8 -m pmod_cli finetune ./pmod-llava-1.5-7b --data mix665k.json --images data \
         --output run --recipe llava-1.5-7b
     """
@@ -46,7 +63,12 @@ def finetune_command(
 
     chosen = load_recipe(recipe, settings or ()) if recipe else default_recipe(settings or ())
 
+    from transformers.utils import logging
+
+    from pmod_cli.training.preflight import is_main_process
     from pmod_cli.training.run import finetune
+
+    logging.disable_progress_bar()  # one bar is enough
 
     with _Progress() as show:
         result = finetune(
@@ -58,14 +80,17 @@ def finetune_command(
             resume=resume,
             force=force,
             progress=show,
-            announce_parts=_show_parts,
+            announce=_announce,
             merge_lora=merge,
         )
+    if not is_main_process():
+        return
     if as_json:
         emit_json("finetune", result.to_dict())
         return
+    losses = [f"{loss:.4f}" for loss in (result.first_loss, result.final_loss) if loss is not None]
     stdout.print(
-        f"{result.output}: {result.steps} steps, loss {result.first_loss:.4f} -> {result.final_loss:.4f}, "
+        f"{result.output}: {result.steps} steps, loss {' -> '.join(losses)}, "
         f"{result.seconds:.0f} s, {len(result.bad_samples)} bad samples",
         markup=False,
         soft_wrap=True,
@@ -110,7 +135,7 @@ class _Progress:
         self.bar.update(self.task, completed=done, total=total, figures=figures)
 
 
-def _show_parts(parts: list[Any]) -> None:
+def _announce(parts: list[PartCount], memory: MemoryEstimate) -> None:
     from rich.table import Table
 
     table = Table("part", "trained", "frozen", title="Parameters")
@@ -119,3 +144,20 @@ def _show_parts(parts: list[Any]) -> None:
     for part in parts:
         table.add_row(part.part, f"{part.trained:,}", f"{part.frozen:,}")
     stderr.print(table)
+    amounts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "activations": memory.activations,
+    }
+    items = ", ".join(f"{name} {_gib(amount)}" for name, amount in amounts.items())
+    available = "" if memory.available is None else f" of {_gib(memory.available)}"
+    stderr.print(f"memory per device, at most about {_gib(memory.total)}{available}: {items}", soft_wrap=True)
+    if not memory.fits:
+        stderr.print("[bold]that will not fit[/bold]; what would lower it, each on top of the ones before:")
+        for line in memory.advice:
+            stderr.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _gib(amount: int) -> str:
+    return f"{amount / 2**30:.2f} GiB"

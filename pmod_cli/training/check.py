@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.errors import PmodError
-from pmod_cli.training.collate import EncodedDataset
 from pmod_cli.training.dataset import open_data
 from pmod_cli.training.pictures import Pictures
 from pmod_cli.training.records import BadSample, parse_record
@@ -88,7 +87,11 @@ def check_data(
     if fix is not None and fix.exists() and not force:
         raise PmodError(f"{fix} exists", "--force replaces it")
     source = open_data(data, images)
-    encoder = None if processor is None else EncodedDataset([], source.pictures, processor, max_length)
+    encoder = None
+    if processor is not None:
+        from pmod_cli.training.collate import EncodedDataset  # imports torch
+
+        encoder = EncodedDataset([], source.pictures, processor, max_length)
     seen: set[str] = set()
     readable: dict[str, BadSample | None] = {}
     problems: list[Problem] = []

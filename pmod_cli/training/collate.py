@@ -15,6 +15,9 @@ from pmod_cli.training.chat import IGNORED, ChatEncoder, Encoded
 from pmod_cli.training.pictures import Pictures
 from pmod_cli.training.records import BadSample, Sample
 
+_TURN = 64
+"""Tokens, at most, that a chat template puts around a turn."""
+
 
 @dataclass(frozen=True)
 class Item:
@@ -76,6 +79,25 @@ def image_token_numbers(processor: Any, images: Sequence[Image.Image]) -> list[i
         return []
     counted = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1] for image in images])
     return list(counted["num_image_tokens"])
+
+
+def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
+    """At most how many tokens a sample has, and how many of these are its pictures'; no picture is opened.
+
+    A token is at least one character; a picture takes the most that any shape takes.
+    """
+    processor = dataset.processor
+    pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None) or [[336, 336]]
+    sizes = [tuple(pinpoint) for pinpoint in pinpoints]
+    picture = max(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+
+    def lengths(sample: Sample) -> tuple[int, int]:
+        vision = picture * len(sample.images)
+        text = sum(len(turn.text.encode()) + _TURN for turn in sample.turns) + _TURN
+        tokens = min(text + vision, dataset.encoder.max_length)
+        return tokens, min(vision, tokens)
+
+    return max(map(lengths, dataset.samples))
 
 
 class Collator:

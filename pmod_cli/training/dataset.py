@@ -83,7 +83,7 @@ class ConversationData(Sequence[Sample]):
             raise PmodError(f"{source.name}: no usable record; the first: {first}", "see pmod data check")
 
     def missing_images(self) -> dict[str, str]:
-        """id -> reason of the samples with an image that is not there, or may not be opened."""
+        """Id -> reason of the samples with an image that is not there, or may not be opened."""
         missing = {}
         for sample in self.samples:
             try:
@@ -146,6 +146,11 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
     if not len(table):
         raise PmodError(f"data set {name} holds no records")
     column = columns[0]
+    if not _holds_images(table.features[column]):
+        raise PmodError(
+            f"column {column} of data set {name} holds no images but {table.features[column]}",
+            "a LLaVA file whose records name image files goes with --images",
+        )
     texts = [other for other in ("id", "conversations") if other in table.column_names]
     records = table.select_columns(texts).to_list()
     for index, (record, count) in enumerate(zip(records, _pictures_in(table, column), strict=True)):
@@ -165,7 +170,9 @@ def _load_table(name: str, folder: Path | None) -> Any:
         from datasets.exceptions import DatasetsError
     except ImportError:
         raise MissingExtraError("datasets", "train") from None
-    saved = folder is not None and any((folder / f"{kind}.json").is_file() for kind in ("state", "dataset_dict"))
+    saved = folder is not None and any(
+        (folder / f"{kind}.json").is_file() for kind in ("state", "dataset_dict")
+    )
     try:
         return load_from_disk(name) if saved else load_dataset(name)
     except (DatasetsError, OSError, ValueError, KeyError) as error:
@@ -186,12 +193,18 @@ def _train_split(name: str, loaded: Any) -> Any:
     raise PmodError(f"data set {name} has no split named train", f"it has: {', '.join(loaded)}")
 
 
+def _holds_images(feature: Any) -> bool:
+    from datasets import Image as ImageFeature
+
+    return isinstance(getattr(feature, "feature", feature), ImageFeature)
+
+
 def _pictures_in(table: Any, column: str) -> list[int | None]:
     """Pictures in each row, read without touching their bytes: None for exactly one, else how many."""
     import pyarrow.compute as compute
     from datasets import Image as ImageFeature
 
-    cells = table.with_format("arrow").data.column(column)
+    cells = table.data.column(column)
     if isinstance(table.features[column], ImageFeature):
         return [None if there else 0 for there in cells.is_valid().to_pylist()]
     return [length or 0 for length in compute.list_value_length(cells).to_pylist()]

@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 import json
-import time
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
+
+from pmod_cli.training.routers import router_statistics
 
 ProgressCallback = Callable[[int, int, dict[str, float]], None]
 """Called after each step with the steps done, the steps in all, and what was last logged."""
 
+_LOGGED = ("loss", "grad_norm", "learning_rate", "samples_per_second", "tokens_per_second", "memory_bytes")
+
 
 class Monitor(TrainerCallback):
-    """Writes ``metrics.jsonl`` and tells the progress callback.
+    """Writes ``metrics.jsonl``, tells the progress callback, and has the routers' statistics logged.
 
     A resumed run first drops what was written after the checkpoint it goes on from.
 
     Args:
         path: The file.
         progress: Or None.
-        probe: A batch on which the routers are watched, or None.
+        probe: Batches on which the routers are watched; may be empty.
         every: Steps between two looks at the routers.
+        sharded: The model lies in pieces on all processes, which then all have to take part in a look.
     """
 
     def __init__(
-        self, path: Path, progress: ProgressCallback | None, probe: dict[str, Any] | None, every: int
+        self,
+        path: Path,
+        progress: ProgressCallback | None,
+        probe: list[dict[str, Any]],
+        every: int,
+        *,
+        sharded: bool = False,
     ) -> None:
         self.path, self.progress, self.probe, self.every = path, progress, probe, every
+        self.sharded = sharded
         self.trainer: Any = None  # set once there is one
         self.kept: dict[int, Tensor] = {}
         self.latest: dict[str, float] = {}
-        self._seen = (time.perf_counter(), 0, 0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the file, or cut it at the checkpoint."""
@@ -44,37 +54,39 @@ class Monitor(TrainerCallback):
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(self.path)
-        self._seen = (time.perf_counter(), 0, 0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        """Add speed and memory to what the Trainer logs, and write it."""
+        """Write what the Trainer logs."""
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        now, samples, tokens = time.perf_counter(), self.trainer.samples, self.trainer.tokens
-        seconds = max(now - self._seen[0], 1e-9)
-        row: dict[str, float] = {
-            key: float(logs[key]) for key in ("loss", "grad_norm", "learning_rate") if key in logs
-        }
-        row["samples_per_second"] = (samples - self._seen[1]) * args.world_size / seconds
-        row["tokens_per_second"] = (tokens - self._seen[2]) * args.world_size / seconds
-        if torch.cuda.is_available():
-            row["memory_bytes"] = float(torch.cuda.max_memory_allocated())
-        self._seen = (now, samples, tokens)
+        row = {key: float(logs[key]) for key in _LOGGED if key in logs}
         self.latest = row
-        self._write({"step": state.global_step, "epoch": state.epoch, **row})
+        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._write({"step": state.global_step, "epoch": state.epoch, **finite})
 
-    def on_step_end(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report progress; look at the routers now and then."""
+        due = state.global_step % self.every == 0 or state.global_step == state.max_steps
+        if self.probe and due and (self.sharded or state.is_world_process_zero):
+            self._look(args, state, control)
+        if self.progress is not None and state.is_world_process_zero:
+            self.progress(state.global_step, state.max_steps, self.latest)
+
+    def _look(self, args: Any, state: Any, control: Any) -> None:
+        statistics, self.kept = router_statistics(self.trainer.model, self.probe, self.kept)
         if not state.is_world_process_zero:
             return
-        due = state.global_step % self.every == 0 or state.global_step == state.max_steps
-        if self.probe is not None and due and model is not None and args.world_size == 1:
-            statistics, self.kept = router_statistics(model, self.probe, self.kept)
-            self._write({"step": state.global_step, "routers": statistics})
-        if self.progress is not None:
-            self.progress(state.global_step, state.max_steps, self.latest)
+        self._write({"step": state.global_step, "routers": statistics})
+        figures = {
+            f"routers/layer_{row['layer']:02d}/{name}": value
+            for row in statistics
+            for name, value in row.items()
+            if name != "layer" and value is not None
+        }
+        # To TensorBoard or W&B. The handler takes it for the step's own log, which is still to come.
+        should_log = control.should_log
+        self.trainer.callback_handler.on_log(args, state, control, figures)
+        control.should_log = should_log
 
     def _write(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -90,56 +102,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-@torch.no_grad()
-def router_statistics(
-    model: Any, probe: dict[str, Any], previous: dict[int, Tensor]
-) -> tuple[list[dict[str, float]], dict[int, Tensor]]:
-    """What each router does on a fixed batch.
-
-    Args:
-        model: A p-MoD model.
-        probe: The model's inputs.
-        previous: Kept masks of the look before, by layer; empty at first.
-
-    Returns:
-        One row a Mixture-of-Depths layer: ``layer``, ``mean_weight`` of the vision tokens, ``changed`` (share
-        of the vision tokens whose fate differs from the look before) and ``entropy`` (of the kept share over
-        the image's positions, averaged over the samples: 1 where all positions are kept alike, 0 where one
-        alone is); and the kept masks.
-    """
-    was_training = model.training
-    model.eval()
-    inputs = {key: value.to(next(model.parameters()).device) for key, value in probe.items()}
-    vision = inputs["input_ids"] == model.config.image_token_id
-    routing = model(**inputs, use_cache=False, output_routing=True).routing
-    model.train(was_training)
-    rows: list[dict[str, float]] = []
-    masks: dict[int, Tensor] = {}
-    for index, layer in enumerate(routing):
-        if layer is None or not vision.any():
-            continue
-        kept = layer.kept[vision]
-        masks[index] = kept
-        changed = float((kept != previous[index]).float().mean()) if index in previous else 0.0
-        rows.append(
-            {
-                "layer": index,
-                "mean_weight": float(layer.weights[vision].float().mean()),
-                "changed": changed,
-                "entropy": _entropy(layer.kept, vision),
-            }
-        )
-    return rows, masks
-
-
-def _entropy(kept: Tensor, vision: Tensor) -> float:
-    """Normalised entropy of how often each place of the image is kept."""
-    rows = [k[v].float() for k, v in zip(kept, vision, strict=True) if v.any()]
-    length = min(map(len, rows))
-    share = torch.stack([row[:length] for row in rows]).mean(0)
-    if length < 2 or not share.sum():
-        return 0.0
-    share = share / share.sum()
-    return float(torch.special.entr(share).sum() / torch.tensor(float(length)).log())

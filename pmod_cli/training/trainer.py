@@ -1,9 +1,11 @@
-"""transformers' Trainer with our order of samples, a learning rate for routers, and a stop at the first NaN."""
+"""transformers' Trainer with our order of samples, checkpoints that are complete or absent, and a stop at NaN."""
 
 from __future__ import annotations
 
 import math
 import re
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,14 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from pmod_cli.errors import GateError, PmodError
+from pmod_cli.training.bad_samples import BadSampleLog
+from pmod_cli.training.collate import BatchNotes
 from pmod_cli.training.sampler import OrderedSampler
 
 ROUTER = re.compile(r"(^|\.)router\.")
-COMPLETE = "complete"
-"""Name of the empty file that a checkpoint gets last: one without it was cut off and is ignored."""
+STAGING = "saving"
+"""Folder, beside the checkpoints, in which the next one is written before it is renamed into place."""
+KEPT_CHECKPOINTS = 2
 
 
 class PmodTrainer(Trainer):
@@ -24,8 +29,8 @@ class PmodTrainer(Trainer):
 
     Args:
         sampler: The order of the samples.
+        bad: Counts the samples that were replaced.
         router_learning_rate: For the routers; the others' if None.
-        max_bad_samples: More replaced samples than this stop the run.
         weights_loaded: The model already has the weights of the checkpoint that is resumed from. The Trainer
             would load the file's names as they are, with ``strict=False``; a LLaVA's file has other names than
             the model (``language_model.model...``), so it would silently go on from the initial weights.
@@ -36,20 +41,19 @@ class PmodTrainer(Trainer):
         self,
         *,
         sampler: OrderedSampler,
-        router_learning_rate: float | None,
-        max_bad_samples: int,
+        bad: BadSampleLog,
+        router_learning_rate: float | None = None,
         weights_loaded: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.sampler = sampler
+        self.sampler, self.bad = sampler, bad
         self.router_learning_rate = router_learning_rate
-        self.max_bad_samples = max_bad_samples
         self.weights_loaded = weights_loaded
-        self.bad_samples: dict[str, str] = {}
-        self.recent_ids: list[str] = []
-        self.tokens = 0
-        self.samples = 0
+        self._step_ids: list[str] = []
+        self._step_losses: list[Tensor] = []
+        self._samples = self._tokens = 0
+        self._since = time.perf_counter()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OrderedSampler:
         return self.sampler
@@ -61,71 +65,132 @@ class PmodTrainer(Trainer):
             _split_group(self.model if model is None else model, optimizer, self.router_learning_rate)
         return optimizer
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Killed between the last step and the result: transformers would take one step more.
+        if self.state.global_step >= self.args.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One micro batch.
 
         Raises:
-            GateError: A loss that is not finite, or too many bad samples.
+            GateError: Too many bad samples.
         """
-        self._note(inputs.pop("sample_ids"), inputs.pop("replaced"))
-        self.tokens += inputs["input_ids"].numel()
-        self.samples += inputs["input_ids"].shape[0]
+        notes: BatchNotes = inputs.pop("notes")
+        self._step_ids += notes.ids
+        self._samples += len(notes.ids)
+        self._tokens += notes.tokens
+        self.bad.add(notes.replaced)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise self._not_finite(f"the loss is {loss.item()}")
+        self._step_losses.append(loss.detach())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm, just before the optimizer steps; the one place that waits for the device.
+
+        Raises:
+            GateError: A loss or gradient that is not finite.
+        """
         norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and not math.isfinite(float(norm)):
+        losses = torch.stack(self._step_losses).tolist()
+        wrong = next((loss for loss in losses if not math.isfinite(loss)), None)
+        if wrong is not None:
+            raise self._not_finite(f"the loss is {wrong}")
+        # In float16 the loss scaler skips such a step, and tries with a smaller scale.
+        scaler = getattr(self.accelerator, "scaler", None)
+        retried = scaler is not None and scaler.is_enabled() and scaler.get_scale() > 1
+        if norm is not None and not math.isfinite(float(norm)) and not retried:
             raise self._not_finite(f"the gradient norm is {float(norm)}")
-        self.recent_ids.clear()
+        self._step_ids.clear()
+        self._step_losses.clear()
         return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add speed and memory to what the Trainer logs."""
+        if "loss" in logs:
+            now = time.perf_counter()
+            seconds = max(now - self._since, 1e-9)
+            logs["samples_per_second"] = self._samples * self.args.world_size / seconds
+            logs["tokens_per_second"] = self._tokens * self.args.world_size / seconds
+            logs["memory_bytes"] = float(peak_memory())
+            self._since, self._samples, self._tokens = now, 0, 0
+        super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.weights_loaded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(Path(self.args.output_dir) / STAGING)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        """Write a checkpoint beside its place and rename it there: it is complete or absent.
+
+        Raises:
+            PmodError: It cannot be written.
+        """
+        work = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:
+            reason = unwritable(error)
+            if reason is None:
+                raise
+            raise PmodError(
+                f"step {self.state.global_step}: cannot write a checkpoint in {work}: {reason}",
+                "free some space and go on with --resume" if last_checkpoint(work) else "free some space",
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}" / COMPLETE).touch()
-
-    def _note(self, ids: list[str], replaced: list[tuple[str, str]]) -> None:
-        self.recent_ids += ids
-        for name, reason in replaced:
-            if name not in self.bad_samples:
-                self.bad_samples[name] = reason
-                self.log_bad(name, reason)
-        if len(self.bad_samples) > self.max_bad_samples:
-            raise GateError(
-                f"{len(self.bad_samples)} bad samples, more than train.max_bad_samples={self.max_bad_samples}; "
-                f"the last: {name}: {reason}",
-                "clean the data with pmod data check --fix",
-            )
-
-    def log_bad(self, name: str, reason: str) -> None:
-        """Log a sample that was replaced; overridden by whoever shows it."""
-        import logging
-
-        logging.getLogger(__name__).warning("sample %s replaced: %s", name, reason)
+            (work / STAGING / name).replace(work / name)
+            for old in checkpoints(work)[:-KEPT_CHECKPOINTS]:
+                # Out of sight first: what is half deleted must not look complete.
+                gone = work / STAGING / old.name
+                old.replace(gone)
+                shutil.rmtree(gone)
 
     def _not_finite(self, what: str) -> PmodError:
         last = last_checkpoint(Path(self.args.output_dir))
         kept = f"last good checkpoint: {last}" if last else "no checkpoint yet"
         return GateError(
-            f"step {self.state.global_step + 1}: {what}; samples {', '.join(self.recent_ids)}; {kept}",
+            f"step {self.state.global_step + 1}: {what}; samples {', '.join(self._step_ids)}; {kept}",
             "lower train.learning_rate, or use train.dtype=bfloat16 or float32",
         )
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a training folder, by step."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a training folder."""
-    complete = [path for path in folder.glob("checkpoint-*") if (path / COMPLETE).exists()]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    """The newest checkpoint of a training folder."""
+    return next(reversed(checkpoints(folder)), None)
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held so far, in bytes: the GPU's, or the machine's without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def unwritable(error: BaseException) -> str | None:
+    """Why a file could not be written, if that is what the error says; torch and safetensors have their own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    message = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    writers = ("PytorchStreamWriter", "inline_container", "I/O error", "IoError", "No space left")
+    return message if any(word in str(error) for word in writers) else None
 
 
 def _split_group(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -9,7 +9,7 @@ import pytest
 from pmod_cli.chat_templates import VICUNA_V1
 from pmod_cli.errors import PmodError
 from pmod_cli.training.chat import ChatEncoder
-from pmod_cli.training.dataset import BadSample, Turn
+from pmod_cli.training.records import BadSample, Turn
 
 LLAVA_HF = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -53,26 +53,38 @@ def _learned(encoder, encoded):
     return [*runs, encoder.tokenizer.decode(current)] if current else runs
 
 
-def test_each_token_of_the_demo_template(processor):
-    encoder = ChatEncoder(processor, 2048)
-    got = encoder.encode(TURNS, [3])
+def _pieces(processor, template):
+    """The conversation by hand: (token ids, whether they are learned), piece by piece."""
     tokenizer = processor.tokenizer
 
     def ids(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    pieces = [
-        ([tokenizer.bos_token_id], False),
-        (ids("USER: "), False),
-        ([image] * 3, False),
-        (ids("\nWhere is the circle? ASSISTANT:"), False),
+    bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    pictures = [tokenizer.convert_tokens_to_ids("<image>")] * 3
+    first, second = ids("\nWhere is the circle? ASSISTANT:"), ids("USER: What colour is it? ASSISTANT:")
+    system = ids(
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: "
+    )
+    return [
+        (bos, False),
+        (system if template is VICUNA_V1 else ids("USER: "), False),
+        (pictures, False),
+        (first, False),
         (ids(" left"), True),
-        ([tokenizer.eos_token_id], True),
-        (ids("USER: What colour is it? ASSISTANT:"), False),
+        (eos, True),
+        (second, False),
         (ids(" dark red"), True),
-        ([tokenizer.eos_token_id], True),
+        (eos, True),
     ]
+
+
+@pytest.mark.parametrize("template", [None, LLAVA_HF, VICUNA_V1], ids=["demo", "llava-hf", "vicuna v1"])
+def test_each_token(processor, template):
+    changed = processor if template is None else _with_template(processor, template)
+    got = ChatEncoder(changed, 2048).encode(TURNS, [3])
+    pieces = _pieces(processor, template)
     assert got.input_ids == [token for piece, _ in pieces for token in piece]
     assert got.labels == [token if learned else -100 for piece, learned in pieces for token in piece]
 

@@ -60,17 +60,17 @@ def test_a_blank_image_for_text_changes_nothing(pmod_start, demo_data, processor
     from transformers import AutoModelForImageTextToText
 
     from pmod_cli.training.collate import Collator, EncodedDataset
-    from pmod_cli.training.dataset import ConversationData
+    from pmod_cli.training.dataset import ConversationData, open_data
 
-    samples = ConversationData(*demo_data).samples
-    dataset = EncodedDataset(samples, demo_data[1], processor, 2048)
+    data = ConversationData(open_data(*demo_data))
+    dataset = EncodedDataset(data.samples, data.pictures, processor, 2048)
     items = [dataset[24], dataset[25]]
     model = AutoModelForImageTextToText.from_pretrained(pmod_start, dtype=torch.float32).train()
     losses = []
     for blank in (False, True):
         batch = Collator(processor, image_for_text=blank)(items)
         assert ("pixel_values" in batch) == blank
-        batch = {key: value for key, value in batch.items() if key not in ("sample_ids", "replaced")}
+        batch = {key: value for key, value in batch.items() if key != "notes"}
         model.zero_grad(set_to_none=True)
         loss = model(**batch, use_cache=False).loss
         loss.backward()

@@ -5,58 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from PIL import Image
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    LlavaNextConfig,
-    LlavaNextImageProcessorPil,
-    LlavaNextProcessor,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pmod_cli.families.llava_next import PmodLlavaNextConfig, PmodLlavaNextForConditionalGeneration
-from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.training.collate import image_token_numbers
 from pmod_cli.training.run import finetune
 
 PINPOINTS = [[80, 160], [160, 80], [160, 160], [240, 80], [80, 240], [240, 240]]
-
-
-@pytest.fixture(scope="module")
-def next_processor(processor):
-    square = {"height": 80, "width": 80}
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 80}, crop_size=square, image_grid_pinpoints=PINPOINTS
-    )
-    return LlavaNextProcessor(
-        images,
-        processor.tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=processor.chat_template,
-    )
-
-
-@pytest.fixture(scope="module")
-def next_start(next_processor, baseline, tmp_path_factory):
-    plain = AutoConfig.from_pretrained(baseline)
-    same = ("vision_config", "text_config", "image_token_id", "vision_feature_select_strategy")
-    dense = LlavaNextConfig(
-        **{name: getattr(plain, name) for name in same},
-        vision_feature_layer=-1,
-        image_grid_pinpoints=PINPOINTS,
-    ).to_dict()
-    dense.pop("model_type")
-    section = MoDConfig([None, None, 0.8, 0.6, 0.4, 0.2, 0.15, 0.15])
-    torch.manual_seed(0)
-    model = PmodLlavaNextForConditionalGeneration(PmodLlavaNextConfig(**dense, mod=section.to_dict()))
-    folder = tmp_path_factory.mktemp("next-start")
-    model.save_pretrained(folder)
-    next_processor.save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("size", [(80, 80), (100, 40), (33, 200), (300, 240), (77, 155), (500, 100)])

@@ -14,7 +14,7 @@ import yaml
 from pmod_cli.errors import PmodError
 from pmod_cli.training.monitor import read_metrics
 from pmod_cli.training.run import finetune
-from pmod_cli.training.trainer import COMPLETE, last_checkpoint
+from pmod_cli.training.trainer import STAGING, last_checkpoint
 
 
 def _start_and_stop(model, data, images, output, recipe, number, step):
@@ -78,7 +78,7 @@ def test_sigterm_saves_and_exits_and_other_data_is_refused(
     assert "after step 3" in stopped.stdout or "after step 4" in stopped.stdout
     saved = last_checkpoint(work)
     # A checkpoint that was cut off is not resumed from.
-    (work / "checkpoint-9").mkdir()
+    (work / STAGING / "checkpoint-9").mkdir(parents=True)
     assert last_checkpoint(work) == saved
     records = json.loads(demo_data[0].read_text())
     other = tmp_path / "other.json"
@@ -87,4 +87,72 @@ def test_sigterm_saves_and_exits_and_other_data_is_refused(
         finetune(pmod_start, other, demo_data[1], output, recipe=recipe, resume=True)
     finetune(pmod_start, *demo_data, output, recipe=recipe, resume=True)
     assert [loss for _, loss in _curve(output)] == pytest.approx([loss for _, loss in whole], rel=1e-5)
-    assert not list(output.rglob(COMPLETE))
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
+    pmod_start, demo_data, tmp_path, uninterrupted, monkeypatch
+):
+    from pmod_cli.training.trainer import PmodTrainer
+
+    recipe, whole = uninterrupted
+    output, work = tmp_path / "out", tmp_path / "out.training"
+    save = PmodTrainer._save_rng_state
+
+    def killed(self, folder):
+        if self.state.global_step == 8:
+            raise KeyboardInterrupt  # weights and optimizer are written, the rest is not
+        save(self, folder)
+
+    monkeypatch.setattr(PmodTrainer, "_save_rng_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(pmod_start, *demo_data, output, recipe=recipe)
+    monkeypatch.undo()
+    assert (work / STAGING / "checkpoint-8" / "optimizer.pt").exists()
+    assert last_checkpoint(work).name == "checkpoint-4"
+    result = finetune(pmod_start, *demo_data, output, recipe=recipe, resume=True)
+    assert result.resumed_from == 4
+    assert [loss for _, loss in _curve(output)] == pytest.approx([loss for _, loss in whole], rel=1e-5)
+
+
+def test_killed_between_the_last_step_and_the_result(pmod_start, demo_data, tmp_path, recipe, monkeypatch):
+    from pmod_cli.training import run
+
+    output = tmp_path / "out"
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "save_result", killed)
+    settings = recipe(max_steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(pmod_start, *demo_data, output, recipe=settings)
+    monkeypatch.undo()
+    assert last_checkpoint(tmp_path / "out.training").name == "checkpoint-4"
+    result = finetune(pmod_start, *demo_data, output, recipe=settings, resume=True)
+    assert result.steps == 4
+    assert [step for step, _ in _curve(output)] == [1, 2, 3, 4]
+
+
+def test_lora_resumes_too(pmod_start, demo_data, tmp_path, recipe, monkeypatch):
+    from pmod_cli.training.monitor import Monitor
+
+    settings = recipe(max_steps=6, lora={"r": 4, "alpha": 8, "dropout": 0.0})
+    finetune(pmod_start, *demo_data, tmp_path / "whole", recipe=settings)
+    finished = Monitor.on_step_end
+
+    def killed(self, args, state, control, **kwargs):
+        finished(self, args, state, control, **kwargs)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Monitor, "on_step_end", killed)
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        finetune(pmod_start, *demo_data, output, recipe=settings)
+    monkeypatch.undo()
+    # What does not decide the curve may be changed; a finer micro batch is one of these.
+    again = settings.model_copy(update={"train": settings.train.model_copy(update={"micro_batch_size": 2})})
+    result = finetune(pmod_start, *demo_data, output, recipe=again, resume=True)
+    assert result.resumed_from == 4
+    whole = [loss for _, loss in _curve(tmp_path / "whole")]
+    assert [loss for _, loss in _curve(output)] == pytest.approx(whole, rel=1e-4)

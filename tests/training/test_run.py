@@ -25,9 +25,11 @@ def _tensors(folder):
 def test_result_is_an_ordinary_checkpoint(kind, baseline, pmod_start, demo_data, tmp_path, recipe):
     start = baseline if kind == "dense" else pmod_start
     shown = []
-    result = finetune(start, *demo_data, tmp_path / "out", recipe=recipe(), announce_parts=shown.append)
+    result = finetune(
+        start, *demo_data, tmp_path / "out", recipe=recipe(), announce=lambda *told: shown.append(told)
+    )
     assert result.steps == 6
-    parts = {part.part: part for part in shown[0]}
+    parts = {part.part: part for part in shown[0][0]}
     assert parts["vision tower"].trained == 0
     assert parts["projector"].frozen == parts["language model"].frozen == 0
     assert ("routers" in parts) == (kind == "pmod")
@@ -55,9 +57,7 @@ def test_result_is_an_ordinary_checkpoint(kind, baseline, pmod_start, demo_data,
 
 
 def test_it_learns(pmod_start, demo_data, tmp_path, recipe):
-    from pmod_cli.training.dataset import read_records
-
-    records = read_records(demo_data[0])
+    records = json.loads(demo_data[0].read_text())
     for record in records:
         record["conversations"][1]["value"] = "circle circle"
     data = tmp_path / "data.json"

@@ -1,0 +1,226 @@
+"""How much memory a run will take on each device, and what to do if that is more than there is.
+
+Weights, gradients and optimizer state are counted exactly; activations are those of a micro batch of the
+longest samples, from the shapes that a Llama-like decoder keeps for its backward pass.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pmod_cli.modeling.schedule import Ratios, mean_retention
+from pmod_cli.recipe import LoraSettings, TrainSettings
+from pmod_cli.training.lora import TARGETS
+
+_RESERVE = 0.92
+"""Share of a device that a run may plan to fill: kernels, communication and fragments take the rest."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What decides a run's memory.
+
+    Attributes:
+        trained: Trained parameters.
+        frozen: Frozen parameters.
+        lora_trained: Trained parameters if LoRA were used with the paper-like rank of the recipe ``lora-24gb``.
+        layers: Decoder layers.
+        hidden: Width of the residual stream.
+        intermediate: Width of the MLP.
+        kv_width: Width of the keys, and of the values.
+        vocabulary: Rows of the output head.
+        retention: Retention ratios of the decoder layers; all None for a dense model.
+        tokens: Of the longest sample, pictures included.
+        vision_tokens: Of these.
+    """
+
+    trained: int
+    frozen: int
+    lora_trained: int
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_width: int
+    vocabulary: int
+    retention: Ratios
+    tokens: int
+    vision_tokens: int
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on each device.
+
+    Attributes:
+        weights: Parameters.
+        gradients: Of the trained ones.
+        optimizer: Adam's moments, and float32 copies where weights are held in half precision.
+        activations: Of one micro batch.
+        available: Of the device; None if not known.
+        advice: What would make it fit, each with its own estimate; empty if it fits.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    available: int | None
+    advice: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has as much, with a reserve."""
+        return self.available is None or self.total <= _RESERVE * self.available
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in what JSON can write."""
+        fields = {**asdict(self), "advice": list(self.advice)}
+        return {**fields, "total": self.total, "fits": self.fits}
+
+
+def describe(network: nn.Module, tokens: int, vision_tokens: int) -> Subject:
+    """Read a model's `Subject` off it.
+
+    Args:
+        network: As it will be trained (frozen parts frozen, LoRA added).
+        tokens: Of the longest sample.
+        vision_tokens: Of these.
+    """
+    import re
+
+    config: Any = network.config
+    text = config.text_config
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in network.parameters())
+    rank = LoraSettings().r
+    lora = sum(
+        rank * (module.in_features + module.out_features)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(TARGETS, name)
+    )
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    mod = getattr(config, "mod", None)
+    return Subject(
+        trained=trained,
+        frozen=everything - trained,
+        lora_trained=lora,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        vocabulary=text.vocab_size,
+        retention=config.mod_config.retention_ratios if mod else [None] * text.num_hidden_layers,
+        tokens=tokens,
+        vision_tokens=vision_tokens,
+    )
+
+
+def estimate(
+    subject: Subject, settings: TrainSettings, world: int, shards: str | None, available: int | None
+) -> MemoryEstimate:
+    """Estimate a run's memory on each device, with advice if it does not fit.
+
+    Args:
+        subject: See `describe`.
+        settings: The recipe's.
+        world: Processes.
+        shards: ``fsdp``, ``zero1``, ``zero2``, ``zero3`` or None.
+        available: The device's memory in bytes, or None.
+    """
+    found = _plain(subject, settings, world, shards, available)
+    if found.fits:
+        return found
+    advice = tuple(
+        f"{what}: {option.total / 2**30:.1f} GiB" + ("" if option.fits else " (still too much)")
+        for what, option in _options(subject, settings, world, shards, available)
+        if option.total < found.total
+    )
+    return replace(found, advice=advice)
+
+
+def device_memory() -> int:
+    """Bytes of this process's GPU, or its share of the machine's memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _plain(
+    subject: Subject, settings: TrainSettings, world: int, shards: str | None, available: int | None
+) -> MemoryEstimate:
+    half = 2 if settings.dtype != "float32" else 4
+    deepspeed = shards is not None and shards.startswith("zero")
+    # DeepSpeed holds half-precision weights and float32 copies of them; else weights are float32.
+    trained_size = half if deepspeed else 4
+    frozen_size = half if deepspeed or settings.lora is not None else 4
+    optimizer_size = 8 + (4 if deepspeed and half == 2 else 0)
+    split_optimizer = world if shards is not None else 1
+    split_gradients = world if shards in ("fsdp", "zero2", "zero3") else 1
+    split_weights = world if shards in ("fsdp", "zero3") else 1
+    weights = (subject.trained * trained_size + subject.frozen * frozen_size) // split_weights
+    activations = settings.micro_batch_size * _activations(subject, settings, half)
+    if half == 2 and not deepspeed:
+        # Autocast keeps half-precision copies of the weights that it has met in this pass; FSDP of a layer.
+        activations += 2 * subject.trained // (subject.layers if shards == "fsdp" else 1)
+    return MemoryEstimate(
+        weights=weights,
+        gradients=subject.trained * trained_size // split_gradients,
+        optimizer=subject.trained * optimizer_size // split_optimizer,
+        activations=activations,
+        available=available,
+    )
+
+
+def _activations(subject: Subject, settings: TrainSettings, size: int) -> int:
+    """Bytes of one sample, kept for the backward pass."""
+    hidden, kv = subject.hidden, subject.kv_width
+    # Two norms (with float32 copies where the residual stream is in half precision), plain and rotated queries
+    # and keys, values, what attention and projections give, and the MLP's four.
+    norms = (16 if size == 2 else 8) * hidden
+    layer = norms + size * (7 * hidden + 4 * kv + 4 * subject.intermediate)
+    text = subject.tokens - subject.vision_tokens
+    kept = text + mean_retention(subject.retention) * subject.vision_tokens
+    if settings.gradient_checkpointing:
+        decoder: float = subject.layers * subject.tokens * hidden * size + subject.tokens * layer
+    else:
+        decoder = subject.layers * kept * layer
+    # Logits, their float32 copy and its gradient, from the first answer on.
+    head = text * subject.vocabulary * (size + 8)
+    return int(decoder + head)
+
+
+def _options(
+    subject: Subject, settings: TrainSettings, world: int, shards: str | None, available: int | None
+) -> Iterator[tuple[str, MemoryEstimate]]:
+    """Changes, each on top of those before it."""
+    if not settings.gradient_checkpointing:
+        settings = settings.model_copy(update={"gradient_checkpointing": True})
+        yield "train.gradient_checkpointing=true", _plain(subject, settings, world, shards, available)
+    if settings.micro_batch_size > 1:
+        settings = settings.model_copy(update={"micro_batch_size": 1})
+        yield "train.micro_batch_size=1", _plain(subject, settings, world, shards, available)
+    if world > 1 and shards not in ("fsdp", "zero3"):
+        yield "recipes/accelerate/zero3.yaml", _plain(subject, settings, world, "zero3", available)
+    if world == 1:
+        yield (
+            "8 devices with recipes/accelerate/zero3.yaml",
+            _plain(subject, settings, 8, "zero3", available),
+        )
+    if settings.lora is None:
+        everything = subject.trained + subject.frozen
+        smaller = replace(subject, trained=subject.lora_trained, frozen=everything)
+        settings = settings.model_copy(update={"lora": LoraSettings(), "dtype": "bfloat16"})
+        yield "LoRA as in the recipe lora-24gb", _plain(smaller, settings, world, shards, available)
