@@ -27,22 +27,14 @@ class Monitor(TrainerCallback):
     Args:
         path: The file.
         progress: Or None.
-        probe: Batches on which the routers are watched; may be empty.
+        probe: Batches on which the routers are watched; empty on a process that takes no part in it.
         every: Steps between two looks at the routers.
-        sharded: The model lies in pieces on all processes, which then all have to take part in a look.
     """
 
     def __init__(
-        self,
-        path: Path,
-        progress: ProgressCallback | None,
-        probe: list[dict[str, Any]],
-        every: int,
-        *,
-        sharded: bool = False,
+        self, path: Path, progress: ProgressCallback | None, probe: list[dict[str, Any]], every: int
     ) -> None:
         self.path, self.progress, self.probe, self.every = path, progress, probe, every
-        self.sharded = sharded
         self.trainer: Any = None  # set once there is one
         self.kept: dict[int, Tensor] = {}
         self.latest: dict[str, float] = {}
@@ -54,6 +46,9 @@ class Monitor(TrainerCallback):
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
             temporary.replace(self.path)
+        # What later looks are compared with: the routers as they start, or as the checkpoint has them.
+        if self.probe:
+            self._look(args, state, control, write=state.global_step == 0)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         """Write what the Trainer logs."""
@@ -67,14 +62,14 @@ class Monitor(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report progress; look at the routers now and then."""
         due = state.global_step % self.every == 0 or state.global_step == state.max_steps
-        if self.probe and due and (self.sharded or state.is_world_process_zero):
+        if self.probe and due:
             self._look(args, state, control)
         if self.progress is not None and state.is_world_process_zero:
             self.progress(state.global_step, state.max_steps, self.latest)
 
-    def _look(self, args: Any, state: Any, control: Any) -> None:
+    def _look(self, args: Any, state: Any, control: Any, *, write: bool = True) -> None:
         statistics, self.kept = router_statistics(self.trainer.model, self.probe, self.kept)
-        if not state.is_world_process_zero:
+        if not (write and state.is_world_process_zero):
             return
         self._write({"step": state.global_step, "routers": statistics})
         figures = {

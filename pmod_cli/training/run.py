@@ -229,11 +229,11 @@ def _build(
     weights_loaded: bool,
 ) -> tuple[PmodTrainer, StopAtSignal]:
     """The Trainer with all that watches it."""
-    sharded = preflight.sharding() is not None
     collator = Collator(processor, image_for_text=arguments.world_size > 1)
-    looks = sharded or arguments.process_index == 0
+    # Where the model lies in pieces on all processes, all have to take part in a look at the routers.
+    looks = preflight.sharding() is not None or arguments.process_index == 0
     probe = make_probe(network, dataset, collator, settings.micro_batch_size) if looks else []
-    monitor = Monitor(work / METRICS, progress, probe, settings.router_stats_steps, sharded=sharded)
+    monitor = Monitor(work / METRICS, progress, probe, settings.router_stats_steps)
     stopper = StopAtSignal()
     callbacks = [monitor, stopper]
     if settings.ratio_warmup_steps:

@@ -73,6 +73,9 @@ def train(method: str, rank: int) -> dict[str, Any]:
         dist.all_reduce(mean)
         losses.append(float(mean) / 2)
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if method == "fsdp2" and rank == 0:
+        # As `pmod finetune` writes its result: an ordinary checkpoint of what was gathered.
+        model.save_pretrained(Path(os.environ["PMOD_OUT"]) / "checkpoint", state_dict=weights)
     return {"losses": losses, "weights": weights}
 
 

@@ -145,17 +145,31 @@ def two_processes(tmp_path_factory):
     sys.path.insert(0, str(script.parent))
     import distributed_worker
 
-    return torch.load(folder / "result.pt", weights_only=True), distributed_worker.train_alone()
+    together = torch.load(folder / "result.pt", weights_only=True)
+    return together, distributed_worker.train_alone(), folder / "checkpoint"
 
 
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("method", ["ddp", "fsdp2"])
 def test_two_processes_give_the_losses_of_one(two_processes, method):
     """Rank 1's batches are text only: every router still has a gradient, so that nobody waits for it."""
-    together, expected = two_processes
+    together, expected, _ = two_processes
     actual = together[method]
     close = {"atol": 1e-5, "rtol": 0}
     torch.testing.assert_close(torch.tensor(actual["losses"]), torch.tensor(expected["losses"]), **close)
     assert set(actual["weights"]) == set(expected["weights"])
     for name, weight in expected["weights"].items():
         torch.testing.assert_close(actual["weights"][name], weight, **close)
+
+
+def test_a_gathered_state_dict_loads_as_an_ordinary_checkpoint(two_processes):
+    import distributed_worker
+    from transformers import AutoModelForImageTextToText
+
+    _, expected, checkpoint = two_processes
+    loaded = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    alone = distributed_worker.frozen_tower_model().eval()
+    alone.load_state_dict(expected["weights"])
+    sample = distributed_worker.sample(0, step=0)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**sample).logits, alone(**sample).logits, atol=1e-4, rtol=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +13,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pmod_cli.errors import GateError, PmodError
 from pmod_cli.modeling.layer import MoDDecoderLayer
+from pmod_cli.training.finish import save_result
 from pmod_cli.training.monitor import read_metrics
 from pmod_cli.training.run import finetune
 from pmod_cli.training.warmup import RatioWarmup
@@ -52,8 +54,17 @@ def test_result_is_an_ordinary_checkpoint(kind, baseline, pmod_start, demo_data,
     if kind == "pmod":
         assert [row["layer"] for row in routers[-1]] == [2, 3, 4, 5, 6, 7]
         assert all(0 < row["entropy"] <= 1 for row in routers[-1])
+        assert all(row["mean_weight"] == 1 and row["changed"] is None for row in routers[0])
     else:
         assert not routers
+    assert {"loss", "grad_norm", "learning_rate", "samples_per_second", "tokens_per_second"} < set(rows[1])
+    assert summary["seed"] == 42
+    assert len(summary["data_sha256"]) == 64
+    assert torch.__version__.startswith(summary["versions"]["torch"])
+    memory = shown[0][1]
+    assert memory.fits
+    trained = sum(part.trained for part in result.parts)
+    assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
 
 
 def test_it_learns(pmod_start, demo_data, tmp_path, recipe):
@@ -100,6 +111,123 @@ def test_loss_that_is_not_finite_stops_the_run(pmod_start, demo_data, tmp_path, 
     assert len(named) == 4
     assert set(named) <= {str(record["id"]) for record in json.loads(demo_data[0].read_text())}
     assert not (tmp_path / "out").exists()
+
+
+def test_gradient_that_is_not_finite_stops_the_run(pmod_start, demo_data, tmp_path, recipe, monkeypatch):
+    from pmod_cli.training.trainer import PmodTrainer
+
+    clip = PmodTrainer._clip_grad_norm
+
+    def overflow(self, model):
+        if self.state.global_step == 4:
+            next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = float("inf")
+        return clip(self, model)
+
+    monkeypatch.setattr(PmodTrainer, "_clip_grad_norm", overflow)
+    with pytest.raises(GateError, match=r"step 5: the gradient norm is inf; samples .*checkpoint-4 \("):
+        finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe())
+    last = tmp_path / "out.training" / "checkpoint-4"
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(last / "model.safetensors").values())
+
+
+def test_routers_and_loss_go_to_tensorboard_and_into_a_picture(pmod_start, demo_data, tmp_path, recipe):
+    from PIL import Image
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = recipe(max_steps=6, logging_steps=2, router_stats_steps=3, report_to="tensorboard")
+    finetune(pmod_start, *demo_data, tmp_path / "out", recipe=settings)
+    (events,) = (tmp_path / "out" / "runs").iterdir()
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+
+    def logged(name):
+        return [event.step for event in accumulator.Scalars(f"train/{name}")]
+
+    assert logged("loss") == [1, 2, 4, 6]
+    assert logged("tokens_per_second") == [1, 2, 4, 6]
+    for layer in range(2, 8):
+        assert logged(f"routers/layer_{layer:02d}/mean_weight") == [0, 3, 6]
+        assert logged(f"routers/layer_{layer:02d}/entropy") == [0, 3, 6]
+        assert logged(f"routers/layer_{layer:02d}/changed") == [3, 6]
+    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    looks = {row["step"]: row["routers"] for row in rows if "routers" in row}
+    values = [event.value for event in accumulator.Scalars("train/routers/layer_04/changed")]
+    assert values == pytest.approx([looks[step][2]["changed"] for step in (3, 6)])
+    with Image.open(tmp_path / "out" / "training.png") as picture:
+        assert picture.size[1] > picture.size[0]
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_statistics_of_routers_by_hand(pmod_start, demo_data, processor):
+    from pmod_cli.training.collate import Collator, EncodedDataset
+    from pmod_cli.training.dataset import ConversationData, open_data
+    from pmod_cli.training.routers import make_probe, router_statistics
+
+    data = ConversationData(open_data(*demo_data))
+    dataset = EncodedDataset(data.samples, data.pictures, processor, 2048)
+    model = AutoModelForImageTextToText.from_pretrained(pmod_start, dtype=torch.float32).train()
+    probe = make_probe(model, dataset, Collator(processor), 3)
+    assert [len(batch["input_ids"]) for batch in probe] == [3, 3, 2]
+    first, masks = router_statistics(model, probe, {})
+    assert model.training
+    # Routers at zero: all weights are 1, and ties are broken alike in every image.
+    for row, ratio in zip(first, [0.8, 0.6, 0.4, 0.2, 0.15, 0.15], strict=True):
+        assert row["mean_weight"] == 1
+        assert row["entropy"] == pytest.approx(torch.tensor(ratio * 100).log().item() / np.log(100))
+        assert masks[row["layer"]].float().mean() == pytest.approx(ratio)
+    router = model.model.language_model.layers[4].router
+    torch.nn.init.normal_(router.weight)
+    second, changed = router_statistics(model, probe, masks)
+    for row in second[:2]:
+        assert row["changed"] == 0
+    assert second[2]["changed"] == pytest.approx((masks[4] ^ changed[4]).float().mean().item())
+    assert second[2]["changed"] > 0.1
+    assert second[2]["mean_weight"] != 1
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        router_statistics(model, probe, masks)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(pmod_start, demo_data, tmp_path, recipe):
+    """Real writes that fail: no file of this process may grow beyond 1 MB, which the optimizer's would."""
+    import resource
+
+    from pmod_cli.training.monitor import Monitor
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    output, work = tmp_path / "out", tmp_path / "out.training"
+
+    class Full(Monitor):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+            super().on_step_end(args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("pmod_cli.training.run.Monitor", Full)
+        try:
+            with pytest.raises(PmodError, match=r"step 4: cannot write a checkpoint.*go on with --resume"):
+                finetune(pmod_start, *demo_data, output, recipe=recipe())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-2"]
+    result = finetune(pmod_start, *demo_data, output, recipe=recipe(), resume=True)
+    assert (result.resumed_from, result.steps) == (2, 6)
+    result_path = tmp_path / "second"
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(
+                "pmod_cli.training.run.save_result",
+                lambda *args, **kwargs: (
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1])),
+                    save_result(*args, **kwargs),
+                ),
+            )
+            with pytest.raises(PmodError, match=r"cannot write .*second: .*--resume"):
+                finetune(pmod_start, *demo_data, result_path, recipe=recipe())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not result_path.exists()
+    assert (tmp_path / "second.training" / "checkpoint-6").exists()
 
 
 def test_lora(pmod_start, demo_data, tmp_path, recipe):
