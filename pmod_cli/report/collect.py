@@ -33,8 +33,8 @@ class Training:
     """One fine-tuning, finished (``training.json``) or under way.
 
     Attributes:
-        path: The checkpoint, or ``OUTPUT.training``.
-        summary: ``training.json``; None while it runs.
+        path: The checkpoint, ``OUTPUT.training``, or a file with ``--json``.
+        summary: ``training.json`` (of a ``--json`` only its ``result``); None while it runs.
         rows: Of ``metrics.jsonl``.
     """
 
@@ -121,7 +121,18 @@ def collect(places: Sequence[Path]) -> Found:
                 + (f"; {broken[0]} could not be read: {broken[1]}" if broken else ""),
                 "give a checkpoint of finetune, an --output of eval, or a file with a command's --json",
             )
+    _drop_repeated(found)
     return found
+
+
+def _drop_repeated(found: Found) -> None:
+    """What ``finetune --json`` printed is told better by the checkpoint itself, where that was found too."""
+    checkpoints = {str(training.path.resolve()) for training in found.trainings if training.path.is_dir()}
+    found.trainings = [
+        training
+        for training in found.trainings
+        if training.path.is_dir() or (training.summary or {})["result"]["output"] not in checkpoints
+    ]
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -172,6 +183,8 @@ def _read_json(path: Path, found: Found) -> None:
             found.evaluations.append(Evaluation(path.parent, result))
         elif path.parent.name != "steps":  # the demo's step repeats what stands in the evaluation's folder
             found.evaluations.append(Evaluation(path, result))
+    elif {"output", "steps", "parts", "final_loss"} <= result.keys():
+        found.trainings.append(Training(path, {"result": result}, []))
     elif {"rows", "models", "targets"} <= result.keys():
         found.names |= result["models"]
 

@@ -226,7 +226,11 @@ def to_markdown(document: Document, folder: str) -> tuple[str, dict[str, bytes]]
     parts = [f"# {_plain(document.title)}", _plain(document.subtitle)]
 
     def picture(name: str, data: bytes, caption: str) -> str:
-        file = f"{name}.{'png' if _is_png(data) else 'jpg'}"
+        suffix, number = "png" if _is_png(data) else "jpg", 1
+        file = f"{name}.{suffix}"
+        while files.get(file, data) != data:  # another picture of that name
+            number += 1
+            file = f"{name}-{number}.{suffix}"
         files[file] = data
         return f"![{_plain(caption)}]({folder}/{file})"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def gather(found: Found) -> list[Model]:
                 key,
                 Model(
                     source,
-                    found.names.get(source, ""),
+                    source,
                     str(described.get("model_type")),
                     described.get("retention_ratios"),
                 ),
@@ -68,8 +69,9 @@ def gather(found: Found) -> list[Model]:
                     for leaf in task["tasks"]:
                         model.samples[leaf] = (evaluation, role)
     gathered = sorted(models.values(), key=lambda model: model.is_pmod)
-    _name(gathered)
-    for model in gathered:
+    labels = short_names([model.source for model in gathered], found.names)
+    for model, label in zip(gathered, labels, strict=True):
+        model.label = label
         model.flops = _flops(model, found)
     return gathered
 
@@ -141,16 +143,22 @@ def _mean_of_samples(model: Model, task: str) -> Stratum | None:
     return Stratum(score["scale"], {key: (float(value), 1.0) for key, value in values.items()})
 
 
-def _name(models: list[Model]) -> None:
-    """Give each a label: its folder's name, and as many of those above as tell it from the others."""
-    for model in models:
-        parts = Path(model.source).parts
-        for length in range(1, len(parts) + 1):
-            tail = parts[-length:]
-            others = [Path(other.source).parts[-length:] for other in models if other is not model]
-            if model.label or tail not in others:
-                break
-        model.label = model.label or "/".join(tail) or model.source
+def short_names(sources: Sequence[str], names: Mapping[str, str]) -> list[str]:
+    """A label for each path: what it is called, else its last part and as many above as tell it from the others.
+
+    Args:
+        sources: Paths.
+        names: What some of them are called.
+    """
+    labels = []
+    for place, source in enumerate(sources):
+        parts = Path(source).parts
+        others = [Path(other).parts for index, other in enumerate(sources) if index != place]
+        length = 1
+        while length < len(parts) and parts[-length:] in [other[-length:] for other in others]:
+            length += 1
+        labels.append(names.get(source) or "/".join(parts[-length:]) or source)
+    return labels
 
 
 def _flops(model: Model, found: Found) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from pmod_cli.profiling.explain import size
 from pmod_cli.report import figures
 from pmod_cli.report.collect import Found, Profile
 from pmod_cli.report.document import Block, Figure, Link, Notes, Section, Table, Text, Tiles, relative
-from pmod_cli.report.models import Model, compare
+from pmod_cli.report.models import Model, compare, short_names
 from pmod_cli.report.text import change, flops, milliseconds, share, signed
+from pmod_cli.visual import style
 
 
 def summary(found: Found, tuned: Model | None, other: Model | None) -> Section:
@@ -70,11 +71,12 @@ def recipe(found: Found) -> Section:
         if not ratios or ratios in drawn:
             continue
         drawn.append(ratios)
+        name = found.names.get(str(path.resolve()), path.name)
         routed = sum(ratio is not None for ratio in ratios)
         blocks.append(
             figures.retention_figure(
                 ratios,
-                f"Retention ratio by layer of {path.name}: {routed} of {len(ratios)} layers route, "
+                f"Retention ratio by layer of {name}: {routed} of {len(ratios)} layers route, "
                 f"mean {share(mean_retention(ratios))}; grey layers are dense.",
             )
         )
@@ -89,7 +91,7 @@ def _settings(found: Found) -> tuple[list[list[str]], list[str]]:
     from pmod_cli.recipe import ModSettings, TrainSettings
 
     runs = [training for training in found.trainings if training.summary]
-    columns = [training.path.name for training in runs]
+    columns = short_names([str(training.path.resolve()) for training in runs], found.names)
     rows: list[list[str]] = []
     summaries = [training.summary or {} for training in runs]
     for label, read in (
@@ -105,7 +107,7 @@ def _settings(found: Found) -> tuple[list[list[str]], list[str]]:
     for section, defaults in (("mod", ModSettings()), ("train", TrainSettings())):
         chosen = []
         for key, default in defaults.model_dump(mode="json").items():
-            values = [summary["recipe"].get(section, {}).get(key, default) for summary in summaries]
+            values = [summary.get("recipe", {}).get(section, {}).get(key, default) for summary in summaries]
             if any(value != default for value in values) or key in ("schedule", "learning_rate"):
                 chosen.append([f"{section}.{key}", *("-" if v is None else str(v) for v in values)])
         rows += [[f"{section}, where it is not the default"], *chosen] if chosen else []
@@ -123,11 +125,11 @@ def cost(found: Found) -> Section:
     """What was counted and measured."""
     blocks: list[Block] = []
     for profile in found.profiles:
-        blocks += [_cost_table(profile), Notes(_cost_notes(profile.result))]
+        blocks += [_cost_table(profile, found.names), Notes(_cost_notes(profile.result))]
     return Section("Cost", blocks)
 
 
-def _cost_table(profile: Profile) -> Table:
+def _cost_table(profile: Profile, names: Mapping[str, str]) -> Table:
     result = profile.result
     sides = {role: result[role] for role in ("dense", "pmod") if result.get(role)}
     latency = (result.get("latency") or {}).get("models", {})
@@ -162,9 +164,9 @@ def _cost_table(profile: Profile) -> Table:
         add(label, lambda r, p=phase: latency[r]["seconds"][p]["median"], milliseconds, measured)  # type: ignore[misc]
     add("KV cache, real bytes", lambda r: latency[r]["kv_cache"]["prefill_bytes"], size, measured)
     add("peak device memory", lambda r: latency[r]["peak_memory_bytes"], size, measured)
-    names = {"dense": "dense", "pmod": "p-MoD"}
-    header = ["", *(names[role] for role in sides), *(["p-MoD / dense"] if len(sides) == 2 else [])]
-    return Table(f"{Path(str(result['model'])).name}", header, rows)
+    header = ["", *(style.NAMES[role] for role in sides), *(["p-MoD / dense"] if len(sides) == 2 else [])]
+    model = str(result["model"])
+    return Table(names.get(model) or Path(model).name, header, rows)
 
 
 def _cost_notes(result: dict[str, Any]) -> list[str]:
@@ -183,9 +185,10 @@ def _cost_notes(result: dict[str, Any]) -> list[str]:
 
 def training(found: Found) -> Section:
     """Curves of all fine-tunings."""
-    curves = [(run.path.name, run) for run in found.trainings if any("loss" in row for row in run.rows)]
-    if not curves:
+    runs = [run for run in found.trainings if any("loss" in row for row in run.rows)]
+    if not runs:
         return Section("Training")
+    curves = list(zip(short_names([str(run.path.resolve()) for run in runs], found.names), runs, strict=True))
     rows = []
     for label, run in curves:
         steps = [row for row in run.rows if "loss" in row]

@@ -62,16 +62,13 @@ class Layout:
         width: Of the original picture, pixels.
         height: Likewise.
         views: Grids over it: one for LLaVA-1.5; the whole picture's and the sub-images' for LLaVA-NeXT.
+        tokens: Vision tokens, newline tokens included.
     """
 
     width: int
     height: int
     views: tuple[View, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Vision tokens, newline tokens included."""
-        return self.views[-1].end
+    tokens: int
 
     @property
     def newlines(self) -> int:
@@ -158,7 +155,7 @@ def _one_tile(tower: Any, image_processor: Any, size: tuple[int, int]) -> Layout
     grid = tower.image_size // tower.patch_size
     positions = tower.patch_size * np.arange(grid + 1)
     view = View("picture", 0, grid, across.edges(positions, size[0]), down.edges(positions, size[1]))
-    return Layout(*size, (view,))
+    return Layout(*size, (view,), view.end)
 
 
 def _anyres(model: Any, size: tuple[int, int]) -> Layout:
@@ -178,9 +175,9 @@ def _anyres(model: Any, size: tuple[int, int]) -> Layout:
     across.pad(full_width)
     down.pad(full_height)
     tiles_across, tiles_down = full_width // side, full_height // side
-    columns, rows = _kept_cells(model, size, tiles_across, tiles_down, grid)
+    columns, rows, tokens = _kept_cells(model, size, tiles_across, tiles_down, grid)
     if not len(rows):
-        return Layout(width, height, (whole,))
+        return Layout(width, height, (whole,), tokens)
     patch = side / grid
     tiles = View(
         f"sub-images, {tiles_across} x {tiles_down}",
@@ -189,7 +186,7 @@ def _anyres(model: Any, size: tuple[int, int]) -> Layout:
         across.edges(patch * columns, width),
         down.edges(patch * rows, height),
     )
-    return Layout(width, height, (whole, tiles))
+    return Layout(width, height, (whole, tiles), tokens)
 
 
 def _fit(size: tuple[int, int], full: tuple[int, int]) -> tuple[int, int]:
@@ -204,8 +201,10 @@ def _fit(size: tuple[int, int], full: tuple[int, int]) -> tuple[int, int]:
 
 def _kept_cells(
     model: Any, size: tuple[int, int], tiles_across: int, tiles_down: int, grid: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Edges of the columns and of the rows that are left of the tiles' cells, in cells; empty if none is.
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Edges of the columns and of the rows that are left of the tiles' cells, in cells; and all vision tokens.
+
+    A picture that is too thin leaves no cell: the edges are then empty, though there may be newline tokens.
 
     The model's own function packs the features; here it packs coordinates in their place.
     """
@@ -225,9 +224,9 @@ def _kept_cells(
     rest = packed[0][grid * grid :]
     ends = (rest[:, 0] < 0).nonzero().flatten()
     if not len(ends) or int(ends[0]) == 0:
-        return np.empty(0), np.empty(0)
+        return np.empty(0), np.empty(0), len(packed[0])
     table = rest.view(len(ends), -1, 2)[:, :-1]
-    return _edges(table[0, :, 1].numpy()), _edges(table[:, 0, 0].numpy())
+    return _edges(table[0, :, 1].numpy()), _edges(table[:, 0, 0].numpy()), len(packed[0])
 
 
 def _edges(starts: np.ndarray) -> np.ndarray:

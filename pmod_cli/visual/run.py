@@ -52,7 +52,7 @@ def visualize(
         if not 0 <= layer < traced.layers:
             raise PmodError(f"--layers: there is no layer {layer}", f"the model has 0 to {traced.layers - 1}")
     [answer] = loaded.generate([question], max_new_tokens=max_new_tokens)
-    other = _baseline_answer(loaded, model, baseline, question, max_new_tokens, dtype, device)
+    other = _baseline_answer(loaded, baseline, question, max_new_tokens, dtype, device)
     _draw(traced, picture, files, layers, model, prompt, answer, other)
     return {
         "model": model,
@@ -76,7 +76,6 @@ def visualize(
 
 def _baseline_answer(
     loaded: VisionLanguageModel,
-    model: str,
     baseline: str,
     question: Prompt,
     max_new_tokens: int,
@@ -86,7 +85,7 @@ def _baseline_answer(
     if baseline == "none":
         return None
     if baseline == "auto":
-        name, dense = "the same weights, every layer dense", dense_twin(loaded, model)
+        name, dense = "the same weights, every layer dense", dense_twin(loaded)
     else:
         check_source(baseline)
         name, dense = baseline, VisionLanguageModel.load(baseline, dtype=dtype, device=device)

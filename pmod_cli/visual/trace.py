@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -82,16 +81,16 @@ def trace(loaded: VisionLanguageModel, prompt: Prompt) -> Trace:
     return Trace(layout, kept, weights, list(model.config.mod_config.retention_ratios))
 
 
-def dense_twin(loaded: VisionLanguageModel, source: str) -> VisionLanguageModel:
+def dense_twin(loaded: VisionLanguageModel) -> VisionLanguageModel:
     """The same weights without routers: what the p-MoD model would say if it dropped nothing.
 
     Args:
         loaded: The p-MoD model; its tensors are shared, not copied.
-        source: Where it was loaded from.
     """
     from pmod_cli.profiling.loading import dense_view
-    from pmod_cli.profiling.subject import find_subject
 
-    dense: Any = find_subject(source).dense
-    model = dense_view(loaded.model, dense.config, str(loaded.model.dtype).removeprefix("torch."))
-    return VisionLanguageModel(model, loaded.processor)
+    model = loaded.model
+    # The same class with no Mixture-of-Depths layer: pictures are laid out as before.
+    config = type(model.config).from_dict(model.config.to_dict() | {"mod": None})
+    dtype = str(model.dtype).removeprefix("torch.")
+    return VisionLanguageModel(dense_view(model, config, dtype), loaded.processor)

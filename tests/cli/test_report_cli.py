@@ -21,7 +21,7 @@ def run(capsys, *words):
     return exit_info.value.code, captured.out, captured.err
 
 
-def test_report_and_json(demo_folder, tmp_path, capsys):
+def test_report_and_json(demo_folder, tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.html"
     code, out, err = run(capsys, demo_folder, "-o", page, "--json")
     assert code in (0, None), err
@@ -35,6 +35,12 @@ def test_report_and_json(demo_folder, tmp_path, capsys):
         row = rows[model["label"]]
         assert model["scores"]["pmod_demo"]["value"] == pytest.approx(row["accuracy"]["exact_match"])
         assert model["prefill_flops"] == row["prefill_flops"]
+    monkeypatch.chdir(demo_folder.parent)
+    relative = tmp_path / "relative.html"
+    run(capsys, demo_folder.name, "-o", relative)
+    names = [model["label"] for model in result["models"]]
+    assert all(name in relative.read_text(encoding="utf-8") for name in names)
+    assert relative.read_text(encoding="utf-8").count(">pmod<") == 1  # the package, not the model's folder
     code, _, err = run(capsys, demo_folder, "-o", page)
     assert code == 2
     assert "exists (--force replaces it)" in err

@@ -56,8 +56,10 @@ def test_all_files_and_json(place, capsys):
     assert result["answer"] == answer.text
     from pmod_cli.visual.trace import dense_twin
 
-    twin = dense_twin(loaded, str(model))
+    twin = dense_twin(loaded)
     assert not any("router" in name for name, _ in twin.model.named_parameters())
+    theirs = twin.model.model.language_model.layers[5].mlp.up_proj.weight
+    assert theirs.data_ptr() == loaded.model.model.language_model.layers[5].mlp.up_proj.weight.data_ptr()
     [dense] = twin.generate([question], max_new_tokens=4)
     assert result["baseline"]["answer"] == dense.text
     assert dense.text != answer.text

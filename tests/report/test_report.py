@@ -18,7 +18,7 @@ from pmod_cli.evaluation.paper import PUBLISHED, TASKS, average
 from pmod_cli.report import figures, write_report
 from pmod_cli.report.collect import collect
 from pmod_cli.report.document import Document, Section, Table, Text, to_html, to_markdown
-from pmod_cli.report.models import compare, gather, main_model, reference
+from pmod_cli.report.models import compare, gather, main_model, reference, short_names
 
 
 class Page(HTMLParser):
@@ -118,10 +118,10 @@ def test_accuracies_are_the_evaluations(demo_folder, demo_page):
 
 def test_recipe_training_and_pictures(demo_folder, demo_page):
     summary = json.loads((demo_folder / "models" / "pmod" / "training.json").read_text())
-    header = next(row for row in demo_page.sections["recipe"]["rows"] if "pmod" in row)
+    header = next(row for row in demo_page.sections["recipe"]["rows"] if "p-MoD, fine-tuned" in row)
     rate = dict(zip(header, demo_page.row("recipe", "train.learning_rate"), strict=True))
-    assert float(rate["pmod"]) == summary["recipe"]["train"]["learning_rate"]
-    row = demo_page.row("training", "pmod")
+    assert float(rate["p-MoD, fine-tuned"]) == summary["recipe"]["train"]["learning_rate"]
+    row = demo_page.row("training", "p-MoD, fine-tuned")
     assert row[1] == str(summary["result"]["steps"])
     assert float(row[3]) == pytest.approx(summary["result"]["final_loss"], rel=1e-3)
     images = demo_page.sections["where-the-vision-tokens-go"]["images"]
@@ -313,6 +313,23 @@ def test_a_broken_file_is_named_and_the_rest_reported(demo_folder, tmp_path):
     result = write_report([tmp_path / "run"], tmp_path / "x.html")
     assert list(result["unread"]) == [str(tmp_path / "run" / "results.json")]
     assert "not read" in (tmp_path / "x.html").read_text()
+
+
+def test_what_finetune_printed_stands_in_for_its_checkpoint(demo_folder, tmp_path):
+    """The demo's steps hold what ``finetune --json`` printed: it counts where the checkpoint is not given too."""
+    printed = demo_folder / "steps" / "finetune-pmod.json"
+    assert write_report([printed], tmp_path / "a.html")["found"]["trainings"] == 1
+    page = Page((tmp_path / "a.html").read_text(encoding="utf-8"))
+    assert page.row("recipe", "steps")[1] == "2"
+    both = write_report([printed, demo_folder / "models" / "pmod"], tmp_path / "b.html")
+    assert both["found"]["trainings"] == 1
+    assert "Training" in both["sections"]
+
+
+def test_names_tell_models_apart():
+    paths = ["a/x/pmod", "b/x/pmod", "c/dense"]
+    assert short_names(paths, {}) == ["a/x/pmod", "b/x/pmod", "dense"]
+    assert short_names(paths, {"a/x/pmod": "ours"}) == ["ours", "b/x/pmod", "dense"]
 
 
 def test_text_is_text_in_both_forms():
