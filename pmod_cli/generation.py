@@ -20,6 +20,8 @@ from pmod_cli.families import find_family
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 DEFAULT_MAX_NEW_TOKENS = 1024
 """What lmms-eval's LLaVA models use where a task does not say."""
 
@@ -131,12 +133,12 @@ class VisionLanguageModel:
             image_backend: ``pil`` or ``torchvision``.
 
         Raises:
-            PmodError: If the source is missing, incomplete or of a model type that is not supported.
+            PmodError: If the source is missing, incomplete or of a model type that is not supported; or there is no
+                such device or dtype.
         """
         check_source(source)
-        device = torch.device(
-            device if device is not None else "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        device = find_device(device)
+        check_dtype(dtype)
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
@@ -145,7 +147,7 @@ class VisionLanguageModel:
             find_family(config.model_type)
             processor = AutoProcessor.from_pretrained(source, backend=image_backend)
             model, info = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, **options
+                source, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
             )
             model.to(device)
         except PmodError:
@@ -223,6 +225,34 @@ class VisionLanguageModel:
         ended = torch.isin(ids, torch.as_tensor(eos, device=ids.device)).int()
         before = (ended.cumsum(1) - ended == 0).sum(1)
         return before.tolist()
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """The device to use: a GPU if there is one and none is named.
+
+    Raises:
+        PmodError: There is no such device on this machine.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise PmodError(
+            f"no device {device} here: {_first_line(error)}", "cpu, cuda, cuda:0 ...; or leave it out"
+        ) from error
+    return found
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a number format that is not offered.
+
+    Raises:
+        PmodError: Not one of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise PmodError(f"no dtype {dtype}", f"one of {', '.join(DTYPES)}")
 
 
 def check_source(source: str | Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +15,8 @@ from pmod_cli.cli.output import emit_json, stderr, stdout
 from pmod_cli.errors import GateError, PmodError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from pmod_cli.evaluation.preflight import PreflightError
 
 
@@ -55,7 +59,9 @@ def evaluate_command(
     ] = "auto",
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never ask the network.")] = False,
-    prepare: Annotated[bool, typer.Option("--prepare", help="Only download what the tasks need.")] = False,
+    prepare: Annotated[
+        bool, typer.Option("--prepare", help="Only download what the tasks (and MODEL) need.")
+    ] = False,
     diff: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
@@ -63,7 +69,10 @@ def evaluate_command(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace the results of other models in --output.")
+        bool,
+        typer.Option(
+            "--force", help="Start over: forget kept answers, replace other models' results in --output."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
@@ -81,14 +90,15 @@ def evaluate_command(
       pmod eval --diff results-before results-after
     """
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before anything is imported
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if diff:
         return _show_diff(*diff, as_json)
     if not names:
         raise PmodError("--tasks is missing", "e.g. --tasks gqa,pope_full, or --tasks paper")
     if prepare:
-        return _prepare(names, include_path or [], as_json)
+        checkpoints = [source for source in (model, baseline) if source]
+        return _prepare(names, include_path or [], checkpoints, as_json)
     if model is None:
         raise PmodError("no MODEL to evaluate", "give a checkpoint folder or hub id")
     os.environ.setdefault("TQDM_DISABLE", "1")  # one progress bar is enough
@@ -129,14 +139,16 @@ def _evaluate(
 ) -> None:
     from pmod_cli.evaluation import gates, paper, report
     from pmod_cli.evaluation.preflight import PreflightError
-    from pmod_cli.evaluation.run import EvalSettings, evaluate, rank
+    from pmod_cli.evaluation.processes import rank
+    from pmod_cli.evaluation.run import evaluate
+    from pmod_cli.evaluation.settings import EvalSettings
 
     limits = gates.parse_minimum(minimum, paper.expand(names))
     if max_drop is not None and baseline is None:
         raise PmodError("--max-drop compares with a baseline", "give one with --baseline")
     settings = EvalSettings(**options)  # type: ignore[arg-type]
     try:
-        with _Progress(rank() == 0) as progress:
+        with _errors_as_one_line(output), _Progress(rank() == 0) as progress:
             result = evaluate(
                 model,
                 names,
@@ -149,7 +161,8 @@ def _evaluate(
                 progress=progress,
             )
     except PreflightError as error:
-        _show_problems(error)
+        if rank() == 0:
+            _show_problems(error)
         raise
     missed = gates.check(result, limits, max_drop)
     if rank() == 0:
@@ -157,9 +170,9 @@ def _evaluate(
             emit_json("eval", result.to_dict() | {"missed": missed})
         else:
             for table in report.tables(result):
-                stdout.print(table)
+                _print_whole(table)
             for note in report.notes(result):
-                stdout.print(note, style="dim")
+                stdout.print(note, style="dim", soft_wrap=True)
     if result.failed_samples:
         raise GateError(
             f"{result.failed_samples} samples failed, so their tasks have no score", result.first_failure
@@ -170,12 +183,42 @@ def _evaluate(
         raise GateError("; ".join(missed))
 
 
-def _prepare(names: list[str], include_path: list[Path], as_json: bool) -> None:
+@contextlib.contextmanager
+def _errors_as_one_line(output: Path | None) -> Iterator[None]:
+    """Tasks are other people's code: what it raises unforeseen is one line here, and whole in a file."""
+    try:
+        yield
+    except (PmodError, OSError):
+        raise
+    except Exception as error:
+        import tempfile
+        import traceback
+
+        folder = output if output is not None and output.is_dir() else Path(tempfile.mkdtemp(prefix="pmod-"))
+        log = folder / "error.log"
+        log.write_text(traceback.format_exc(), encoding="utf-8")
+        what = " ".join(str(error).split())[:200]
+        raise PmodError(
+            f"the evaluation broke off: {type(error).__name__}: {what}",
+            f"where is in {log}; what was answered is kept, the same command goes on",
+        ) from error
+
+
+def _print_whole(table: Table) -> None:
+    """Print a table at its full width, however narrow the terminal or log is."""
+    from rich.measure import Measurement
+
+    wide = stdout.options.update(max_width=1000)
+    stdout.print(table, width=Measurement.get(stdout, wide, table).maximum, crop=False)
+
+
+def _prepare(names: list[str], include_path: list[Path], checkpoints: list[str], as_json: bool) -> None:
     from pmod_cli.evaluation.preflight import PreflightError
     from pmod_cli.evaluation.run import prepare
 
     try:
-        ready = prepare(names, include_path)
+        with _errors_as_one_line(None):
+            ready = prepare(names, include_path, checkpoints)
     except PreflightError as error:
         _show_problems(error)
         raise
@@ -190,18 +233,19 @@ def _show_diff(first: Path, second: Path, as_json: bool) -> None:
     from pmod_cli.evaluation import report
     from pmod_cli.evaluation.diff import differences
 
-    found = differences(first, second)
+    with _errors_as_one_line(None):
+        found = differences(first, second)
     if as_json:
         emit_json("eval", found)
         return
-    stdout.print(report.diff_table(found["changed"]), soft_wrap=True)
+    _print_whole(report.diff_table(found["changed"]))
     stdout.print(f"{found['compared']} samples compared: {found['better']} better, {found['worse']} worse")
 
 
 def _show_problems(error: PreflightError) -> None:
     from rich.table import Table
 
-    table = Table("task", "what is missing", "remedy", title="Missing", title_justify="left")
+    table = Table("for", "what is missing", "remedy", title="Missing", title_justify="left")
     for problem in error.problems:
         table.add_row(problem.task, problem.what, problem.remedy)
     stderr.print(table)
@@ -231,13 +275,13 @@ class _Progress:
         self._ids: dict[tuple[str, str], TaskID] = {}
 
     def __enter__(self) -> _Progress:
-        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
     def __call__(self, role: str, task: str, done: int, total: int) -> None:
+        self._bars.start()  # not before: an error found in time leaves no empty bars
         if (role, task) not in self._ids:
             self._ids[role, task] = self._bars.add_task(f"{role}: {task}", total=total)
         self._bars.update(self._ids[role, task], completed=done)

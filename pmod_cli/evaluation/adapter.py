@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,17 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
-from pmod_cli.evaluation.batching import BatchSizer, Outcome, Question, answer_all, parse_batch_size
+from pmod_cli.evaluation.batching import (
+    BatchSizer,
+    Gain,
+    Outcome,
+    Question,
+    answer_all,
+    measure_gain,
+    parse_batch_size,
+)
+from pmod_cli.evaluation.identity import preparation
+from pmod_cli.evaluation.processes import own_device
 from pmod_cli.evaluation.store import AnswerStore
 from pmod_cli.generation import IMAGE_BACKEND, Answer, Prompt, VisionLanguageModel
 
@@ -50,7 +61,7 @@ class PmodLmms(lmms):
             pretrained = VisionLanguageModel.load(
                 pretrained,
                 dtype=dtype,
-                device=device,
+                device=own_device(device),
                 attn_implementation=attn_implementation,
                 image_backend=image_backend,
             )
@@ -61,7 +72,9 @@ class PmodLmms(lmms):
         self.failures: dict[tuple[str, int], str] = {}
         self.store: AnswerStore | None = None
         self.on_answers: Callable[[int], None] = lambda count: None
-        self.generated = 0
+        self.generated = self.recalled = 0
+        self.seconds = 0.0
+        self.gain: Gain | None = None
 
     @property
     def device(self) -> torch.device:
@@ -107,8 +120,10 @@ class PmodLmms(lmms):
                 waiting.append(position)
             else:
                 results[position] = self._finish(known, until)
+        self.recalled += len(positions) - len(waiting)
         self.on_answers(len(positions) - len(waiting))
         questions = [self._question(requests[position]) for position in waiting]
+        started = time.perf_counter()
         for batch in answer_all(self.vlm, questions, settings, self.sizer):
             done = {waiting[index]: outcome for index, outcome in batch.items()}
             self._record([(requests[position], outcome) for position, outcome in done.items()])
@@ -117,6 +132,7 @@ class PmodLmms(lmms):
                     results[position] = self._finish(outcome, until)
             self.generated += len(done)
             self.on_answers(len(done))
+        self.seconds += time.perf_counter() - started
 
     def _question(self, request: Instance) -> Question:
         text, _, doc_to_visual, doc_id, task, split = request.args
@@ -128,7 +144,7 @@ class PmodLmms(lmms):
         return Question(text, make)
 
     def _recall(self, request: Instance) -> Answer | None:
-        return self.store.get(request.args[3], request.args[0]) if self.store else None
+        return self.store.get(request.args[3], request.args[0]) if self.store is not None else None
 
     def _record(self, outcomes: list[tuple[Instance, Outcome]]) -> None:
         answered = []
@@ -138,7 +154,7 @@ class PmodLmms(lmms):
                 answered.append((doc_id, text, outcome))
             else:
                 self.failures[task, doc_id] = f"{type(outcome).__name__}: {outcome}"
-        if self.store:
+        if self.store is not None:
             self.store.add(answered)
 
     @staticmethod
@@ -157,18 +173,25 @@ class PmodLmms(lmms):
         """Not supported: the paper's tasks have one round."""
         raise NotImplementedError("pmod answers generate_until tasks only, not multi-round ones")
 
+    def measure_gain(self) -> None:
+        """Find out what the batch size that ``auto`` found is worth."""
+        if self.sizer.auto:
+            self.gain = measure_gain(self.vlm, self.sizer)
+
     def conditions(self) -> dict[str, Any]:
         """What an answer depends on besides checkpoint and prompt."""
-        return {key: self.info()[key] for key in ("dtype", "device", "attention", "image_processor")}
+        return {key: self.info()[key] for key in ("dtype", "device", "attention", "preparation")}
 
     def info(self) -> dict[str, Any]:
         """What a report says about how the answers came about."""
-        image_processor = self.vlm.processor.image_processor
         return {
             "dtype": str(self.vlm.model.dtype).removeprefix("torch."),
             "device": self.vlm.device.type,
             "attention": self.vlm.model.config._attn_implementation,
-            "image_processor": type(image_processor).__name__,
-            "largest_batch": self.sizer.largest,
-            "out_of_memory": self.sizer.out_of_memory,
+            "preparation": preparation(self.vlm.processor),
+            "batch": {
+                "largest": self.sizer.largest,
+                "out_of_memory": self.sizer.out_of_memory,
+                "gain": vars(self.gain) | {"factor": self.gain.factor} if self.gain else None,
+            },
         }

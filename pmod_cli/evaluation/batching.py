@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,29 +37,47 @@ class Question:
 class BatchSizer:
     """How many prompts go into a batch.
 
-    With ``auto`` the size doubles after each full batch that fitted, until one runs out of memory; from then on it
-    is the largest that did fit. Out of memory halves it, whether it was ``auto`` or given.
+    With ``auto`` the size doubles after each full batch that fitted, until one runs out of memory; the largest that
+    fits is then found between the two, to an eighth. A given size stays what it is. Either way, out of memory steps
+    down.
 
     Args:
         setting: A number, or ``auto``.
         device: Where the model is: a CPU gains little from large batches, so ``auto`` stops earlier there.
+
+    Attributes:
+        size: The next batch's size.
+        largest: Of the batches that went through.
+        out_of_memory: How often a batch did not fit.
+        widest: The prompts and settings of the largest batch that went through; kept with ``auto``.
     """
 
     def __init__(self, setting: BatchSetting, device: torch.device | str = "cpu") -> None:
         if setting != "auto" and setting < 1:
             raise ValueError(f"a batch needs at least 1 sample, not {setting}")
+        self.auto = setting == "auto"
         self.size: int = 4 if setting == "auto" else setting
         self.largest = 0
         self.out_of_memory = 0
+        self.widest: tuple[Sequence[Prompt], Mapping[str, Any]] = ((), {})
         self._ceiling = (
             (128 if torch.device(device).type == "cuda" else 16) if setting == "auto" else self.size
         )
+        self._too_large: int | None = None
 
-    def fitted(self, size: int) -> None:
-        """A batch of ``size`` went through."""
-        self.largest = max(self.largest, size)
-        if size >= self.size:
+    def fitted(self, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> None:
+        """A batch went through: try a larger one if ``auto`` has room."""
+        size = len(prompts)
+        if size > self.largest:
+            self.largest = size
+            if self.auto:
+                self.widest = (prompts, settings)
+        if size < self.size:
+            return
+        if self._too_large is None:
             self.size = min(self.size * 2, self._ceiling)
+        elif self.auto and self._too_large - self.size > max(1, self.size // 8):
+            self.size = (self.size + self._too_large) // 2
 
     def overflowed(self, size: int) -> bool:
         """A batch of ``size`` ran out of memory: step down.
@@ -69,9 +88,66 @@ class BatchSizer:
         self.out_of_memory += 1
         if size == 1:
             return False
-        self.size = self._ceiling = min(self.size, size // 2)
+        self._too_large = size
+        # What fitted before, unless that was for shorter prompts.
+        self.size = self.largest if size // 2 <= self.largest < size else size // 2
         logger.warning("out of memory with a batch of %d; going on with %d", size, self.size)
         return True
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What batches are worth, measured on a batch's own samples.
+
+    Attributes:
+        batch: Samples in the batch.
+        batched: Samples a second, all together.
+        alone: Samples a second, one at a time.
+        timed_alone: How many of them were timed alone.
+    """
+
+    batch: int
+    batched: float
+    alone: float
+    timed_alone: int
+
+    @property
+    def factor(self) -> float:
+        """How many times as fast the batch is."""
+        return self.batched / self.alone
+
+
+def measure_gain(model: VisionLanguageModel, sizer: BatchSizer, alone: int = 4) -> Gain | None:
+    """Answer the largest batch once more, and some of its samples one at a time.
+
+    Args:
+        model: The model, warm.
+        sizer: Knows the largest batch.
+        alone: How many to answer alone; they are spread evenly over the batch, which is sorted by length.
+
+    Returns:
+        None if there was no batch of two.
+    """
+    prompts, settings = sizer.widest
+    if len(prompts) < 2:
+        return None
+    picked = (
+        [prompts[index * len(prompts) // alone] for index in range(alone)]
+        if alone < len(prompts)
+        else prompts
+    )
+    together = _seconds(model, [prompts], settings)
+    apart = _seconds(model, [[prompt] for prompt in picked], settings)
+    return Gain(len(prompts), len(prompts) / together, len(picked) / apart, len(picked))
+
+
+def _seconds(
+    model: VisionLanguageModel, batches: Sequence[Sequence[Prompt]], settings: Mapping[str, Any]
+) -> float:
+    started = time.perf_counter()
+    for batch in batches:
+        model.generate(batch, **settings)  # ends with its answers as text, so a GPU has nothing left to do
+    return time.perf_counter() - started
 
 
 def parse_batch_size(value: str | int) -> BatchSetting:
@@ -143,7 +219,7 @@ def _answer_batch(
         if not sizer.overflowed(len(prompts)):
             return [error]
     else:
-        sizer.fitted(len(prompts))
+        sizer.fitted(prompts, settings)
         return answers
     # Outside of the handler, where the failed batch's tensors are no longer held by the traceback.
     gc.collect()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.errors import PmodError
-from pmod_cli.evaluation.harness import Tasks
+from pmod_cli.evaluation.catalogue import Tasks
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,14 @@
 - ``samples/TASK.jsonl``: every document with both models' answers and scores.
 - ``answers/KEY/TASK/``: what `AnswerStore` keeps; a rerun reads it.
 - ``submissions/``, ``lmms-eval.log``: files that tasks write for a leaderboard, and what they print.
+
+Without an output folder the answers alone are kept, in the user's cache (`answers_cache`).
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,17 +20,25 @@ from pmod_cli.errors import PmodError
 from pmod_cli.evaluation.store import AnswerStore
 
 
+def answers_cache() -> Path:
+    """Where answers are kept if there is no output folder: below ``PMOD_CACHE``, or the user's cache."""
+    named = os.environ.get("PMOD_CACHE")
+    if named:
+        return Path(named).expanduser() / "answers"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pmod" / "answers"
+
+
 class OutputFolder:
     """One evaluation's folder; made if missing.
 
     Args:
         path: The folder.
-        rank: This process's rank; only rank 0 writes results.
+        answers: Where answers are kept; in the folder itself if not given.
     """
 
-    def __init__(self, path: Path, rank: int = 0) -> None:
+    def __init__(self, path: Path, answers: Path | None = None) -> None:
         self.path = path
-        self.rank = rank
+        self.answers = answers or path / "answers"
         (path / "samples").mkdir(parents=True, exist_ok=True)
 
     def claim(self, models: Mapping[str, Mapping[str, Any]]) -> None:
@@ -51,9 +62,17 @@ class OutputFolder:
                     f"{self.path} holds the results of another {role}", "choose another --output, or --force"
                 )
 
-    def store(self, key: str, task: str, rank: int) -> AnswerStore:
-        """The answers kept under a key."""
-        return AnswerStore(self.path / "answers" / key[:16] / task, rank)
+    def store(self, key: str, task: str, rank: int, fresh: bool = False) -> AnswerStore:
+        """The answers kept under a key.
+
+        Args:
+            key: Digest of all that an answer depends on.
+            task: Name of the task.
+            rank: This process's rank; each writes a file of its own.
+            fresh: Forget what was kept.
+        """
+        folder = self.answers / key[:16] / task
+        return AnswerStore(folder, rank, fresh)
 
     def write_samples(self, task: str, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
         """Write a task's samples, one line a document.

@@ -1,4 +1,4 @@
-"""Everything that touches lmms-eval's tasks and evaluator; the version tried is 0.7.3."""
+"""One pass of a model over one task, through lmms-eval's evaluator; the version tried is 0.7.3."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import contextlib
 import functools
 import json
 import random
-import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pmod_cli.errors import MissingExtraError, PmodError
-from pmod_cli.recipe import nearest
+from pmod_cli.evaluation.catalogue import Tasks
+from pmod_cli.evaluation.processes import gather
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.adapter import PmodLmms
@@ -48,104 +47,6 @@ class TaskRun:
     seconds: float = 0.0
 
 
-def import_lmms_eval() -> None:
-    """Import lmms-eval with its log on stderr.
-
-    Raises:
-        MissingExtraError: If it is not installed.
-    """
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            import lmms_eval.evaluator
-            import lmms_eval.models
-            from loguru import logger
-            from PIL import ImageFile
-            from tqdm import tqdm  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "lmms-eval", "eval") from None
-    # lmms-eval points loguru at stdout, where only results belong.
-    logger.remove()
-    logger.add(sys.stderr, level="ERROR")
-    # One progress bar is enough, and it is ours.
-    lmms_eval.evaluator.tqdm = lmms_eval.api.task.tqdm = lambda *args, **options: tqdm(
-        *args, **(options | {"disable": True})
-    )
-    # It lets Pillow fill up cut-off pictures with grey: such a sample is to be reported, not answered.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-
-
-class Tasks:
-    """The tasks that lmms-eval knows, those of the user's own folders first.
-
-    Args:
-        names: The tasks that are wanted: if the user's folders hold them all, lmms-eval's own two thousand are not
-            read, which takes seconds.
-        include_paths: Folders with task YAML files. A task of theirs replaces lmms-eval's of the same name.
-    """
-
-    def __init__(self, names: Sequence[str], include_paths: Sequence[str | Path] = ()) -> None:
-        import_lmms_eval()
-        from lmms_eval import tasks as builtin
-        from lmms_eval.tasks import TaskManager
-
-        self.folders = folders = [str(Path(path).resolve()) for path in include_paths]
-        for folder in folders:
-            if not Path(folder).is_dir():
-                raise PmodError(f"--include-path {folder}: no such folder")
-        make = functools.partial(TaskManager, include_defaults=False, model_name="pmod")
-        self.manager: Any = make(include_path=folders)
-        if not self._covers(names):
-            # The first folder that has a name wins, so lmms-eval's own comes last.
-            self.manager = make(include_path=[*folders, str(Path(builtin.__file__).parent)])
-
-    def leaves(self, name: str) -> list[str]:
-        """The tasks that a name stands for: itself, or the members of a group or tag.
-
-        Raises:
-            PmodError: Unknown name (the nearest is named), or a group of a kind that is not supported.
-        """
-        kind = self._kind(name)
-        if kind is None:
-            near = nearest(name, self.manager.all_tasks)
-            raise PmodError(f"lmms-eval has no task {name!r}", f"did you mean {near}?" if near else None)
-        if kind in ("task", "python_task"):
-            return [name]
-        members = self.manager.task_index[name]["task"]
-        if members == -1:
-            members = self.manager._get_config(name)["task"]
-        if not all(isinstance(member, str) for member in members):
-            raise PmodError(f"{name} is a group that changes its tasks' settings", "name its tasks instead")
-        return [leaf for member in members for leaf in self.leaves(member)]
-
-    def config(self, name: str) -> dict[str, Any]:
-        """A task's YAML, includes resolved."""
-        return self.manager._get_config(name)
-
-    def load(self, name: str) -> Any:
-        """Load a task with its data.
-
-        Raises:
-            PmodError: If the data cannot be had.
-        """
-        from lmms_eval.tasks import get_task_dict
-        from tenacity import RetryError
-
-        try:
-            return get_task_dict([name], self.manager, "simple")[name]
-        except RetryError as error:
-            cause = error.last_attempt.exception()
-            raise PmodError(f"the data of task {name} cannot be had: {cause}") from cause
-
-    def _covers(self, names: Sequence[str]) -> bool:
-        try:
-            return all(self.leaves(name) for name in names)
-        except PmodError:
-            return False
-
-    def _kind(self, name: str) -> str | None:
-        return self.manager.task_index[name]["type"] if name in self.manager.task_index else None
-
-
 def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output: Path) -> TaskRun | None:
     """Evaluate a model on one loaded task.
 
@@ -166,6 +67,7 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
     broken_metrics: dict[str, str] = {}
     with (
         _guarded(task, broken_metrics),
+        _no_random_letters(name),
         (output / "lmms-eval.log").open("a", encoding="utf-8") as log,
         contextlib.redirect_stdout(log),
     ):
@@ -197,17 +99,6 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
     return TaskRun(name, numbers, samples, failures, broken_metrics, time.perf_counter() - started)
 
 
-def gather(value: Any) -> list[Any]:
-    """The values of all processes, by rank."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 @contextlib.contextmanager
 def _guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
     """Let no exception in a task's scoring end the run, and no guess depend on the order of the documents."""
@@ -220,6 +111,29 @@ def _guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
     finally:
         del task.process_results
         task._aggregation_list.update(aggregations)
+
+
+@contextlib.contextmanager
+def _no_random_letters(task: str) -> Iterator[None]:
+    """Where MMBench's paid judge gives no answer, lmms-eval draws a letter: let it raise instead."""
+    if not task.startswith("mmbench"):
+        yield
+        return
+    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
+
+    original = MMBench_Evaluator.extract_answer_from_item
+
+    def extract_answer_from_item(self: Any, item: Any) -> Any:
+        letter, said = original(self, item)
+        if said.startswith("Failed to predict"):
+            raise RuntimeError(f"the judge gave no letter for question {item['index']}")
+        return letter, said
+
+    MMBench_Evaluator.extract_answer_from_item = extract_answer_from_item
+    try:
+        yield
+    finally:
+        MMBench_Evaluator.extract_answer_from_item = original
 
 
 def _guard_document(task: Any) -> Callable[..., dict[str, Any]]:

@@ -19,20 +19,28 @@ _PACKAGES = ("torch", "transformers", "lmms-eval", "datasets", "accelerate", "pi
 
 
 def checkpoint_folder(source: str | Path) -> Path:
-    """The folder that a checkpoint is in: itself, or the hub's copy of it.
+    """The folder that a checkpoint is in: itself, or the hub's copy of it, which is downloaded if need be.
 
     Raises:
-        PmodError: If a hub id's files are not on this machine.
+        PmodError: If there is no such checkpoint, or the hub does not give it.
     """
+    check_source(source)
     path = Path(source)
     if path.is_dir():
         return path
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(source), local_files_only=True))
-    except Exception as error:
-        raise PmodError(f"{source} is not on this machine: {error}") from error
+        # Only the top level: some repositories keep the weights in a second format in sub-folders.
+        return Path(
+            snapshot_download(str(source), allow_patterns=list(_CONTENT), ignore_patterns=["*/*", "*.bin"])
+        )
+    except Exception as error:  # whatever the hub's client and its HTTP library raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PmodError(
+            f"{source} is not on this machine and cannot be had: {why}",
+            "check the name, network and hf auth login",
+        ) from error
 
 
 def fingerprint(source: str | Path) -> str:
@@ -49,14 +57,38 @@ def describe(source: Any) -> dict[str, Any]:
     if not isinstance(source, (str, Path)):
         config = source.model.config
         return {"source": type(source).__name__, "fingerprint": None, "model_type": config.model_type}
-    check_source(source)
-    config = json.loads((checkpoint_folder(source) / "config.json").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((checkpoint_folder(source) / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PmodError(f"the config.json of {source} is not JSON: {error}") from None
     mod = config.get("mod")
     return {
         "source": str(source),
         "fingerprint": fingerprint(source),
         "model_type": config.get("model_type"),
         "retention_ratios": mod["retention_ratios"] if mod else None,
+    }
+
+
+def preparation(processor: Any) -> dict[str, Any]:
+    """How a processor makes a prompt: which back end and class, what becomes of a picture's shape, and digests."""
+    images = processor.image_processor
+    settings = {
+        key: value for key, value in images.to_dict().items() if not key.endswith(("_type", "_class"))
+    }
+    if getattr(images, "image_grid_pinpoints", None):
+        shape = "tiles"
+    elif getattr(images, "do_pad", False):
+        shape = "padded to a square"
+    else:
+        shape = "cropped to a square" if getattr(images, "do_center_crop", False) else "resized"
+    name = type(images).__name__
+    return {
+        "image_processor": name,
+        "image_backend": "pil" if name.endswith("Pil") else "torchvision",
+        "pictures": shape,
+        "image_settings": digest(settings)[:16],
+        "chat_template": digest(processor.chat_template)[:16],
     }
 
 

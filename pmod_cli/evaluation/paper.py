@@ -62,14 +62,6 @@ PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
 }
 """7B figures by family (``model_type`` of the dense model), baseline and p-MoD."""
 
-NOTES = (
-    "Average: over the row's columns, MME's perception score divided by 20 to be out of 100 as the others are; "
-    "of the published figures likewise.",
-    "MMB: option letters parsed by rule (mmbench_en_dev_static). The published figures had a paid judge for the "
-    "answers without a letter: --tasks mmbench_en_dev.",
-    "POPE: F1, mean of its three parts.",
-)
-
 
 @dataclass(frozen=True)
 class PaperRow:
@@ -97,17 +89,40 @@ def expand(names: list[str]) -> list[str]:
     return list(dict.fromkeys(expanded))
 
 
+def notes(result: EvalResult) -> list[str]:
+    """What a reader of the two tables has to know."""
+    judged = any(task.name == JUDGED for task in result.tasks)
+    told = [
+        "Average: over the row's columns, MME's perception score divided by 20 to be out of 100 as the others are; "
+        "of the published figures likewise.",
+        "Published: 7B models (arXiv 2412.04449, tables 1 and 2).",
+        "POPE: F1, mean of its three parts. MME: perception score, at most 2000.",
+    ]
+    if judged:
+        told.append(
+            "MMB: a paid judge read the answers without an option letter, as for the published figures."
+        )
+    else:
+        told.append(
+            "MMB: option letters parsed by rule (mmbench_en_dev_static). The published figures had a paid judge for "
+            "the answers without a letter: --tasks paper,mmbench_en_dev."
+        )
+    return told
+
+
 def tables(result: EvalResult) -> list[list[PaperRow]]:
     """The two tables, or none unless every task of the paper was evaluated.
 
     Each has our baseline, our model and their difference as far as they were evaluated, then the published figures
-    of the model's family.
+    of the model's family and how far ours are from them.
     """
     by_name = {task.name: task for task in result.tasks}
     if not all(task in by_name or (task == STATIC and JUDGED in by_name) for task in TASKS):
         return []
     model_type = str(result.model.get("model_type", ""))
     published = PUBLISHED.get(model_type.removeprefix("pmod_"))
+    sparse = model_type.startswith("pmod_")
+    role = "p-MoD" if sparse else "model"
     built = []
     for columns in TABLES:
         rows = []
@@ -118,15 +133,19 @@ def tables(result: EvalResult) -> list[list[PaperRow]]:
         model = {title: task.model.value for title, task in ours.items()}
         baseline = {title: task.baseline.value if task.baseline else None for title, task in ours.items()}
         if result.baseline:
-            rows.append(_row("baseline", baseline))
-        rows.append(_row("model", model))
+            rows.append(_row("our baseline", baseline))
+        rows.append(_row(f"our {role}", model))
         if result.baseline:
             rows.append(_difference("difference", model, baseline))
         if published:
-            theirs = {role: {title: published[role][title] for title in columns} for role in published}
+            theirs = {side: {title: published[side][title] for title in columns} for side in published}
             rows.append(_row("paper: baseline", theirs["baseline"]))
             rows.append(_row("paper: p-MoD", theirs["model"]))
             rows.append(_difference("paper: difference", theirs["model"], theirs["baseline"]))
+            if result.baseline:
+                rows.append(_difference("ours - paper: baseline", baseline, theirs["baseline"]))
+            counterpart = theirs["model" if sparse else "baseline"]
+            rows.append(_difference(f"ours - paper: {'p-MoD' if sparse else 'model'}", model, counterpart))
         built.append(rows)
     return built
 

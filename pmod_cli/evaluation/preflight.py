@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.errors import PmodError
-from pmod_cli.evaluation.harness import Tasks
+from pmod_cli.evaluation.catalogue import Tasks
+from pmod_cli.generation import check_source
 
 FURTHER_DATA = {"gqa": [("lmms-lab-encoder/GQA", "testdev_balanced_images")]}
 """Data sets that a task's own code loads besides the one in its YAML (unless its ``process_docs`` is replaced)."""
 
-JUDGES = {"mmbench_en_dev": ("OPENAI_API_KEY", "mmbench_en_dev_static")}
-"""Tasks with a paid judge: where its key is, and the task that does without."""
+JUDGED = re.compile(r"mmbench_(en_dev|en_dev_lite|cn_dev|cn_dev_lite|cc|ko_dev|ru_dev)")
+"""Tasks whose answers a paid judge reads where no option letter can be found."""
 
 
 @dataclass(frozen=True)
@@ -44,47 +47,87 @@ class PreflightError(PmodError):
         super().__init__(f"{first.task}: {first.what}{more}", first.remedy)
 
 
-def check(catalogue: Tasks, leaves: Iterable[str], *, offline: bool = False, preparing: bool = False) -> None:
+def check(
+    catalogue: Tasks,
+    names: Iterable[str],
+    *,
+    checkpoints: Iterable[str | Path] = (),
+    offline: bool = False,
+    preparing: bool = False,
+) -> dict[str, list[str]]:
     """Make sure that everything the tasks need is there or can be had.
 
     Args:
         catalogue: The tasks.
-        leaves: Those to check.
+        names: Those to check: tasks, groups and tags.
+        checkpoints: Folders and hub ids that will be evaluated.
         offline: Do not ask the network.
         preparing: The data are about to be downloaded, so judges don't matter yet.
+
+    Returns:
+        The tasks behind each name.
 
     Raises:
         PreflightError: If anything is missing.
     """
-    hub = _Hub(offline)
-    problems = []
-    for leaf in leaves:
-        config = catalogue.config(leaf)
-        output_type = config.get("output_type", "generate_until")
-        if output_type != "generate_until":
-            problems.append(
-                Problem(leaf, f"is of type {output_type}; pmod answers generate_until tasks", "leave it out")
-            )
-        if leaf in JUDGES and not preparing:
-            variable, instead = JUDGES[leaf]
-            if not os.environ.get(variable):
-                problems.append(
-                    Problem(
-                        leaf, "asks a paid judge, and has no key", f"export {variable}=... or use {instead}"
-                    )
-                )
-        for path, name in _data_sets(leaf, config):
-            problem = hub.problem(leaf, config, path, name)
-            if problem:
-                problems.append(problem)
-                break
+    hub = _Hub(offline, preparing)
+    problems = [problem for source in checkpoints if (problem := hub.checkpoint_problem(source))]
+    leaves: dict[str, list[str]] = {}
+    for name in names:
+        try:
+            leaves[name] = catalogue.leaves(name)
+            for leaf in leaves[name]:
+                problems += _task_problems(leaf, catalogue.config(leaf), hub, preparing)
+        except PmodError as error:
+            problems.append(Problem(name, error.message, error.hint or "pmod eval --help"))
     problems += hub.disk_problems()
     if problems:
-        raise PreflightError(problems)
+        raise PreflightError(list(dict.fromkeys(problems)))
+    return leaves
+
+
+def _task_problems(leaf: str, config: dict[str, Any], hub: _Hub, preparing: bool) -> Iterator[Problem]:
+    output_type = config.get("output_type", "generate_until")
+    if output_type != "generate_until":
+        yield Problem(leaf, f"is of type {output_type}; pmod answers generate_until tasks", "leave it out")
+    variable = "AZURE_API_KEY" if os.environ.get("API_TYPE") == "azure" else "OPENAI_API_KEY"
+    if JUDGED.fullmatch(leaf) and not preparing and not os.environ.get(variable):
+        instead = " or take mmbench_en_dev_static, which needs none" if leaf == "mmbench_en_dev" else ""
+        yield Problem(leaf, "asks a paid judge, and has no key", f"export {variable}=...{instead}")
+    for path, name in _data_sets(leaf, config):
+        problem = hub.problem(leaf, config, path, name)
+        if problem:
+            yield problem
+            return
+
+
+@contextlib.contextmanager
+def offline_mode(wanted: bool) -> Iterator[None]:
+    """Inside of it, and if wanted, the hub's clients refuse to ask the network."""
+    if not wanted:
+        yield
+        return
+    import datasets
+    import huggingface_hub
+
+    switches = (
+        (huggingface_hub.constants, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_HUB_OFFLINE"),
+        (datasets.config, "HF_DATASETS_OFFLINE"),
+    )
+    before = [getattr(module, name) for module, name in switches]
+    for module, name in switches:
+        setattr(module, name, True)
+    try:
+        yield
+    finally:
+        for (module, name), value in zip(switches, before, strict=True):
+            setattr(module, name, value)
 
 
 def _data_sets(leaf: str, config: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
-    yield config["dataset_path"], config.get("dataset_name")
+    if config.get("dataset_path"):
+        yield config["dataset_path"], config.get("dataset_name")
     if config.get("process_docs") is not None:
         yield from FURTHER_DATA.get(leaf, [])
 
@@ -92,8 +135,10 @@ def _data_sets(leaf: str, config: dict[str, Any]) -> Iterator[tuple[str, str | N
 class _Hub:
     """The hub as far as it can be seen from here; asked once a data set, and no more once it is out of reach."""
 
-    def __init__(self, offline: bool) -> None:
+    def __init__(self, offline: bool, preparing: bool) -> None:
         import huggingface_hub
+
+        self.preparing = preparing
 
         self.offline = offline or huggingface_hub.constants.HF_HUB_OFFLINE
         self.token = huggingface_hub.get_token()
@@ -111,7 +156,7 @@ class _Hub:
             return Problem(
                 leaf,
                 f"its data ({path}) are not on this machine, and the network may not be asked",
-                f"pmod eval --prepare --tasks {leaf}",
+                "unset HF_HUB_OFFLINE" if self.preparing else f"pmod eval --prepare --tasks {leaf}",
             )
         if options.get("token") and not self.token:
             return Problem(leaf, f"its data ({path}) need a hub login", "hf auth login")
@@ -120,35 +165,52 @@ class _Hub:
         answer = self.answers[path]
         return Problem(leaf, *answer) if answer else None
 
-    def _ask(self, path: str) -> tuple[str, str] | None:
+    def checkpoint_problem(self, source: str | Path) -> Problem | None:
+        """What is wrong with a folder or hub id, as far as can be told without loading it."""
+        try:
+            check_source(source)
+        except PmodError as error:
+            return Problem("model", error.message, error.hint or "give the folder of a checkpoint")
+        if Path(source).is_dir() or _in_hub_cache(str(source)):
+            return None
+        if self.offline:
+            what = f"{source} is not on this machine, and the network may not be asked"
+            return Problem("model", what, f"hf download {source}")
+        answer = self._ask(str(source), "model")
+        return Problem("model", *answer) if answer else None
+
+    def _ask(self, path: str, kind: str = "dataset") -> tuple[str, str] | None:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
         unreachable = (
             "the hub cannot be reached",
-            "on a machine that can: pmod eval --prepare, then copy HF_HOME",
+            "where it can: pmod eval --prepare --tasks ...; then copy the HF_HOME folder here",
         )
         if not self.reachable:
             return unreachable
         try:
-            info = HfApi().dataset_info(path, files_metadata=True, timeout=10)
+            info = HfApi().repo_info(path, repo_type=kind, files_metadata=True, timeout=10)
         except GatedRepoError:
-            return (
-                f"access to its data ({path}) has to be asked for",
-                f"https://huggingface.co/datasets/{path}",
-            )
+            place = path if kind == "model" else f"datasets/{path}"
+            return f"access to {path} has to be asked for", f"at https://huggingface.co/{place}"
         except RepositoryNotFoundError:
-            return f"its data ({path}) are not on the hub, or need a login", "hf auth login"
+            return f"{path} is not on the hub, or needs a login", "check the name; hf auth login"
         except HfHubHTTPError as error:
-            return f"the hub refuses its data ({path}): {error}", "try again later"
+            return f"the hub refuses {path}: {str(error).splitlines()[0]}", "try again later"
         except Exception:  # whatever the HTTP library of the day raises without a network
             self.reachable = False
             return unreachable
-        self.sizes[path] = sum(file.size or 0 for file in info.siblings or [])
+        files = [
+            file
+            for file in getattr(info, "siblings", None) or []
+            if kind == "dataset" or "/" not in file.rfilename
+        ]
+        self.sizes[path] = sum(file.size or 0 for file in files)
         return None
 
     def disk_problems(self) -> list[Problem]:
-        """Too little room for what would be downloaded: at most the data sets' whole repositories."""
+        """Too little room for what would be downloaded: at most the whole repositories."""
         needed = sum(self.sizes.values())
         place = _cache_folder()
         while not place.exists():
@@ -162,15 +224,28 @@ class _Hub:
 
 def cached(path: str, name: str | None) -> bool:
     """Whether ``datasets`` has its copy of a hub data set's configuration."""
-    folder = _cache_folder() / path.replace("/", "___")
+    further = any((path, name) in pairs for pairs in FURTHER_DATA.values())
+    folder = (_own_cache_folder() if further else _cache_folder()) / path.replace("/", "___")
     return any(folder.glob(f"{name or '*'}/*/*/dataset_info.json"))
 
 
+def _in_hub_cache(repo: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repo, "config.json"), str)
+
+
 def _cache_folder() -> Path:
+    """Where lmms-eval lets ``datasets`` keep its copies."""
+    named = os.environ.get("LMMS_EVAL_DATASETS_CACHE", "").strip()
+    return Path(os.path.expandvars(named)).expanduser() if named else _own_cache_folder()
+
+
+def _own_cache_folder() -> Path:
+    """Where ``datasets`` keeps them, and with it what a task's own code loads."""
     import datasets
 
-    own = os.environ.get("LMMS_EVAL_DATASETS_CACHE", "").strip()
-    return Path(os.path.expandvars(own)).expanduser() if own else Path(datasets.config.HF_DATASETS_CACHE)
+    return Path(datasets.config.HF_DATASETS_CACHE)
 
 
 def _missing_files(path: str, options: dict[str, Any]) -> str | None:

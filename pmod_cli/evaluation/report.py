@@ -31,8 +31,40 @@ def notes(result: EvalResult) -> list[str]:
             "Difference: model less baseline, with the 95 % interval of a paired bootstrap; * where it leaves out 0."
         )
     if paper.tables(result):
-        told += paper.NOTES
+        told += paper.notes(result)
+    return told + _how(result)
+
+
+def _how(result: EvalResult) -> list[str]:
+    """How the answers came about."""
+    told = []
+    for role in ("baseline", "model"):
+        described = getattr(result, role) or {}
+        gain = described.get("batch", {}).get("gain")
+        if gain:
+            told.append(
+                f"{role}: {gain['batched']:.3g} samples/s in a batch of {gain['batch']}, "
+                f"{gain['alone']:.3g} one at a time ({gain['timed_alone']} timed): {gain['factor']:.1f} times as fast."
+            )
+        if recalled := described.get("answers", {}).get("recalled"):
+            told.append(f"{role}: {recalled} answers were kept from an earlier run of the same checkpoint.")
+    differing = _differing_preparation(result)
+    if differing:
+        told.append(f"Model and baseline do not run alike ({differing}): scores may differ for that.")
     return told
+
+
+def _differing_preparation(result: EvalResult) -> str:
+    if not result.baseline:
+        return ""
+    ours, theirs = (
+        {"dtype": side.get("dtype")} | side.get("preparation", {}) for side in (result.model, result.baseline)
+    )
+    return ", ".join(
+        f"{key.replace('_', ' ')}: {ours[key]} and {theirs.get(key)}"
+        for key in ours
+        if ours[key] != theirs.get(key)
+    )
 
 
 def markdown(result: EvalResult) -> str:

@@ -84,8 +84,10 @@ class EvalResult:
         baseline: The same of the baseline.
         environment: Versions, seeds, host.
         settings: What the user asked for.
+        task_info: Version, generation settings and data of each task.
         failures: Failed samples by role and task, each with its error.
         broken_metrics: Metrics whose aggregation raised, likewise.
+        started: When, in UTC.
         seconds: Wall time.
     """
 
@@ -95,8 +97,10 @@ class EvalResult:
     baseline: dict[str, Any] | None
     environment: dict[str, Any]
     settings: dict[str, Any]
+    task_info: dict[str, dict[str, Any]]
     failures: dict[str, dict[str, dict[str, str]]]
     broken_metrics: dict[str, dict[str, dict[str, str]]]
+    started: str
     seconds: float
 
     @property
@@ -144,11 +148,13 @@ class EvalResult:
             "baseline": self.baseline,
             "environment": self.environment,
             "settings": self.settings,
+            "task_info": self.task_info,
             "failed_samples": self.failed_samples,
             "failures": {
                 role: {k: v for k, v in tasks.items() if v} for role, tasks in self.failures.items()
             },
             "broken_metrics": self.broken_metrics,
+            "started": self.started,
             "seconds": round(self.seconds, 3),
         }
 

@@ -20,14 +20,18 @@ class AnswerStore:
     Args:
         folder: Where the files are; made if missing.
         rank: This process's rank.
+        fresh: Forget what was kept: this process's own file is emptied, the others' are not read.
     """
 
-    def __init__(self, folder: Path, rank: int = 0) -> None:
+    def __init__(self, folder: Path, rank: int = 0, fresh: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._answers: dict[tuple[int, str], Answer] = {}
+        self._path = folder / f"rank{rank}.jsonl"
+        if fresh:
+            self._path.write_bytes(b"")
+            return
         for path in sorted(folder.glob("rank*.jsonl")):
             self._read(path)
-        self._path = folder / f"rank{rank}.jsonl"
 
     def __len__(self) -> int:
         return len(self._answers)

@@ -30,8 +30,9 @@ def pmod(llava, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _dataset_cache(tmp_path_factory):
-    """Keep lmms-eval's copies of the data out of the home folder."""
+    """Keep lmms-eval's copies of the data, and answers, out of the home folder."""
     os.environ["LMMS_EVAL_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+    os.environ["PMOD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

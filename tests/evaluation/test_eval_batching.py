@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
+import resource
+from pathlib import Path
 
 import pytest
 import torch
 from eval_models import noise
 
-from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all, parse_batch_size
+from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all, measure_gain, parse_batch_size
 from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
 
 
@@ -61,14 +64,67 @@ def test_every_batch_size_gives_the_same_answers(model, setting):
     assert sizer.largest == {1: 1, 2: 2, 7: 7, "auto": 11}[setting]
 
 
-def test_auto_settles_on_the_largest_batch_that_fits(model):
+def test_auto_finds_the_largest_batch_that_fits(model):
     limited = Limited(model, most=9)
     sizer = BatchSizer("auto")
-    asked = questions(40)
+    asked = questions(60)
     assert collect(limited, asked, sizer) == collect(model, asked, BatchSizer(1))
-    assert sizer.out_of_memory == 1
-    assert sizer.largest == sizer.size == 8
-    assert limited.sizes[:4] == [4, 8, 16, 8]
+    assert sizer.largest == 9
+    assert [size for size in limited.sizes if size > 9] == [
+        16,
+        12,
+        10,
+    ]  # halfway between what fits and what does not
+    assert sizer.out_of_memory == 3
+
+
+def test_longer_prompts_later_need_smaller_batches(model):
+    limited = Limited(model, most=8)
+    sizer = BatchSizer("auto")
+    collect(limited, questions(60), sizer)
+    assert sizer.size == 8
+    limited.most = 5
+    outcomes = collect(limited, questions(60), sizer)
+    assert all(isinstance(outcome, Answer) for outcome in outcomes)
+    assert sizer.size == 5
+
+
+def test_memory_that_really_runs_out(llava):
+    """The allocator itself refuses: scores of 16 long prompts at once do not fit, those of fewer do."""
+    model = VisionLanguageModel.load(llava, attn_implementation="eager")
+    asked = [
+        Question(text, lambda text=text: Prompt(text)) for text in ("word " * 200 + str(i) for i in range(24))
+    ]
+    expected = [model.generate([question.make()], max_new_tokens=2)[0] for question in asked]
+    status = Path("/proc/self/status").read_text()
+    in_use = 1024 * int(re.search(r"VmSize:\s+(\d+) kB", status)[1])
+    sizer = BatchSizer("auto")
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
+    # One layer's scores are 4 heads x 1000 x 1000 x 4 bytes = 16 MB a prompt, and there are a few copies of them.
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 500 * 2**20, hard))
+    try:
+        outcomes = [
+            outcome
+            for batch in answer_all(model, asked, {"max_new_tokens": 2}, sizer)
+            for outcome in batch.items()
+        ]
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert [dict(outcomes)[index] for index in range(24)] == expected
+    assert sizer.out_of_memory >= 1
+    assert 1 <= sizer.largest < 16
+
+
+def test_the_gain_of_batches_is_measured_on_the_batch_itself(model):
+    counting = Limited(model, most=99)
+    sizer = BatchSizer("auto")
+    collect(counting, questions(60), sizer)
+    counting.sizes.clear()
+    gain = measure_gain(counting, sizer)
+    assert counting.sizes == [16, 1, 1, 1, 1]
+    assert (gain.batch, gain.timed_alone) == (16, 4)
+    assert gain.factor == pytest.approx(gain.batched / gain.alone)
+    assert measure_gain(counting, BatchSizer("auto")) is None
 
 
 def test_a_given_batch_size_also_steps_down(model):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from eval_models import write_questions
 
 from pmod_cli.errors import PmodError
-from pmod_cli.evaluation.run import document_limit, evaluate
+from pmod_cli.evaluation.run import evaluate
+from pmod_cli.evaluation.settings import EvalSettings, document_limit
 from pmod_cli.evaluation.tasks import write_task
 from pmod_cli.generation import Prompt, VisionLanguageModel
 
-OPTIONS = {"max_new_tokens": 4, "batch_size": 5}
+SETTINGS = EvalSettings(max_new_tokens=4, batch_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def own_answers(llava, tmp_path_factory):
 
 
 def test_scores_overall_and_by_kind(llava, own_answers):
-    result = evaluate(llava, ["own_answers"], include_path=own_answers, **OPTIONS)
+    result = evaluate(llava, ["own_answers"], include_path=own_answers, settings=SETTINGS)
     assert result.failed_samples == 0
     assert result.score("own_answers") == pytest.approx(75.0)
     [task] = result.tasks
@@ -47,12 +50,15 @@ def test_scores_overall_and_by_kind(llava, own_answers):
 
 def test_another_model_does_not_know_these_answers(other_llava, own_answers):
     assert (
-        evaluate(other_llava, ["own_answers"], include_path=own_answers, **OPTIONS).score("own_answers") < 30
+        evaluate(other_llava, ["own_answers"], include_path=own_answers, settings=SETTINGS).score(
+            "own_answers"
+        )
+        < 30
     )
 
 
 def test_a_limit_takes_the_first_documents(llava, own_answers):
-    result = evaluate(llava, ["own_answers"], include_path=own_answers, limit=10, **OPTIONS)
+    result = evaluate(llava, ["own_answers"], include_path=own_answers, settings=replace(SETTINGS, limit=10))
     assert result.score("own_answers") == pytest.approx(90.0)
 
 
@@ -78,7 +84,7 @@ def test_bad_limits_are_refused(limit):
 
 
 def test_unknown_tasks_are_named_with_their_neighbours(llava):
-    with pytest.raises(PmodError, match=r"'gqaa'.*did you mean gqa\?"):
+    with pytest.raises(PmodError, match=r"'gqaa'.*did you mean gqa or "):
         evaluate(llava, ["gqaa"])
 
 
@@ -97,7 +103,7 @@ def test_a_broken_picture_is_a_failure_and_hides_behind_no_score(llava, own_answ
     broken.to_parquet(data / "test.parquet")
     # Loading a task looks at its first document only; the third comes to light when its turn comes.
     write_task(tmp_path / "yaml", "broken", data)
-    result = evaluate(llava, ["broken"], include_path=tmp_path / "yaml", **OPTIONS)
+    result = evaluate(llava, ["broken"], include_path=tmp_path / "yaml", settings=SETTINGS)
     assert result.failed_samples == 1
     assert "cannot identify image file" in result.failures["model"]["broken"]["2"]
     assert result.score("broken") is None
@@ -111,6 +117,6 @@ def test_scoring_that_raises_is_a_failure_of_its_sample(llava, tmp_path):
     (tmp_path / "yaml" / "bad.py").write_text(
         "def process_results(doc, results):\n    return {'exact_match': 1 / int(doc['question_id'])}\n"
     )
-    result = evaluate(llava, ["raises"], include_path=tmp_path / "yaml", **OPTIONS)
+    result = evaluate(llava, ["raises"], include_path=tmp_path / "yaml", settings=SETTINGS)
     assert result.failures["model"]["raises"] == {"0": "scoring raised ZeroDivisionError: division by zero"}
     assert result.score("raises") is None

@@ -8,6 +8,7 @@ from paper_fixtures import MARKER, Fixtures
 from pmod_cli.evaluation import paper, stats
 from pmod_cli.evaluation.metrics import METRICS
 from pmod_cli.evaluation.run import evaluate
+from pmod_cli.evaluation.settings import EvalSettings
 from pmod_cli.generation import Answer, VisionLanguageModel
 
 FULL_MARKS = dict.fromkeys(paper.TASKS, 100.0) | {"mme": 600.0}  # three perception categories in the fixtures
@@ -86,12 +87,23 @@ def test_tables_have_the_papers_columns_and_figures(result):
     first, second = paper.tables(result)
     assert list(first[0].values) == ["SEED", "RWQA", "MME", "MMB", "POPE", "GQA", "AI2D"]
     assert list(second[0].values) == ["DocVQA", "ChartQA", "TextVQA", "InfoVQA", "OK-VQA", "MMMU", "SQA"]
-    labels = ["baseline", "model", "difference", "paper: baseline", "paper: p-MoD", "paper: difference"]
+    # Both stand-ins are the dense model.
+    labels = [
+        "our baseline",
+        "our model",
+        "difference",
+        "paper: baseline",
+        "paper: p-MoD",
+        "paper: difference",
+    ]
+    labels += ["ours - paper: baseline", "ours - paper: model"]
     assert [row.label for row in first] == labels
     assert first[3].values["MME"] == 1506.8
     assert second[4].values["OK-VQA"] == 56.0
     assert first[5].values["MMB"] == pytest.approx(1.3)
     assert first[2].values["GQA"] == pytest.approx(100.0)
+    assert first[6].values["GQA"] == pytest.approx(0 - 61.9)
+    assert first[7].values["GQA"] == pytest.approx(100 - 61.9)
     # MME out of 100: (66.2 + 55.6 + 75.34 + 64.1 + 85.9 + 61.9 + 55.2) / 7
     assert first[3].average == pytest.approx(66.32)
 
@@ -119,7 +131,7 @@ def _markers_of(fixtures, task):
 
 def test_an_odd_limit_does_not_break_mme(llava, fixtures):
     model = FromKey(VisionLanguageModel.load(llava), fixtures.right)
-    result = evaluate(model, ["mme"], include_path=fixtures.include, limit=3)
+    result = evaluate(model, ["mme"], include_path=fixtures.include, settings=EvalSettings(limit=3))
     assert result.tasks[0].model.samples == 4
     assert result.score("mme") == pytest.approx(200.0)
     assert not result.failed_samples
@@ -127,7 +139,9 @@ def test_an_odd_limit_does_not_break_mme(llava, fixtures):
 
 def test_a_fractional_limit_is_taken_of_each_task(llava, fixtures):
     model = FromKey(VisionLanguageModel.load(llava), fixtures.right)
-    result = evaluate(model, ["gqa", "mme", "docvqa_val"], include_path=fixtures.include, limit=0.3)
+    result = evaluate(
+        model, ["gqa", "mme", "docvqa_val"], include_path=fixtures.include, settings=EvalSettings(limit=0.3)
+    )
     assert [task.model.samples for task in result.tasks] == [1, 6, 1]
 
 
