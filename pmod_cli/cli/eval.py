@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pmod_cli.cli.app import app
-from pmod_cli.cli.output import emit_json, stderr, stdout
+from pmod_cli.cli.output import OS_HINTS, emit_json, stderr, stdout
 from pmod_cli.errors import GateError, PmodError
 
 if TYPE_CHECKING:
@@ -188,9 +188,11 @@ def _errors_as_one_line(output: Path | None) -> Iterator[None]:
     """Tasks are other people's code: what it raises unforeseen is one line here, and whole in a file."""
     try:
         yield
-    except (PmodError, OSError):
+    except (PmodError, BrokenPipeError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in OS_HINTS:
+            raise
         import tempfile
         import traceback
 
@@ -206,10 +208,11 @@ def _errors_as_one_line(output: Path | None) -> Iterator[None]:
 
 def _print_whole(table: Table) -> None:
     """Print a table at its full width, however narrow the terminal or log is."""
+    from rich.console import Console
     from rich.measure import Measurement
 
-    wide = stdout.options.update(max_width=1000)
-    stdout.print(table, width=Measurement.get(stdout, wide, table).maximum, crop=False)
+    wanted = Measurement.get(stdout, stdout.options.update(max_width=1000), table).maximum
+    Console(file=stdout.file, width=wanted, highlight=False).print(table)
 
 
 def _prepare(names: list[str], include_path: list[Path], checkpoints: list[str], as_json: bool) -> None:

@@ -56,14 +56,14 @@ def report_error(error: BaseException) -> int | None:
         # The reader of our pipeline went away (`pmod ... | head`): not an error worth a line.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    if isinstance(error, OSError) and error.errno in _OS_HINTS:
+    if isinstance(error, OSError) and error.errno in OS_HINTS:
         where = f" ({error.filename})" if error.filename else ""
-        _line(f"{os.strerror(error.errno)}{where}: {_OS_HINTS[error.errno]}")
+        _line(f"{os.strerror(error.errno)}{where}: {OS_HINTS[error.errno]}")
         return 2
     return None
 
 
-_OS_HINTS = {
+OS_HINTS = {
     errno.ENOSPC: "free some space or choose another output folder",
     errno.EDQUOT: "free some space or choose another output folder",
     errno.EACCES: "choose a place you may read and write",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pmod_cli.evaluation.results import EvalResult
+if TYPE_CHECKING:
+    from pmod_cli.evaluation.results import EvalResult
 
 JUDGED = "mmbench_en_dev"
 STATIC = "mmbench_en_dev_static"

@@ -224,8 +224,13 @@ class _Hub:
 
 def cached(path: str, name: str | None) -> bool:
     """Whether ``datasets`` has its copy of a hub data set's configuration."""
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, short = path.rpartition("/")
     further = any((path, name) in pairs for pairs in FURTHER_DATA.values())
-    folder = (_own_cache_folder() if further else _cache_folder()) / path.replace("/", "___")
+    folder = (_own_cache_folder() if further else _cache_folder()) / "___".join(
+        [*([owner] if owner else []), camelcase_to_snakecase(short)]
+    )
     return any(folder.glob(f"{name or '*'}/*/*/dataset_info.json"))
 
 

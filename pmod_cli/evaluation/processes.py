@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(hours=24)
+_PATIENCE = timedelta(hours=3)
 """How long one process waits for another: there may be a download, or much longer answers, between them."""
 
 
@@ -31,9 +31,10 @@ def join(device: str | None) -> None:
         device: What the user asked for; ``cpu`` keeps off the GPUs.
     """
     if world_size() > 1:
+        import torch
         from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+        PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=_PATIENCE)
 
 
 def own_device(device: str | None) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pmod_cli.evaluation import stats
+from pmod_cli.evaluation import paper, stats
 from pmod_cli.evaluation.harness import TaskRun
 from pmod_cli.evaluation.metrics import Metric, metric_of, sample_score, strata_of
 from pmod_cli.evaluation.stats import Difference, Strata, Stratum
@@ -144,6 +144,7 @@ class EvalResult:
         return {
             "complete": self.complete,
             "tasks": [task.to_dict() for task in self.tasks],
+            "paper": [[row.to_dict() for row in table] for table in paper.tables(self)],
             "model": self.model,
             "baseline": self.baseline,
             "environment": self.environment,

@@ -61,6 +61,7 @@ class Evaluation:
             for role, source in sources.items()
         }
         self.runs: dict[str, dict[str, TaskRun]] = {role: {} for role in sources}
+        self.scored: dict[str, TaskResult] = {}
         self.environment = identity.environment() | {"seeds": SEEDS, "processes": world_size()}
         self.started = datetime.now(timezone.utc)
         self.clock = time.perf_counter()
@@ -146,20 +147,23 @@ class Evaluation:
             "data": identity.data_of(task),
         }
 
+    def _score(self, name: str, group: list[str]) -> TaskResult:
+        scores = {
+            role: score_task([done[leaf] for leaf in group], [self.configs[leaf] for leaf in group])
+            for role, done in self.runs.items()
+        }
+        (score, metric), (other, _) = scores["model"], scores.get("baseline", (None, None))
+        key, scale = (metric.key, metric.scale) if metric else ("none", 1.0)
+        return TaskResult(name, group, key, scale, score, other, compare(score, other))
+
     def result(self) -> EvalResult:
         """What is known by now."""
         tasks = []
         for name, group in self.leaves.items():
-            scores = {
-                role: score_task([done[leaf] for leaf in group], [self.configs[leaf] for leaf in group])
-                for role, done in self.runs.items()
-                if all(leaf in done for leaf in group)
-            }
-            if "model" not in scores:
-                continue
-            (score, metric), (other, _) = scores["model"], scores.get("baseline", (None, None))
-            key, scale = (metric.key, metric.scale) if metric else ("none", 1.0)
-            tasks.append(TaskResult(name, group, key, scale, score, other, compare(score, other)))
+            if name not in self.scored and all(leaf in self.runs["model"] for leaf in group):
+                self.scored[name] = self._score(name, group)
+            if name in self.scored:
+                tasks.append(self.scored[name])
         return EvalResult(
             tasks=tasks,
             complete=len(tasks) == len(self.leaves),

@@ -93,15 +93,15 @@ def test_memory_that_really_runs_out(llava):
     """The allocator itself refuses: scores of 16 long prompts at once do not fit, those of fewer do."""
     model = VisionLanguageModel.load(llava, attn_implementation="eager")
     asked = [
-        Question(text, lambda text=text: Prompt(text)) for text in ("word " * 200 + str(i) for i in range(24))
+        Question(text, lambda text=text: Prompt(text)) for text in ("word " * 120 + str(i) for i in range(30))
     ]
     expected = [model.generate([question.make()], max_new_tokens=2)[0] for question in asked]
     status = Path("/proc/self/status").read_text()
     in_use = 1024 * int(re.search(r"VmSize:\s+(\d+) kB", status)[1])
     sizer = BatchSizer("auto")
     _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
-    # One layer's scores are 4 heads x 1000 x 1000 x 4 bytes = 16 MB a prompt, and there are a few copies of them.
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + 500 * 2**20, hard))
+    # One layer's scores are 4 heads x 600 x 600 x 4 bytes = 6 MB a prompt, and there are a few copies of them.
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 150 * 2**20, hard))
     try:
         outcomes = [
             outcome
@@ -110,7 +110,7 @@ def test_memory_that_really_runs_out(llava):
         ]
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-    assert [dict(outcomes)[index] for index in range(24)] == expected
+    assert [dict(outcomes)[index] for index in range(30)] == expected
     assert sizer.out_of_memory >= 1
     assert 1 <= sizer.largest < 16
 

@@ -116,7 +116,7 @@ def test_what_would_be_downloaded_has_to_fit_on_the_disk(catalogue, hub):
     found = problems_of(catalogue, ["gqa"], checkpoints=["some/model"])
     assert set(found) == {"all"}
     assert found["all"][0].startswith("up to 200000000.0 GB to download")
-    hub.repositories = {key: (200, "", 10) for key in hub.repositories}
+    hub.repositories = dict.fromkeys(hub.repositories, (200, "", 10))
     assert preflight.check(catalogue, ["gqa"], checkpoints=["some/model"]) == {"gqa": ["gqa"]}
 
 
@@ -175,7 +175,7 @@ def test_corrupt_data_are_named_before_a_model_is_loaded(tmp_path, llava, nothin
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test.parquet").write_bytes(b"not parquet")
     write_task(tmp_path / "yaml", "corrupt", tmp_path / "data")
-    with pytest.raises(PmodError, match="the data of task corrupt cannot be had: DatasetGenerationError"):
+    with pytest.raises(PmodError, match=r"the data of task corrupt cannot be had: .*[Pp]arquet"):
         evaluate(llava, ["corrupt"], include_path=tmp_path / "yaml")
 
 

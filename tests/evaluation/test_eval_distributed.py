@@ -28,10 +28,8 @@ def launch(processes, arguments):
         sys.executable,
         "-m",
         "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--master-port",
-        "0",
+        "--standalone",
+        f"--nproc-per-node={processes}",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launcher, "-m", "pmod_cli", *arguments]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
-import torch
 from eval_models import write_questions
 
 from pmod_cli.errors import PmodError
@@ -102,16 +102,27 @@ def test_without_an_output_folder_answers_are_kept_in_the_cache(llava, local_tas
     assert not evaluate(llava, ["local_qa"], include_path=local_task, settings=SETTINGS).failed_samples
 
 
-def test_kill_9_costs_at_most_one_batch(llava, local_task, tmp_path, monkeypatch):
-    """A child process is killed by SIGKILL in the middle of its third batch."""
-    generate, batches = VisionLanguageModel.generate, []
+KILLED = """
+import os, signal, sys
+from pmod_cli.cli import main
+from pmod_cli.generation import VisionLanguageModel
 
-    def deadly(self, prompts, **settings):
-        answers = generate(self, prompts, **settings)
-        batches.append(len(prompts))
-        if len(batches) == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return answers
+generate, batches = VisionLanguageModel.generate, []
+
+def deadly(self, prompts, **settings):
+    answers = generate(self, prompts, **settings)
+    batches.append(len(prompts))
+    if len(batches) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answers
+
+VisionLanguageModel.generate = deadly
+main(sys.argv[1:])
+"""
+
+
+def test_kill_9_costs_at_most_one_batch(llava, local_task, tmp_path):
+    """``pmod eval`` in a process of its own is killed by SIGKILL once its third batch is answered, not yet written."""
 
     def run():
         return evaluate(
@@ -119,17 +130,20 @@ def test_kill_9_costs_at_most_one_batch(llava, local_task, tmp_path, monkeypatch
         )
 
     run_whole = evaluate(llava, ["local_qa"], include_path=local_task, settings=SETTINGS)
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)  # the threads of the parent's pool are not here
-        VisionLanguageModel.generate = deadly  # type: ignore[method-assign]
-        try:
-            run()
-        finally:
-            os._exit(1)  # only if it was not killed
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    arguments = [
+        "eval",
+        llava,
+        "--tasks",
+        "local_qa",
+        "--include-path",
+        local_task,
+        "--output",
+        tmp_path / "out",
+    ]
+    how = ["--batch-size", 5, "--max-new-tokens", 3]
+    command = [sys.executable, "-c", KILLED, *map(str, [*arguments, *how])]
+    died = subprocess.run(command, capture_output=True, check=False, timeout=200)
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
     [kept] = (tmp_path / "out" / "answers").rglob("rank0.jsonl")
     assert len(kept.read_text().splitlines()) == 10
     with kept.open("a") as file:
