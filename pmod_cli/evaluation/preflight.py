@@ -241,9 +241,10 @@ def _in_hub_cache(repo: str) -> bool:
 
 
 def _cache_folder() -> Path:
-    """Where lmms-eval lets ``datasets`` keep its copies."""
-    named = os.environ.get("LMMS_EVAL_DATASETS_CACHE", "").strip()
-    return Path(os.path.expandvars(named)).expanduser() if named else _own_cache_folder()
+    """Where lmms-eval lets ``datasets`` keep its copies: it has rules of its own, for remote file systems too."""
+    from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
+
+    return Path(_resolve_hf_datasets_cache_dir())
 
 
 def _own_cache_folder() -> Path:

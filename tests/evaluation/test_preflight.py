@@ -11,6 +11,7 @@ import datasets
 import huggingface_hub
 import pytest
 from hub_standin import HubStandIn
+from lmms_eval.api import task
 from paper_fixtures import Fixtures
 
 from pmod_cli.errors import PmodError
@@ -194,6 +195,7 @@ def prepared(tmp_path, monkeypatch):
     cache = tmp_path / "hub_datasets"
     monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", str(cache))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    task._resolve_hf_datasets_cache_dir.cache_clear()  # it remembers the folder of earlier tests
     fixtures = Fixtures(tmp_path / "fixtures")
     pictures = datasets.Dataset.from_parquet(str(fixtures.folder / "gqa.parquet")).select_columns(
         ["image", "imageId"]
@@ -218,7 +220,8 @@ def prepared(tmp_path, monkeypatch):
         described = json.loads((copy / "dataset_info.json").read_text())
         described |= {"dataset_name": repository.lower(), "config_name": name}
         (copy / "dataset_info.json").write_text(json.dumps(described))
-    return fixtures
+    yield fixtures
+    task._resolve_hf_datasets_cache_dir.cache_clear()
 
 
 def test_offline_never_asks_the_network(llava, prepared, no_network, monkeypatch, tmp_path):
@@ -227,7 +230,7 @@ def test_offline_never_asks_the_network(llava, prepared, no_network, monkeypatch
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     settings = EvalSettings(max_new_tokens=2)
     result = evaluate(llava, ["pope_full", "gqa"], offline=True, output=tmp_path / "out", settings=settings)
-    assert [task.model.samples for task in result.tasks] == [12, 3]
+    assert [row.model.samples for row in result.tasks] == [12, 3]
     assert not result.failed_samples
     assert not no_network
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # only for as long as it lasts
