@@ -74,7 +74,7 @@ class Found:
         trainings: See `Training`.
         evaluations: See `Evaluation`.
         conversions: The ``pmod`` section of a converted checkpoint's config, by the checkpoint.
-        pictures: PNG files that pmod drew.
+        pictures: PNG sheets of ``pmod visualize``.
         pages: HTML pages of ``pmod visualize``.
         names: What models are called, by path, where a run says so.
         unread: What looked like a result and could not be read, with the reason.
@@ -163,7 +163,7 @@ def _read_folder(folder: Path, files: list[str], found: Found) -> None:
             continue
         if name.endswith(".json"):
             _read_json(path, found)
-        elif name.endswith(".png") and _drawn_by_pmod(path):
+        elif name.endswith(".png") and _is_sheet(path):
             found.pictures.append(path)
         elif name.endswith(".html") and _is_visualize_page(path):
             found.pages.append(path)
@@ -210,12 +210,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _drawn_by_pmod(path: Path) -> bool:
+def _is_sheet(path: Path) -> bool:
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return bool(image.info.get("Software") == "pmod")
+            return bool(image.info.get("Software") == "pmod visualize")
     except OSError:
         return False
 

@@ -15,6 +15,12 @@ from pmod_cli.report.models import Model, compare, short_names
 from pmod_cli.report.text import change, flops, milliseconds, share, signed
 from pmod_cli.visual import style
 
+_WHAT = (
+    "In a p-MoD model most decoder layers process only some of a picture's tokens: a router weighs them, and the layer "
+    "keeps those with the largest weights. Text is always processed. That saves work and KV cache; what it costs in "
+    "accuracy is measured against a dense model."
+)
+
 
 def summary(found: Found, tuned: Model | None, other: Model | None) -> Section:
     """The few figures to see first."""
@@ -42,7 +48,7 @@ def summary(found: Found, tuned: Model | None, other: Model | None) -> Section:
                     (signed(gap.points), what, f"{scores}, {tuned.label} against {other.label}; {inside}")
                 )
                 break
-    return Section("Summary", [Tiles(tiles)] if tiles else [])
+    return Section("Summary", [Text(_WHAT), Tiles(tiles)] if tiles else [])
 
 
 def pictures(found: Found, folder: Path) -> Section:

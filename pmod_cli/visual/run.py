@@ -11,6 +11,9 @@ from pmod_cli.generation import Answer, Prompt, VisionLanguageModel, check_sourc
 from pmod_cli.visual import style
 from pmod_cli.visual.trace import Trace, dense_twin, trace
 
+PROGRAM = "pmod visualize"
+"""Stands in the metadata of the sheets."""
+
 
 def visualize(
     model: str,
@@ -109,7 +112,8 @@ def _draw(
         if "sheet" in files:
             heading = f"“{_cut(prompt, 70)}”  →  “{_cut(answer.text, 40)}”"
             chosen = default_layers(traced) if layers is None else layers
-            style.save(draw_sheet(traced, picture, chosen, heading), files["sheet"], title=heading, dpi=200)
+            sheet = draw_sheet(traced, picture, chosen, heading)
+            style.save(sheet, files["sheet"], title=heading, program=PROGRAM, dpi=200)
         if "gif" in files:
             style.write(files["gif"], draw_animation(traced, picture))
     if "html" in files:

@@ -152,13 +152,14 @@ def check_target(path: Path, force: bool = False) -> None:
         raise PmodError(f"{path} exists", "--force overwrites it")
 
 
-def save(drawn: Any, path: str | Path, *, title: str = "", dpi: int = 160) -> None:
+def save(drawn: Any, path: str | Path, *, title: str = "", program: str = "pmod", dpi: int = 160) -> None:
     """Write a figure beside its place, then move it there: a broken run leaves no half picture.
 
     Args:
         drawn: The figure.
         path: The suffix says the format (png, pdf, svg).
-        title: Kept in a PNG's metadata, beside the program's name.
+        title: Kept in a PNG's metadata.
+        program: Likewise; `pmod report` finds the pictures of `pmod visualize` by it.
         dpi: Pixels an inch.
 
     Raises:
@@ -167,7 +168,7 @@ def save(drawn: Any, path: str | Path, *, title: str = "", dpi: int = 160) -> No
     path = Path(path)
     check_target(path, force=True)
     kind = path.suffix.removeprefix(".").lower()
-    metadata = {"Software": "pmod", "Title": title} if kind == "png" else None
+    metadata = {"Software": program, "Title": title} if kind == "png" else None
     with look():
         buffer = io.BytesIO()
         drawn.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)

@@ -47,7 +47,7 @@ def test_all_files_and_json(place, capsys):
     assert [len(layer["kept"]) for layer in result["layers"]] == [100, 100, 80, 60, 40, 20, 15, 15]
     assert result["views"] == [{"name": "picture", "first": 0, "rows": 10, "columns": 10}]
     sheet = Image.open(files["sheet"])
-    assert sheet.text["Software"] == "pmod"
+    assert sheet.text["Software"] == "pmod visualize"
     assert "What colour?" in sheet.text["Title"]
     # Both answers are what `generate` says: the baseline's are the same weights without routers.
     question = Prompt("What colour?", (Image.open(picture).convert("RGB"),))
