@@ -1,5 +1,9 @@
 """Chat templates of LLaVA's conversation formats."""
 
+from __future__ import annotations
+
+from typing import Any
+
 VICUNA_V1 = (
     "{{ bos_token }}"
     "{% if messages[0]['role'] != 'system' %}"
@@ -36,3 +40,28 @@ MISTRAL_INSTRUCT = (
     "{% endif %}{% endfor %}"
 )
 """LLaVA-NeXT's conversation format ``mistral_instruct``."""
+
+
+def fit_template(template: str, tokenizer: Any, image_token: str = "<image>") -> str:
+    """Change a template such that a tokenizer makes of it the tokens that LLaVA's own code makes of the conversation.
+
+    LLaVA tokenises the text on each side of an image by itself, and sentencepiece puts a blank before each. Newer
+    tokenizers put one at the start of the prompt alone, and none behind a beginning-of-sequence token that is written
+    out.
+
+    Args:
+        template: One of this module.
+        tokenizer: It knows the image token.
+        image_token: As the template writes it.
+
+    Returns:
+        The template without ``bos_token`` if the tokenizer adds it, and with a blank behind each image if the
+        tokenizer adds none.
+    """
+    if tokenizer.bos_token_id is not None and tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]:
+        template = template.removeprefix("{{ bos_token }}")
+    alone = tokenizer.encode("\nx", add_special_tokens=False)
+    for blank in ("", " "):
+        if tokenizer.encode(f"{image_token}{blank}\nx", add_special_tokens=False)[1:] == alone:
+            return template.replace(f"{image_token}\n", f"{image_token}{blank}\n")
+    return template

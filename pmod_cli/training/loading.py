@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoProcessor
 
-from pmod_cli.chat_templates import VICUNA_V1
+from pmod_cli.chat_templates import VICUNA_V1, fit_template
 from pmod_cli.errors import PmodError
 from pmod_cli.generation import IMAGE_BACKEND, VisionLanguageModel, check_source
 from pmod_cli.recipe import TrainSettings
@@ -58,5 +58,5 @@ def load_processor(model: str | Path, settings: TrainSettings) -> Any:
 def _set_up(config: Any, processor: Any, settings: TrainSettings) -> Any:
     processor = apply_aspect(config, processor, settings.image_aspect_ratio)
     if settings.chat_template == "vicuna_v1":
-        processor.chat_template = VICUNA_V1
+        processor.chat_template = fit_template(VICUNA_V1, processor.tokenizer, processor.image_token)
     return processor

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.chat_templates import MISTRAL_INSTRUCT, VICUNA_V1
+from pmod_cli.chat_templates import MISTRAL_INSTRUCT, VICUNA_V1, fit_template
 from pmod_cli.conversion.source import Source, read_json
 from pmod_cli.errors import PmodError
 
@@ -82,36 +82,15 @@ def build_tokenizer(source: Source, decoder: str, max_length: int | None) -> Tok
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save_pretrained(folder)
-        template = _template(AutoTokenizer.from_pretrained(folder), decoder)
+        template = _TEMPLATES.get(decoder)
+        if template:
+            template = fit_template(template, AutoTokenizer.from_pretrained(folder), IMAGE_TOKEN)
         files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in folder.iterdir()}
     files.pop("chat_template.jinja", None)
     if template:
         files["chat_template.jinja"] = template.encode()
     image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     return TokenizerFiles(files, image_token, tokenizer.pad_token_id)
-
-
-def _template(tokenizer: Any, decoder: str) -> str | None:
-    """The chat template of a decoder, such that the tokens are those that LLaVA's own code makes of a conversation."""
-    template = _TEMPLATES.get(decoder)
-    if template is None:
-        return None
-    if tokenizer.bos_token_id is not None and tokenizer.encode("x")[0] == tokenizer.bos_token_id:
-        template = template.removeprefix("{{ bos_token }}")
-    return template.replace(f"{IMAGE_TOKEN}\n", f"{IMAGE_TOKEN}{_blank_after_image(tokenizer)}\n")
-
-
-def _blank_after_image(tokenizer: Any) -> str:
-    """A blank where the tokenizer does not start the text behind an image as it starts a text.
-
-    The original code tokenises the text on each side of an image by itself, and sentencepiece puts a blank before
-    each; newer tokenizers do so at the start of the whole prompt only.
-    """
-    alone = tokenizer.encode("\nx", add_special_tokens=False)
-    for blank in ("", " "):
-        if tokenizer.encode(f"{IMAGE_TOKEN}{blank}\nx", add_special_tokens=False)[1:] == alone:
-            return blank
-    return ""
 
 
 def _load(source: Source) -> Any:
