@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 VICUNA_V1 = (
@@ -40,6 +41,56 @@ MISTRAL_INSTRUCT = (
     "{% endif %}{% endfor %}"
 )
 """LLaVA-NeXT's conversation format ``mistral_instruct``."""
+
+CHATML = (
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{% set parts = [{'type': 'text', 'text': message['content']}] %}"
+    "{% else %}{% set parts = message['content'] %}{% endif %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in parts if part['type'] == 'text' %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ part['text'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""LLaVA-NeXT's conversation format ``qwen_1_5``."""
+
+LLAMA_3 = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['content'] is string %}{% set parts = [{'type': 'text', 'text': message['content']}] %}"
+    "{% else %}{% set parts = message['content'] %}{% endif %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+    "{% for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in parts if part['type'] == 'text' %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ part['text'] + '<|eot_id|>' }}{% endgeneration %}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}{{ '<|eot_id|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+"""LLaVA-NeXT's conversation format ``llava_llama_3``, system prompt left to the user."""
+
+
+def choose_template(decoder: str, vocabulary: Container[str]) -> str | None:
+    """The conversation format that LLaVA's code trains a language model in.
+
+    Args:
+        decoder: ``model_type`` of the language model.
+        vocabulary: The tokenizer's, which tells Llama 3 from Vicuna.
+
+    Returns:
+        A template of this module, or None for a language model that LLaVA's code does not know.
+    """
+    if decoder == "llama" and "<|start_header_id|>" in vocabulary:
+        return LLAMA_3
+    return {"llama": VICUNA_V1, "mistral": MISTRAL_INSTRUCT, "qwen2": CHATML}.get(decoder)
 
 
 def fit_template(template: str, tokenizer: Any, image_token: str = "<image>") -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.chat_templates import MISTRAL_INSTRUCT, VICUNA_V1, fit_template
+from pmod_cli.chat_templates import choose_template, fit_template
 from pmod_cli.conversion.source import Source, read_json
 from pmod_cli.errors import PmodError
 
@@ -22,7 +22,6 @@ _FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-_TEMPLATES = {"llama": VICUNA_V1, "mistral": MISTRAL_INSTRUCT}
 _UNUSED = (
     "tokenizer_class",
     "auto_map",
@@ -61,7 +60,7 @@ def build_tokenizer(source: Source, decoder: str, max_length: int | None) -> Tok
 
     Args:
         source: Where its files are.
-        decoder: ``model_type`` of the decoder, which decides the template if the tokenizer has none for images.
+        decoder: ``model_type`` of the decoder, which decides the template.
         max_length: ``tokenizer_model_max_length`` of the checkpoint, or None.
 
     Raises:
@@ -82,7 +81,7 @@ def build_tokenizer(source: Source, decoder: str, max_length: int | None) -> Tok
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save_pretrained(folder)
-        template = _TEMPLATES.get(decoder)
+        template = choose_template(decoder, tokenizer.get_vocab())
         if template:
             template = fit_template(template, AutoTokenizer.from_pretrained(folder), IMAGE_TOKEN)
         files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in folder.iterdir()}
