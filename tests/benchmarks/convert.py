@@ -2,6 +2,7 @@
 
 python tests/benchmarks/convert.py                   13 GB in three shards, like llava-hf/llava-1.5-7b-hf
 python tests/benchmarks/convert.py --copy            with real copies of the weights (takes 13 GB of disk)
+python tests/benchmarks/convert.py --released        from the paper's released format, which is written anew (likewise)
 
 The checkpoint is sparse: its headers are true and its data are holes, which take no disk.
 """
@@ -12,6 +13,7 @@ import argparse
 import json
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -23,12 +25,30 @@ from pathlib import Path
 from pmod_cli.profiling.geometries import find_geometry
 
 SHARD_BYTES = 4_990_000_000
+FIRST_MOD_LAYER = 8
+RELEASED = {
+    "model_type": "pmod_llava_llama",
+    "image_aspect_ratio": "pad",
+    "mm_hidden_size": 1024,
+    "mm_patch_merge_type": "flat",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mod_bias_enabled": True,
+    "mod_router_factor": 0.5,
+    "mod_target_layers": "shiftedcos_decay_0.85_0.15",
+    "mod_target_token_type": "vision_all",
+    "mod_weight_norm": "tanh_0.2_1",
+    "tie_word_embeddings": False,
+}
 
 
 def main() -> None:
     """Make the checkpoint, then convert it a few times in fresh processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--copy", action="store_true")
+    parser.add_argument("--released", action="store_true")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
         "--folder", type=Path, default=None, help="Where to work; the system's temporary folder."
@@ -36,11 +56,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source = Path(folder) / "llava-1.5-7b"
-        size, parameters, shards = make_checkpoint(source)
+        size, parameters, shards = make_checkpoint(source, options.released)
         print(
             f"{parameters / 1e9:.3f} billion parameters, {size / 1e9:.2f} GB in {shards} shards (fp16, sparse)"
         )
-        words = ["convert", str(source), f"{folder}/pmod", "--recipe", "llava-1.5-7b", "--json", "--force"]
+        words = ["convert", str(source), f"{folder}/pmod", "--json", "--force"]
+        words += [] if options.released else ["--recipe", "llava-1.5-7b"]
         words += ["--copy"] if options.copy else []
         for run in range(options.runs):
             seconds, peak, result = measure(words)
@@ -63,15 +84,20 @@ def measure(words: list[str]) -> tuple[float, int, dict]:
     return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), json.loads(output)["result"]
 
 
-def make_checkpoint(folder: Path) -> tuple[int, int, int]:
+def make_checkpoint(folder: Path, released: bool = False) -> tuple[int, int, int]:
     """Write the checkpoint; returns its bytes, parameters and shards."""
     folder.mkdir()
     config = find_geometry("llava-1.5-7b")
     assert config is not None
+    text, vision = config["text_config"], config["vision_config"]
+    if released:
+        text = {**text, "vocab_size": 32000}
+        config = {**text, **RELEASED}
     (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     used = 0
-    for name, shape in tensors(config["text_config"], config["vision_config"]):
+    named = tensors(text, vision)
+    for name, shape in released_tensors(named, text["hidden_size"]) if released else named:
         size = 2 * math.prod(shape)
         if used + size > SHARD_BYTES:
             shards.append({})
@@ -144,6 +170,24 @@ def tensors(text: dict, vision: dict) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{prefix}.{norm}.weight", (wide,)
     yield "language_model.model.norm.weight", (wide,)
     yield "language_model.lm_head.weight", (vocab, wide)
+
+
+def released_tensors(
+    named: Iterator[tuple[str, tuple[int, ...]]], hidden: int
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The same in the names of the paper's release, and its routers."""
+    for name, shape in named:
+        name = name.replace("vision_tower.", "model.vision_tower.vision_tower.")
+        name = name.replace("language_model.model.", "model.").replace("language_model.", "")
+        name = name.replace("multi_modal_projector.linear_1", "model.mm_projector.0")
+        name = name.replace("multi_modal_projector.linear_2", "model.mm_projector.2")
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer and int(layer[1]) >= FIRST_MOD_LAYER:
+            name = name.replace(layer[0], layer[0] + "decoder_layer.")
+        yield name, shape
+    for number in range(FIRST_MOD_LAYER, 32):
+        yield f"model.layers.{number}.router.router.weight", (1, hidden)
+        yield f"model.layers.{number}.router.router.bias", (1,)
 
 
 if __name__ == "__main__":
