@@ -8,6 +8,7 @@ area.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,19 @@ class _Axis:
         return np.clip(self.offset + self.scale * positions, 0, extent)
 
 
+@dataclass(frozen=True)
+class _Cells:
+    """Where in the pixels of all tiles a place among their cells is."""
+
+    side: int
+    grid: int
+    patch: int
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        tile = np.floor(places / self.grid)
+        return tile * self.side + (places - tile * self.grid) * self.patch
+
+
 def lay_out(model: Any, image_processor: Any, size: tuple[int, int]) -> Layout:
     """Lay a picture's vision tokens out on it.
 
@@ -178,13 +192,13 @@ def _anyres(model: Any, size: tuple[int, int]) -> Layout:
     columns, rows, tokens = _kept_cells(model, size, tiles_across, tiles_down, grid)
     if not len(rows):
         return Layout(width, height, (whole,), tokens)
-    patch = side / grid
+    pixels = _Cells(side, grid, tower.patch_size)
     tiles = View(
         f"sub-images, {tiles_across} x {tiles_down}",
         whole.end,
         len(columns),  # columns + 1 edges: as many as patches and their newline token
-        across.edges(patch * columns, width),
-        down.edges(patch * rows, height),
+        across.edges(pixels(columns), width),
+        down.edges(pixels(rows), height),
     )
     return Layout(width, height, (whole, tiles), tokens)
 
@@ -215,11 +229,14 @@ def _kept_cells(
     cells = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
     tiles = cells.view(tiles_down, grid, tiles_across, grid, 2).transpose(1, 2).reshape(-1, grid * grid, 2)
     base = torch.zeros(1, grid * grid, 2, dtype=torch.float64)
-    packed, _ = model.model.pack_image_features(
+    pack = model.model.pack_image_features
+    known = ("vision_feature_select_strategy", "vision_aspect_ratio")  # families differ in which they take
+    options = {name: getattr(model.config, name) for name in known if name in signature(pack).parameters}
+    packed, _ = pack(
         [torch.cat([base, tiles])],
         torch.tensor([[size[1], size[0]]]),
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
         image_newline=torch.full((2,), -1.0, dtype=torch.float64),
+        **options,
     )
     rest = packed[0][grid * grid :]
     ends = (rest[:, 0] < 0).nonzero().flatten()
