@@ -46,6 +46,7 @@ FAMILIES = (
     Family(
         "llava_next", "llava_next", "PmodLlavaNextForConditionalGeneration", ("llama", "mistral", "qwen2")
     ),
+    Family("llava_onevision", "llava_onevision", "PmodLlavaOnevisionForConditionalGeneration", ("qwen2",)),
 )
 
 

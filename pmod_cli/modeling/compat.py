@@ -12,16 +12,19 @@ CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).par
 """What a forward pass calls the KV cache: ``past_key_values`` before transformers 5.24."""
 
 
-def multimodal_output(output_class: type, outputs: Any, image_outputs: Any) -> Any:
+def multimodal_output(output_class: type, outputs: Any, encoded: dict[str, Any]) -> Any:
     """The inner model's output from the language model's and the vision tower's.
 
     Args:
         output_class: E.g. ``LlavaModelOutputWithPast``.
         outputs: The language model's output.
-        image_outputs: What ``get_image_features`` returned, or None.
+        encoded: What ``get_image_features`` and the like returned, or None, by kind (``image``, ``video``).
     """
     fields = {item.name for item in dataclasses.fields(output_class)}
-    if "image_outputs" in fields:
-        return output_class(**outputs, image_outputs=image_outputs)
-    features = None if image_outputs is None else image_outputs.pooler_output
-    return output_class(**outputs, image_hidden_states=features)
+    values = {}
+    for kind, output in encoded.items():
+        if f"{kind}_outputs" in fields:
+            values[f"{kind}_outputs"] = output
+        elif output is not None:
+            values[f"{kind}_hidden_states"] = output.pooler_output
+    return output_class(**outputs, **values)

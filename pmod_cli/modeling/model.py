@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +47,14 @@ class MoDMultimodalModel:
     Attributes:
         output_class: The inner model's output (e.g. `LlavaModelOutputWithPast`).
         tiled: Whether each image is a base tile and a grid of high-resolution tiles.
+        placeholders: By kind of vision input, where the config has the id of the token that stands for it. Inputs of
+            other kinds than images are encoded by the family, which passes them on as ``mm_encoder_outputs``.
+        image_arguments: Arguments of ``forward`` that `get_image_features` has and other families' has not.
     """
 
     output_class: type
+    placeholders: ClassVar[dict[str, str]] = {"image": "image_token_id"}
+    image_arguments: tuple[str, ...] = ()
     tiled = False
 
     def __init__(self, config: Any) -> None:
@@ -96,7 +101,7 @@ class MoDMultimodalModel:
             past_key_values: Its name before transformers 5.24.
             inputs_embeds: [batch, tokens, hidden], in place of ``input_ids``.
             use_cache: Whether to fill a cache.
-            mm_encoder_outputs: ``{"image": ...}``: images that are already encoded.
+            mm_encoder_outputs: ``{"image": ...}``: what is already encoded, by kind.
             vision_feature_layer: Layer of the tower; the config's by default.
             vision_feature_select_strategy: The config's by default.
             vision_mask: True for vision tokens, [batch, tokens]; needed only with ``inputs_embeds`` into which
@@ -105,8 +110,8 @@ class MoDMultimodalModel:
             **kwargs: Passed on to the language model.
 
         Raises:
-            ValueError: Neither or both of ``input_ids`` and ``inputs_embeds``; image tokens and image features
-                that differ in number; an attention mask that is not 2-D; several sequences packed into one; a
+            ValueError: Neither or both of ``input_ids`` and ``inputs_embeds``; vision tokens and features of a
+                kind that differ in number; an attention mask that is not 2-D; several sequences packed into one; a
                 cache that cannot hold kept tokens; parts of images where ``vision_hr`` needs whole ones.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -117,32 +122,36 @@ class MoDMultimodalModel:
             raise ValueError("a p-MoD model takes a 2-D attention mask (1 for real tokens)")
         cache = cache if cache is not None else past_key_values
 
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        if image_outputs is None and pixel_values is not None and pixel_values.shape[0]:
-            options = {
-                "image_sizes": image_sizes,
-                "vision_feature_layer": vision_feature_layer,
-                "vision_feature_select_strategy": vision_feature_select_strategy,
-            }
-            image_outputs = self.get_image_features(  # type: ignore[attr-defined]
+        encoded = dict(mm_encoder_outputs or {})
+        options = {
+            "image_sizes": image_sizes,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            **{name: kwargs.pop(name, None) for name in self.image_arguments},
+        }
+        if encoded.get("image") is None and pixel_values is not None and pixel_values.shape[0]:
+            encoded["image"] = self.get_image_features(  # type: ignore[attr-defined]
                 pixel_values,
                 return_dict=True,
                 **{name: value for name, value in options.items() if value is not None},
             )
-        features = None if image_outputs is None else list(image_outputs.pooler_output)
-        if features is not None and self.mod.target_tokens == "vision_hr":
-            _check_whole_images(image_outputs)
-        if features is not None and vision_mask is None:
-            vision_mask = self._image_token_mask(input_ids, inputs_embeds)
+        encoded = {kind: output for kind, output in encoded.items() if output is not None}
+        if "image" in encoded and self.mod.target_tokens == "vision_hr":
+            _check_whole_images(encoded["image"])
+        features = {kind: list(output.pooler_output) for kind, output in encoded.items()}
+        if vision_mask is None or len(features) > 1:
+            masks = {kind: self._placeholder_mask(kind, input_ids, inputs_embeds) for kind in features}
+            vision_mask = functools.reduce(torch.logical_or, masks.values()) if masks else None
+        else:
+            masks = dict.fromkeys(features, vision_mask)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         plan, attention_mask = self._plan(
-            vision_mask, attention_mask, position_ids, features, inputs_embeds, routing_record
+            vision_mask, attention_mask, position_ids, features, masks, inputs_embeds, routing_record
         )
-        if features is not None:
-            assert vision_mask is not None
-            flat = torch.cat(features, dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(vision_mask[..., None], flat)
+        for kind, values in features.items():
+            flat = torch.cat(values, dim=0).to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(masks[kind][..., None], flat)
 
         text_config = self.language_model.config
         use_cache = text_config.use_cache if use_cache is None else use_cache
@@ -154,7 +163,7 @@ class MoDMultimodalModel:
         if attention_mask is not None:
             past = attention_mask.shape[1] - inputs_embeds.shape[1]
             attention_mask = causal_mask(text_config, inputs_embeds, past, attention_mask.bool())
-        if features is None:
+        if not features:
             inputs_embeds = self._with_image_gradient(inputs_embeds)
 
         outputs = self.language_model(
@@ -166,7 +175,7 @@ class MoDMultimodalModel:
             **{CACHE_ARGUMENT: cache},
             **kwargs,
         )
-        return multimodal_output(self.output_class, outputs, image_outputs)
+        return multimodal_output(self.output_class, outputs, encoded)
 
     def _with_image_gradient(self, inputs_embeds: Tensor) -> Tensor:
         """In training without images, a zero gradient for the parts that images go through.
@@ -181,9 +190,9 @@ class MoDMultimodalModel:
             inputs_embeds = inputs_embeds + (0.0 * parameter.sum()).to(inputs_embeds.dtype)
         return inputs_embeds
 
-    def _image_token_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """True where an image feature goes, [batch, tokens]."""
-        token = self.config.image_token_id  # type: ignore[attr-defined]
+    def _placeholder_mask(self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """True where a feature of this kind goes, [batch, tokens]."""
+        token = getattr(self.config, self.placeholders[kind])  # type: ignore[attr-defined]
         if input_ids is not None:
             return input_ids == token
         assert inputs_embeds is not None
@@ -195,7 +204,8 @@ class MoDMultimodalModel:
         vision_mask: Tensor | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        features: list[Tensor] | None,
+        features: dict[str, list[Tensor]],
+        masks: dict[str, Tensor],
         inputs_embeds: Tensor,
         record: dict[int, LayerRouting] | None,
     ) -> tuple[RoutingPlan | None, Tensor | None]:
@@ -203,57 +213,53 @@ class MoDMultimodalModel:
         batch, length = inputs_embeds.shape[:2]
         real_mask = None if attention_mask is None else attention_mask[:, -length:].bool()
         whole_mask = None if attention_mask is None else attention_mask.bool()
-        vision, real, whole, restarts = count_tokens(
-            vision_mask, real_mask, whole_mask, _restarts(position_ids, attention_mask, batch)
+        restarts = _restarts(position_ids, attention_mask, batch)
+        vision, real, whole, packed, *by_kind = count_tokens(
+            vision_mask, real_mask, whole_mask, restarts, *masks.values()
         )
+        numbers = dict(zip(masks, by_kind, strict=True))
         if whole_mask is not None and whole == [whole_mask.shape[1]] * batch:
             attention_mask = real_mask = None
         num_real = real if real_mask is not None else [length] * batch
-        if features is not None:
-            expected = sum(len(feature) for feature in features)
-            if sum(vision) != expected:
-                raise ValueError(f"{sum(vision)} image tokens in the prompt for {expected} image features")
+        for kind, values in features.items():
+            found, expected = sum(numbers[kind]), sum(len(value) for value in values)
+            if found != expected:
+                raise ValueError(f"{found} {kind} tokens in the prompt for {expected} {kind} features")
         if vision_mask is None or not any(vision):
             return (None if real_mask is None else RoutingPlan(None, real_mask)), attention_mask
-        if any(restarts):
+        if any(packed):
             raise ValueError(
                 "position_ids start anew within a sequence: several sequences packed into one are not supported, "
                 "since a layer keeps a share of each sequence's vision tokens; pad them into a batch"
             )
-        targets, counts = self._targets(vision_mask, real_mask, vision, num_real, features)
+        targets, counts = vision_mask, vision
+        if self.mod.target_tokens == "all":
+            targets = torch.ones_like(vision_mask) if real_mask is None else real_mask
+            counts = num_real
+        elif self.mod.target_tokens == "vision_hr" and "image" in features:
+            lengths = [len(feature) for feature in features["image"]]
+            fine, fine_counts = self._high_resolution(masks["image"], numbers["image"], lengths)
+            # Of what is no image, all tokens are routed.
+            targets = fine | (vision_mask & ~masks["image"])
+            counts = [
+                total - images + kept
+                for total, images, kept in zip(vision, numbers["image"], fine_counts, strict=True)
+            ]
         ratios = self.language_model.retention_ratios
         return RoutingPlan.from_counts(targets, real_mask, counts, num_real, ratios, record), attention_mask
-
-    def _targets(
-        self,
-        vision_mask: Tensor,
-        real_mask: Tensor | None,
-        num_vision: list[int],
-        num_real: list[int],
-        features: list[Tensor] | None,
-    ) -> tuple[Tensor, list[int]]:
-        """Routed tokens of a chunk with images, [batch, tokens], and their number in each sample."""
-        if self.mod.target_tokens == "all":
-            return (torch.ones_like(vision_mask) if real_mask is None else real_mask), num_real
-        if self.mod.target_tokens == "vision_hr" and features is not None:
-            lengths = [len(feature) for feature in features]
-            return self._high_resolution(vision_mask, num_vision, lengths)
-        return vision_mask, num_vision
 
     def _high_resolution(
         self, vision_mask: Tensor, num_vision: list[int], lengths: list[int]
     ) -> tuple[Tensor, list[int]]:
         """Vision tokens behind each image's base tile; of an image that is one tile and no more, all.
 
-        A tiled image can be so flat that no high-resolution token is left, and then none of its tokens is routed.
+        A tiled image can be so flat that no high-resolution token is left, and then none of its tokens is routed; a
+        tile and a newline, with no row of others, is one tile in any family.
         """
         vision = self.config.vision_config  # type: ignore[attr-defined]
         base = (vision.image_size // vision.patch_size) ** 2
-        flags = [
-            index >= base or (length == base and not self.tiled)
-            for length in lengths
-            for index in range(length)
-        ]
+        single = (base + 1,) if self.tiled else (base, base + 1)
+        flags = [index >= base or length in single for length in lengths for index in range(length)]
         counts, start = [], 0
         for number in num_vision:
             counts.append(sum(flags[start : start + number]))
