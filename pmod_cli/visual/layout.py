@@ -179,7 +179,8 @@ def _anyres(model: Any, size: tuple[int, int]) -> Layout:
     width, height = size
     tower = model.config.vision_config
     side, grid = tower.image_size, tower.image_size // tower.patch_size
-    whole = View("whole picture", 0, grid, np.linspace(0, width, grid + 1), np.linspace(0, height, grid + 1))
+    edges = tower.patch_size * np.arange(grid + 1) / side  # SigLIP's patches stop short of the tile's end
+    whole = View("whole picture", 0, grid, width * edges, height * edges)
     pinpoints = [list(pinpoint) for pinpoint in model.config.image_grid_pinpoints]
     full_height, full_width = select_best_resolution((height, width), pinpoints)
     across, down = _Axis(width), _Axis(height)

@@ -8,8 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, LlavaNextImageProcessorPil, LlavaNextProcessor
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    SiglipVisionConfig,
+)
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from pmod_cli.demo.run import BASELINE
 from pmod_cli.families.llava import PmodLlavaConfig, PmodLlavaForConditionalGeneration
@@ -57,6 +68,28 @@ def make(family: str, **options: Any) -> VisionLanguageModel:
         if "router.weight" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     return VisionLanguageModel(model, processor)
+
+
+def dense_onevision() -> tuple[Any, Any]:
+    """A dense LLaVA-OneVision and its image processor: three patches of 8 pixels leave 2 of a tile's 26 out."""
+    side = 26
+    grids = [[side * down, side * across] for down in (1, 2, 3) for across in (1, 2, 3)]
+    text = AutoConfig.from_pretrained(BASELINE).text_config
+    vision = SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=side,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    config = LlavaOnevisionConfig(
+        text_config=text, vision_config=vision, image_grid_pinpoints=grids, vision_aspect_ratio="anyres_max_9"
+    )
+    size = {"height": side, "width": side}
+    images = LlavaOnevisionImageProcessorPil(size=size, image_grid_pinpoints=grids, **PLAIN)
+    return LlavaOnevisionForConditionalGeneration(config).eval(), images
 
 
 def save(loaded: VisionLanguageModel, folder: Path) -> Path:
