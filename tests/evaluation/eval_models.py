@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import datasets
@@ -143,4 +144,24 @@ def save_pmod(dense, folder, router_scale=2.0):
     model.generation_config = GenerationConfig.from_pretrained(dense)
     model.save_pretrained(folder)
     LlavaProcessor.from_pretrained(dense).save_pretrained(folder)
+    return folder
+
+
+def save_parrot(folder, answer="Yes"):
+    """A checkpoint that always says the same, whose letters must all differ: each token's embedding names the next."""
+    processor = make_processor()
+    model = make_model(processor)
+    encode = processor.tokenizer.encode
+    chain = [*encode(":", add_special_tokens=False), *encode(answer, add_special_tokens=False), 2]
+    assert len(set(chain)) == len(chain)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("self_attn.o_proj.weight", "mlp.down_proj.weight")) and "language" in name:
+                weight.zero_()  # nothing but the last token's own embedding reaches the head
+        embeddings, head = model.get_input_embeddings().weight, model.lm_head.weight
+        head.zero_()
+        for token, following in itertools.pairwise(chain):
+            head[following] = torch.nn.functional.normalize(embeddings[token], dim=0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder

@@ -8,13 +8,14 @@ import subprocess
 import sys
 
 import pytest
+from eval_models import save_parrot, save_pmod
 from paper_fixtures import Fixtures
 
 from pmod_cli.evaluation import processes
 from pmod_cli.evaluation.run import evaluate
 from pmod_cli.evaluation.settings import EvalSettings
 
-TASKS = ["local_qa", "pope_adv", "mme", "mmbench_en_dev_static", "docvqa_val"]
+TASKS = ["local_qa", "pope_full", "mme", "mmbench_en_dev_static", "docvqa_val"]
 SETTINGS = EvalSettings(max_new_tokens=4, batch_size=4)
 
 
@@ -23,20 +24,22 @@ def fixtures(tmp_path_factory):
     return Fixtures(tmp_path_factory.mktemp("paper") / "fixtures")
 
 
-def launch(processes, arguments):
+def launch(number, arguments):
     launcher = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        f"--nproc-per-node={processes}",
+        f"--nproc-per-node={number}",
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [*launcher, "-m", "pmod_cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
 
 
-def test_two_processes_give_the_scores_of_one(pmod, llava, local_task, fixtures, tmp_path):
+def test_two_processes_give_the_scores_of_one(llava, local_task, fixtures, tmp_path):
+    """A p-MoD model that says Yes to everything, so that scores are none of 0 and 100, and a random baseline."""
+    pmod = save_pmod(save_parrot(tmp_path / "parrot"), tmp_path / "pmod")
     alone = evaluate(
         pmod,
         TASKS,
@@ -46,6 +49,8 @@ def test_two_processes_give_the_scores_of_one(pmod, llava, local_task, fixtures,
         settings=SETTINGS,
     )
     where = ["--include-path", local_task, "--include-path", fixtures.include, "--output", tmp_path / "two"]
+    assert alone.score("mme") == pytest.approx(150.0)
+    assert alone.score("pope_full") == pytest.approx(200 / 3)
     how = [
         "--tasks",
         ",".join(TASKS),
