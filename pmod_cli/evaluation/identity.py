@@ -10,7 +10,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from transformers.image_processing_backends import PilBackend
+
 import pmod_cli
+from pmod_cli.conversion.source import open_source
 from pmod_cli.errors import PmodError
 from pmod_cli.generation import check_source
 
@@ -26,21 +29,7 @@ def checkpoint_folder(source: str | Path) -> Path:
     """
     check_source(source)
     path = Path(source)
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    try:
-        # Only the top level: some repositories keep the weights in a second format in sub-folders.
-        return Path(
-            snapshot_download(str(source), allow_patterns=list(_CONTENT), ignore_patterns=["*/*", "*.bin"])
-        )
-    except Exception as error:  # whatever the hub's client and its HTTP library raise
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PmodError(
-            f"{source} is not on this machine and cannot be had: {why}",
-            "check the name, network and hf auth login",
-        ) from error
+    return path if path.is_dir() else open_source(str(source)).folder
 
 
 def fingerprint(source: str | Path) -> str:
@@ -82,10 +71,9 @@ def preparation(processor: Any) -> dict[str, Any]:
         shape = "padded to a square"
     else:
         shape = "cropped to a square" if getattr(images, "do_center_crop", False) else "resized"
-    name = type(images).__name__
     return {
-        "image_processor": name,
-        "image_backend": "pil" if name.endswith("Pil") else "torchvision",
+        "image_processor": type(images).__name__,
+        "image_backend": "pil" if isinstance(images, PilBackend) else "torchvision",
         "pictures": shape,
         "image_settings": digest(settings)[:16],
         "chat_template": digest(processor.chat_template)[:16],
