@@ -39,6 +39,7 @@ class StandIns:
         models = demo / "models"
         self.models = {
             "llava-hf/llava-1.5-7b-hf": models / "baseline",
+            "my-llava": models / "baseline",
             "pmod-llava-1.5-7b": models / "pmod",
             "runs/dense": models / "dense-control",
             "runs/pmod": models / "pmod",
