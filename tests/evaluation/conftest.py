@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from eval_models import save_llava, save_pmod, write_questions
+from eval_models import save_llava, save_next, save_pmod, write_questions
 
 from pmod_cli.evaluation.tasks import write_task
 
@@ -26,6 +26,12 @@ def other_llava(tmp_path_factory):
 def pmod(llava, tmp_path_factory):
     """The p-MoD counterpart of `llava`."""
     return save_pmod(llava, tmp_path_factory.mktemp("llava") / "pmod")
+
+
+@pytest.fixture(scope="session")
+def pmod_next(tmp_path_factory):
+    """A p-MoD LLaVA-NeXT."""
+    return save_next(tmp_path_factory.mktemp("next") / "pmod")
 
 
 @pytest.fixture(scope="session", autouse=True)

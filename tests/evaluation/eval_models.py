@@ -16,11 +16,14 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from pmod_cli.families.llava import PmodLlavaConfig, PmodLlavaForConditionalGeneration
+from pmod_cli.families.llava_next import PmodLlavaNextConfig, PmodLlavaNextForConditionalGeneration
 from pmod_cli.modeling.settings import MoDConfig
 
 TEMPLATE = (
@@ -144,6 +147,39 @@ def save_pmod(dense, folder, router_scale=2.0):
     model.generation_config = GenerationConfig.from_pretrained(dense)
     model.save_pretrained(folder)
     LlavaProcessor.from_pretrained(dense).save_pretrained(folder)
+    return folder
+
+
+def save_next(folder):
+    """A p-MoD LLaVA-NeXT with random weights: a picture becomes one to five tiles, by its shape."""
+    grids = [[16, 32], [32, 16], [32, 32]]
+    base = make_processor()
+    square = {"height": 16, "width": 16}
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size=square, image_grid_pinpoints=grids
+    )
+    processor = LlavaNextProcessor(
+        images,
+        base.tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+    dense = make_model(base).config.to_dict()
+    dense.pop("model_type")
+    dense.pop("image_seq_length")
+    mod = MoDConfig([None, 0.75, 0.5, 0.25]).to_dict()
+    config = PmodLlavaNextConfig(**dense, image_grid_pinpoints=grids, mod=mod)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = PmodLlavaNextForConditionalGeneration(config)
+        for name, tensor in model.named_parameters():
+            if "router" in name:
+                tensor.data.normal_(std=2.0)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -55,6 +55,13 @@ def collect(model, asked, sizer):
     return [outcomes[index] for index in range(len(asked))]
 
 
+def test_every_sample_of_llava_next_is_answered_as_alone(pmod_next):
+    model = VisionLanguageModel.load(pmod_next)
+    asked = questions(16)
+    alone = [model.generate([question.make()], max_new_tokens=6)[0] for question in asked]
+    assert collect(model, asked, BatchSizer(5)) == alone
+
+
 @pytest.mark.parametrize("setting", [1, 2, 7, "auto"])
 def test_every_batch_size_gives_the_same_answers(model, setting):
     asked = questions(23)

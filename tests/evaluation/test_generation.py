@@ -19,18 +19,23 @@ def model(llava):
     return VisionLanguageModel.load(llava)
 
 
-@pytest.mark.parametrize("checkpoint", ["llava", "pmod"])
+@pytest.mark.parametrize("checkpoint", ["llava", "pmod", "pmod_next"])
 def test_a_batch_gives_the_same_answers_as_one_by_one(checkpoint, request):
     model = VisionLanguageModel.load(request.getfixturevalue(checkpoint))
     rng = random.Random(0)
     prompts = [Prompt("What is this? " * k, tuple(noise(rng) for _ in range(k % 3))) for k in range(1, 10)]
+    assert len({model.length(Prompt("x", prompt.images)) for prompt in prompts}) > (
+        5 if "next" in checkpoint else 2
+    )
     together = model.generate(prompts, max_new_tokens=12)
     alone = [model.generate([prompt], max_new_tokens=12)[0] for prompt in prompts]
     assert together == alone
     assert len({answer.text for answer in alone}) == len(alone)
 
 
-def test_the_length_is_that_of_the_encoded_prompt(model):
+@pytest.mark.parametrize("checkpoint", ["llava", "pmod_next"])
+def test_the_length_is_that_of_the_encoded_prompt(checkpoint, request):
+    model = VisionLanguageModel.load(request.getfixturevalue(checkpoint))
     rng = random.Random(1)
     for count in range(3):
         prompt = Prompt("How many?", tuple(noise(rng) for _ in range(count)))

@@ -83,6 +83,25 @@ def test_the_judged_mmbench_replaces_the_static_one():
     assert len(paper.expand(["gqa", "paper"])) == 14
 
 
+def test_a_judge_that_gives_no_letter_leaves_no_score(llava, fixtures, monkeypatch):
+    """lmms-eval would draw a letter. Where letters can be read, the judge is not asked."""
+    from lmms_eval.tasks.mmbench import mmbench_evals
+
+    def refuse(*arguments):
+        raise ConnectionError("no judge here")
+
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    monkeypatch.setattr(mmbench_evals.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(mmbench_evals.MMBench_Evaluator, "_post_request", refuse)
+    model = VisionLanguageModel.load(llava)
+    readable = evaluate(FromKey(model, fixtures.right), ["mmbench_en_dev"], include_path=fixtures.include)
+    assert readable.score("mmbench_en_dev") == pytest.approx(100.0)
+    unreadable = FromKey(model, dict.fromkeys(fixtures.right, "I cannot tell"))
+    result = evaluate(unreadable, ["mmbench_en_dev"], include_path=fixtures.include)
+    assert result.score("mmbench_en_dev") is None
+    assert "the judge gave no letter for question" in result.first_broken_metric
+
+
 def test_tables_have_the_papers_columns_and_figures(result):
     first, second = paper.tables(result)
     assert list(first[0].values) == ["SEED", "RWQA", "MME", "MMB", "POPE", "GQA", "AI2D"]
