@@ -127,11 +127,15 @@ def collect(places: Sequence[Path]) -> Found:
 
 def _drop_repeated(found: Found) -> None:
     """What ``finetune --json`` printed is told better by the checkpoint itself, where that was found too."""
-    checkpoints = {str(training.path.resolve()) for training in found.trainings if training.path.is_dir()}
+    told = [
+        training.summary["result"]
+        for training in found.trainings
+        if training.summary and training.path.is_dir()
+    ]
     found.trainings = [
         training
         for training in found.trainings
-        if training.path.is_dir() or (training.summary or {})["result"]["output"] not in checkpoints
+        if training.path.is_dir() or (training.summary or {})["result"] not in told
     ]
 
 

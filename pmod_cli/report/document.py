@@ -113,7 +113,7 @@ class Document:
 
 _CSS = """
 nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; padding: 0; margin: .8rem 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); gap: .9rem; margin: 1rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .9rem; margin: 1rem 0; }
 .tiles b { display: block; font-size: 1.7rem; line-height: 1.2; color: var(--pmod); }
 .tiles span { display: block; font-weight: 600; }
 .examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: .9rem; margin: .8rem 0; }

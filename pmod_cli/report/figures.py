@@ -60,7 +60,7 @@ def accuracy_figure(
                 yerr=point.error,
                 fmt=style.MARKERS[place % len(style.MARKERS)],
                 # Models at the same place: the one below shows as a rim around the one above.
-                markersize=7 + 4.5 * len(later),
+                markersize=7 + 6 * len(later),
                 markerfacecolor="none" if theirs else colour,
                 markeredgecolor=colour if theirs else "white",
                 markeredgewidth=1.5 if theirs else 0.8,

@@ -83,13 +83,21 @@ def recipe(found: Found) -> Section:
             figures.retention_figure(
                 ratios,
                 f"Retention ratio by layer of {name}: {routed} of {len(ratios)} layers route, "
-                f"mean {share(mean_retention(ratios))}; grey layers are dense.",
+                f"mean {share(mean_retention(ratios))}; grey layers are dense.{_origin(conversion)}",
             )
         )
     rows, columns = _settings(found)
     if columns:
         blocks.append(Table("", ["", *columns], rows))
     return Section("Recipe", blocks)
+
+
+def _origin(conversion: Mapping[str, Any]) -> str:
+    """What the checkpoint was converted from, if its config says so."""
+    source, by = conversion.get("source"), conversion.get("recipe")
+    if not source:
+        return ""
+    return f" Converted from {source}" + (f" by the recipe {by['name']}." if by else ".")
 
 
 def _settings(found: Found) -> tuple[list[list[str]], list[str]]:
