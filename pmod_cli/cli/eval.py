@@ -174,9 +174,13 @@ def _evaluate(
             for note in report.notes(result):
                 stdout.print(note, style="dim", soft_wrap=True)
     if result.failed_samples:
-        raise GateError(
-            f"{result.failed_samples} samples failed, so their tasks have no score", result.first_failure
+        number = result.failed_samples
+        what = (
+            "1 sample failed, so its task has"
+            if number == 1
+            else f"{number} samples failed, so their tasks have"
         )
+        raise GateError(f"{what} no score", result.first_failure)
     if result.without_score:
         raise GateError(f"no score for {', '.join(result.without_score)}", result.first_broken_metric)
     if missed:

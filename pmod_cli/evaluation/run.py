@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pmod_cli.errors import PmodError
 from pmod_cli.evaluation import paper, preflight
-from pmod_cli.evaluation.catalogue import Tasks
+from pmod_cli.evaluation.catalogue import Tasks, import_lmms_eval
 from pmod_cli.evaluation.folder import OutputFolder, answers_cache
 from pmod_cli.evaluation.identity import checkpoint_folder
 from pmod_cli.evaluation.processes import join, one_first
@@ -52,9 +52,11 @@ def evaluate(
         The result; look at its ``failed_samples``. On other ranks than 0 it has no tasks.
 
     Raises:
+        MissingExtraError: lmms-eval is not installed.
         PmodError: A checkpoint that cannot be loaded, a bad setting, data that cannot be read.
         PreflightError: If anything is missing that the tasks need, found before a model is loaded.
     """
+    import_lmms_eval()
     settings = settings or EvalSettings()
     settings.check()
     paths = [include_path] if isinstance(include_path, (str, Path)) else list(include_path or ())

@@ -229,7 +229,7 @@ def test_failed_samples_are_exit_code_1_with_their_number(place, capsys, monkeyp
     arguments = [place / "other", "--tasks", "local_qa", *options(place), "--json"]
     code, out, err = run(*arguments, capture=capsys)
     assert code == 1
-    assert "1 samples failed, so their tasks have no score (the first is model, local_qa, 4:" in err
+    assert "1 sample failed, so its task has no score (the first is model, local_qa, 4:" in err
     assert json.loads(out)["result"]["tasks"][0]["model"]["value"] is None
 
 
