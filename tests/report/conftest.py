@@ -43,13 +43,14 @@ def evaluations(confused, tmp_path_factory):
     from pmod_cli.demo import data, world
     from pmod_cli.demo.run import BASELINE
     from pmod_cli.evaluation.run import evaluate
+    from pmod_cli.evaluation.settings import EvalSettings
     from pmod_cli.evaluation.tasks import write_task
 
     top = tmp_path_factory.mktemp("evaluations")
     os.environ["LMMS_EVAL_DATASETS_CACHE"] = str(top / "cache")
     questions = data.write_heldout(top / "data" / "shapes", 8)
     write_task(top / "tasks", "shapes", questions, world.KINDS)
-    options = {"include_path": str(top / "tasks"), "batch_size": 8}
+    options = {"include_path": str(top / "tasks"), "settings": EvalSettings(batch_size=8)}
     evaluate(confused, ["shapes"], baseline=BASELINE, output=top / "both", **options)
     evaluate(confused, ["shapes"], output=top / "apart" / "pmod", **options)
     evaluate(BASELINE, ["shapes"], output=top / "apart" / "dense", **options)
