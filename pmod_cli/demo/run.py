@@ -5,6 +5,7 @@ Every step goes through the public commands, as a user would type them.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections import Counter, defaultdict
@@ -15,6 +16,7 @@ from typing import Any
 
 from pmod_cli.demo import data, world
 from pmod_cli.demo.steps import Steps
+from pmod_cli.errors import MissingExtraError
 from pmod_cli.modeling.schedule import kept_tokens, mean_retention
 
 BASELINE = Path(__file__).parent / "assets" / "baseline"
@@ -66,6 +68,14 @@ def run_demo(folder: Path, settings: DemoSettings, announce: Callable[[str], Non
         The report, which is also written to ``folder/report.json``: ``rows`` (one a model), ``kinds``,
         ``targets`` (each with ``met``), ``seconds`` by step, ``retention``, ``files``.
     """
+    for package, extra in (
+        ("lmms_eval", "eval"),
+        ("datasets", "eval"),
+        ("fvcore", "profile"),
+        ("matplotlib", "plot"),
+    ):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, extra)
     folder = folder.resolve()
     steps = Steps(folder, announce)
     models, evaluations = folder / "models", folder / "eval"

@@ -51,6 +51,7 @@ def test_convert_generate_and_timing_need_no_extra(tmp_path, capsys):
     ("words", "extra"),
     [
         (["eval", BASELINE, "--tasks", "gqa", "--output", "eval"], "eval"),
+        (["demo", "--output", "demo"], "eval"),
         (["profile", "llava-1.5-7b", "--counter", "fvcore"], "profile"),
         (["profile", "llava-1.5-7b", "--plot", "profile.png"], "plot"),
         (["visualize", BASELINE, "--image", "x.png", "--prompt", "x", "-o", "sheet.png"], "plot"),
