@@ -50,9 +50,9 @@ def _show(inspection: Inspection) -> None:
             str(row["layer"]),
             "MoD",
             f"{row['retention_ratio']:.4f}",
-            f"{router['weight_norm']:.4g}",
-            f"{router['weight_max']:.4g}",
-            "" if router["bias"] is None else f"{router['bias']:.4g}",
+            _number(router["weight_norm"]),
+            _number(router["weight_max"]),
+            _number(router["bias"]) if inspection.mod["router_bias"] else "",
             "initial" if router["initial"] else "trained",
         )
     stdout.print(f"{inspection.model}", markup=False, soft_wrap=True)
@@ -79,3 +79,7 @@ def _show(inspection: Inspection) -> None:
         )
     for line in lines:
         stdout.print(line, markup=False, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

@@ -26,7 +26,7 @@ class Inspection:
         family: Its family.
         layers: One row a decoder layer: ``layer``, ``kind`` (dense or mod), ``retention_ratio``, and for an MoD layer
             ``router``: ``weight_norm`` (Euclidean), ``weight_max`` (largest magnitude), ``bias`` (None if it has
-            none), ``initial`` (whether all is zero still).
+            none), ``initial`` (whether all is zero still). A number that is not finite is None.
         mean_retention: Mean share of vision tokens over all layers.
         mod: The ``mod`` section of its config, ratios included.
         router_dtype: As safetensors calls it.
@@ -114,11 +114,15 @@ def _statistics(layer: int, tensors: dict[str, StoredTensor], mod: MoDConfig) ->
         found[part] = _values(tensors[name])
     weight, bias = found["weight"], found.get("bias")
     return {
-        "weight_norm": float(np.linalg.norm(weight)),
-        "weight_max": float(np.abs(weight).max()),
-        "bias": None if bias is None else float(bias[0]),
+        "weight_norm": _finite(np.linalg.norm(weight)),
+        "weight_max": _finite(np.abs(weight).max()),
+        "bias": None if bias is None else _finite(bias[0]),
         "initial": not weight.any() and (bias is None or not bias.any()),
     }
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _values(tensor: StoredTensor) -> np.ndarray:

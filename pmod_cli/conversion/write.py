@@ -19,6 +19,7 @@ from pmod_cli.errors import PmodError
 Progress = Callable[[int], None]
 """Called with a number of bytes each time that many more are in place."""
 
+_LOCK = ".lock"
 _FICLONE = 0x40049409  # <linux/fs.h>
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <linux/fs.h>
 
@@ -111,7 +112,10 @@ class Staging:
                 shutil.rmtree(stale)
         self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         self._open = contextlib.ExitStack()
-        self._open.enter_context(_lock(self.folder))
+        with contextlib.suppress(
+            OSError
+        ):  # without locks, what a killed run leaves has to be removed by hand
+            self._open.enter_context(_lock(self.folder))
         umask = os.umask(0)
         os.umask(umask)
         self.folder.chmod(0o777 & ~umask)
@@ -159,6 +163,7 @@ class Staging:
 
     def commit(self) -> None:
         """Give the folder the destination's name; what was there is removed afterwards."""
+        (self.folder / _LOCK).unlink(missing_ok=True)
         if self.destination.exists():
             _exchange(self.folder, self.destination)
         else:
@@ -174,9 +179,10 @@ def _lock(folder: Path) -> Iterator[None]:
     """Hold a folder: the lock goes when the process does, however it ends.
 
     Raises:
-        OSError: Another process holds it.
+        OSError: Another process holds it, or its file system has no locks.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    # Open for writing: NFS locks nothing else.
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from checkpoints import HIDDEN, LAYERS, contents, make_checkpoint, modern, old
 
 from pmod_cli.conversion import write
-from pmod_cli.conversion.convert import ROUTERS, convert, convert_back, plan_conversion
+from pmod_cli.conversion.convert import ROUTERS, bytes_needed, convert, convert_back, plan_conversion
 from pmod_cli.conversion.formats import Options
 from pmod_cli.conversion.shards import read_header
 from pmod_cli.demo.run import BASELINE
@@ -109,6 +113,41 @@ def test_where_links_are_refused_files_are_copied(tmp_path, monkeypatch):
     copied = tmp_path / "pmod" / "model-00001-of-00001.safetensors"
     assert copied.read_bytes() == (BASELINE / "model.safetensors").read_bytes()
     assert sum(moved) >= copied.stat().st_size
+
+
+def test_across_file_systems(tmp_path):
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        plan = plan_conversion(BASELINE)
+        result = convert(plan, Path(folder) / "pmod")
+        assert result.methods == {"copy": 1, "written": 1}
+        assert bytes_needed(plan.checkpoint(), Path(folder) / "other") > plan.weight_bytes
+        convert_back(Path(folder) / "pmod", Path(folder) / "back")
+        assert contents(Path(folder) / "back") == contents(BASELINE)
+
+
+@pytest.mark.parametrize(
+    ("mount", "message"),
+    [("-o size=1m", "and 0.00 GB are free"), ("-o ro", "is not writable")],
+)
+def test_a_small_and_a_closed_disk(tmp_path, mount, message):
+    """Real ones, in a mount namespace of their own; root may write everywhere else."""
+    (tmp_path / "disk").mkdir()
+    command = f"mount -t tmpfs {mount} none disk && {sys.executable} -m pmod_cli convert {BASELINE} disk/pmod"
+    command += "; code=$?; ls -A disk; exit $code"
+    words = ["unshare", "--map-root-user", "--mount", "sh", "-c", command]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    try:
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no unshare")
+    if "error:" not in done.stderr:
+        pytest.skip(f"no mount namespaces here: {done.stderr}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_pickled_weights_only_if_allowed(tmp_path):

@@ -78,6 +78,17 @@ def test_trained_routers(pmod, dtype):
     assert found.training == {"model": "start", "steps": 7, "final_loss": 0.5}
 
 
+def test_routers_that_are_not_finite(pmod):
+    tensors = read_header(pmod / ROUTERS)
+    nan = {name: b"\xc0\x7f" * (tensor.nbytes // 2) for name, tensor in tensors.items()}
+    write_shard(
+        pmod / ROUTERS,
+        [StoredTensor.from_bytes(n, "BF16", tensors[n].shape, data) for n, data in nan.items()],
+    )
+    router = inspect_checkpoint(pmod).layers[2]["router"]
+    assert router == {"weight_norm": None, "weight_max": None, "bias": None, "initial": False}
+
+
 def test_what_cannot_be_inspected(tmp_path, pmod):
     with pytest.raises(PmodError, match="is a dense llava checkpoint"):
         inspect_checkpoint(BASELINE)
