@@ -21,6 +21,8 @@ NOT_RUN: dict[str, str] = {
     "convert liuhaotian/": "a checkpoint of LLaVA's own code",
     "convert lmsys/": "parts on the hub",
     "convert ./vicuna": "parts in folders",
+    "--num_machines": "several machines, and a data set of the hub",
+    "--nnodes": "several machines",
 }
 """Part of a command line -> why it is only parsed here."""
 

@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from pmod_cli.training.monitor import read_metrics
+from pmod_cli.training.run import finetune
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +55,32 @@ def test_two_processes_give_the_losses_of_one(pmod_start, tmp_path, demo_data, r
     assert first.keys() == second.keys()
     difference = max(float((first[key] - second[key]).abs().max()) for key in first)
     assert difference < 1e-4
+
+
+@pytest.mark.timeout(200)
+def test_sigterm_to_one_of_two_processes_stops_both_in_the_same_step(pmod_start, tmp_path, demo_data, recipe):
+    """`killed_run` signals itself from the progress callback, which only the first process calls."""
+    settings = recipe(max_steps=6, micro_batch_size=2, save_steps=100, learning_rate=1e-5)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(json.loads(settings.model_dump_json())))
+    words = [Path(__file__).with_name("killed_run.py"), pmod_start, *demo_data, tmp_path / "out", path, 15, 3]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.stdout.count("stopped by SIGTERM after step 3") == 2, done.stderr[-3000:]
+    # One process goes on with what two left, and both have the same data order.
+    result = finetune(pmod_start, *demo_data, tmp_path / "out", recipe=settings, resume=True)
+    assert (result.resumed_from, result.steps) == (3, 6)
+    finetune(pmod_start, *demo_data, tmp_path / "whole", recipe=settings)
+    curves = [
+        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("out", "whole")
+    ]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-3)
 
 
 def test_a_blank_image_for_text_changes_nothing(pmod_start, demo_data, processor):
