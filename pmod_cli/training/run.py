@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.trainer_callback import PrinterCallback
 
+from pmod_cli.conversion.write import check_space
 from pmod_cli.errors import PmodError
 from pmod_cli.generation import check_source
 from pmod_cli.recipe import Recipe, TrainSettings
@@ -28,7 +29,14 @@ from pmod_cli.training.parts import PartCount, count_parts
 from pmod_cli.training.routers import make_probe
 from pmod_cli.training.sampler import OrderedSampler
 from pmod_cli.training.signals import Preempted, StopAtSignal
-from pmod_cli.training.trainer import STAGING, PmodTrainer, last_checkpoint, peak_memory
+from pmod_cli.training.trainer import (
+    KEPT_CHECKPOINTS,
+    STAGING,
+    PmodTrainer,
+    checkpoint_bytes,
+    last_checkpoint,
+    peak_memory,
+)
 from pmod_cli.training.warmup import RatioWarmup
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -132,6 +140,8 @@ def finetune(
     network, processor = load_for_training(checkpoint if checkpoint and whole else model, settings)
     dataset = EncodedDataset(conversations, conversations.pictures, processor, settings.max_length)
     parts = count_parts(network)
+    copies = 1 if checkpoint else min(KEPT_CHECKPOINTS + 1, -(-schedule.steps // settings.save_steps))
+    check_space(work, copies * checkpoint_bytes(parts, adapter_only=settings.lora is not None))
     subject = describe(network, *longest_sample(dataset))
     shards = preflight.sharding()
     memory = estimate(subject, settings, arguments.world_size, shards, device_memory())

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import Trainer
 from pmod_cli.errors import GateError, PmodError
 from pmod_cli.training.bad_samples import BadSampleLog
 from pmod_cli.training.collate import BatchNotes
+from pmod_cli.training.parts import PartCount
 from pmod_cli.training.sampler import OrderedSampler
 
 ROUTER = re.compile(r"(^|\.)router\.")
@@ -171,6 +173,13 @@ def checkpoints(folder: Path) -> list[Path]:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a training folder."""
     return next(reversed(checkpoints(folder)), None)
+
+
+def checkpoint_bytes(parts: Sequence[PartCount], *, adapter_only: bool) -> int:
+    """Size of a checkpoint: float32 weights (with LoRA, of what is trained) and Adam's two moments."""
+    trained = sum(part.trained for part in parts)
+    saved = trained if adapter_only else trained + sum(part.frozen for part in parts)
+    return 4 * saved + 8 * trained
 
 
 def peak_memory() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -73,9 +74,16 @@ def test_sigterm_saves_and_exits_and_other_data_is_refused(
 ):
     recipe, whole = uninterrupted
     output, work = tmp_path / "out", tmp_path / "out.training"
-    stopped = _start_and_stop(pmod_start, *demo_data, output, recipe, signal.SIGTERM, 3)
-    assert stopped.returncode == 143, stopped.stderr
-    assert "after step 3" in stopped.stdout or "after step 4" in stopped.stdout
+
+    def terminate(done, total, latest):
+        if done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(
+        PmodError, match="stopped by SIGTERM after step [34]; a checkpoint is saved"
+    ) as stopped:
+        finetune(pmod_start, *demo_data, output, recipe=recipe, progress=terminate)
+    assert stopped.value.exit_code == 143
     saved = last_checkpoint(work)
     # A checkpoint that was cut off is not resumed from.
     (work / STAGING / "checkpoint-9").mkdir(parents=True)

@@ -288,6 +288,24 @@ def test_bad_samples_are_replaced_counted_and_in_the_end_too_many(pmod_start, de
         finetune(pmod_start, data, images, tmp_path / "out3", recipe=recipe(**settings, max_bad_samples=0))
 
 
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(
+    pmod_start, demo_data, tmp_path, recipe, monkeypatch
+):
+    from pmod_cli.training.parts import PartCount
+    from pmod_cli.training.trainer import checkpoint_bytes
+
+    finetune(pmod_start, *demo_data, tmp_path / "first", recipe=recipe(max_steps=1))
+    parts = json.loads((tmp_path / "first" / "training.json").read_text())["result"]["parts"]
+    needed = 3 * checkpoint_bytes([PartCount(**part) for part in parts], adapter_only=False)
+    monkeypatch.setattr("pmod_cli.conversion.write.free_space", lambda place: needed - 1)
+    with pytest.raises(PmodError, match="needs 0.05 GB and 0.05 GB are free"):
+        finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe())
+    # A single checkpoint fits, and so the estimate is not below what one takes.
+    size = sum(path.stat().st_size for path in pmod_start.iterdir())
+    assert checkpoint_bytes([PartCount(**part) for part in parts], adapter_only=False) > size
+    finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe(max_steps=1, save_steps=100))
+
+
 def test_input_that_cannot_work(pmod_start, demo_data, tmp_path, recipe):
     (tmp_path / "taken").mkdir()
     with pytest.raises(PmodError, match="exists"):
