@@ -54,8 +54,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
             "num_attention_heads": 32,
             "num_key_value_heads": 4,
         },
-        "tower": {**LARGE_TOWER, "image_size": 336, "patch_size": 14},
-        "tokens": (576, 64),
+        "tower": {**LARGE_TOWER, "image_size": 224, "patch_size": 14},
+        "tokens": (256, 32),
         "batch": 1,
     },
     "7b": {
