@@ -80,7 +80,7 @@ def test_sigterm_saves_and_exits_and_other_data_is_refused(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(
-        PmodError, match="stopped by SIGTERM after step [34]; a checkpoint is saved"
+        PmodError, match=r"stopped by SIGTERM after step [34]; a checkpoint is saved"
     ) as stopped:
         finetune(pmod_start, *demo_data, output, recipe=recipe, progress=terminate)
     assert stopped.value.exit_code == 143
