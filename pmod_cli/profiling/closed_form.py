@@ -189,10 +189,12 @@ def parameters(geometry: Geometry, mod: MoDConfig | None) -> dict[str, int]:
     mlp = 3 * width * decoder.intermediate + decoder.mlp_bias * (2 * decoder.intermediate + width)
     vision = tower.hidden
     tower_layer = 4 * (vision**2 + vision) + (2 * vision + 1) * tower.intermediate + vision + 4 * vision
+    # CLIP's class embedding, or the bias of SigLIP's patch convolution: a vector either way.
     embedding = vision * (1 + tower.channels * tower.patch**2 + tower.tokens)
+    outer_norms = 2 * vision * (1 + tower.has_cls)
     newline = width if geometry.pinpoints else 0
     return {
-        "vision_tower": embedding + 4 * vision + tower.layers * tower_layer,
+        "vision_tower": embedding + outer_norms + tower.layers * tower_layer,
         "projector": _projector_weights(geometry) + 2 * width * geometry.projector_bias + newline,
         "embeddings": decoder.vocab * width,
         "attention_projections": decoder.layers * (2 * width * (attention + kv) + biases),
@@ -247,7 +249,7 @@ def _tower_layers(geometry: Geometry, convention: Convention) -> int:
 
 def _tower(geometry: Geometry, convention: Convention) -> int:
     tower = geometry.tower
-    patches = (tower.tokens - 1) * tower.channels * tower.patch**2 * tower.hidden
+    patches = tower.grid**2 * tower.channels * tower.patch**2 * tower.hidden
     weights = 4 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate
     scores = 2 * tower.tokens * tower.hidden if convention.scores else 0
     return patches + _tower_layers(geometry, convention) * tower.tokens * (weights + scores)
@@ -255,7 +257,7 @@ def _tower(geometry: Geometry, convention: Convention) -> int:
 
 def _tower_norms(geometry: Geometry, convention: Convention) -> int:
     tower = geometry.tower
-    return 5 * (1 + 2 * _tower_layers(geometry, convention)) * tower.tokens * tower.hidden
+    return 5 * (tower.has_cls + 2 * _tower_layers(geometry, convention)) * tower.tokens * tower.hidden
 
 
 def _projector_weights(geometry: Geometry) -> int:

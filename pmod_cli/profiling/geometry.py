@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,7 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Tower:
-    """A CLIP vision tower.
+    """A CLIP or SigLIP vision tower.
 
     Attributes:
         hidden: Width of the residual stream.
@@ -73,7 +74,9 @@ class Tower:
         patch: Side of a patch, pixels.
         image: Side of the (square) input, pixels.
         channels: Colour channels.
-        selects_cls: Whether the CLS token is passed on to the projector (``full`` selection).
+        has_cls: Whether there is a CLS token, and a norm before the layers (CLIP), or neither and a bias in the
+            patch convolution (SigLIP).
+        drops_first: Whether the first token, meant to be CLS, is kept from the projector (``default`` selection).
     """
 
     hidden: int
@@ -84,7 +87,8 @@ class Tower:
     patch: int
     image: int
     channels: int
-    selects_cls: bool
+    has_cls: bool
+    drops_first: bool
 
     @property
     def grid(self) -> int:
@@ -93,27 +97,30 @@ class Tower:
 
     @property
     def tokens(self) -> int:
-        """Tokens inside the tower: patches and CLS."""
-        return self.grid**2 + 1
+        """Tokens inside the tower: patches and, if there is one, CLS."""
+        return self.grid**2 + self.has_cls
 
     @property
     def selected(self) -> int:
         """Tokens of one crop that the projector sees."""
-        return self.tokens - (not self.selects_cls)
+        return self.tokens - self.drops_first
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Tower:
         """Read the vision side of a whole model's config, defaults filled in.
 
         Raises:
-            PmodError: If the tower is not CLIP's.
+            PmodError: If the tower is of another kind, or has a pooling head, which no feature goes through.
         """
         vision = config["vision_config"]
-        if vision["model_type"] != "clip_vision_model":
+        kind = vision["model_type"]
+        if kind not in ("clip_vision_model", "siglip_vision_model"):
             raise PmodError(
-                f"cannot count a vision tower of type {vision['model_type']!r}",
-                "supported: clip_vision_model",
+                f"cannot count a vision tower of type {kind!r}",
+                "supported: clip_vision_model, siglip_vision_model",
             )
+        if kind == "siglip_vision_model" and vision.get("vision_use_head", True):
+            raise PmodError("cannot count a SigLIP tower with a pooling head", "vision_use_head: false")
         selected = config["vision_feature_layer"]
         chosen = [selected] if isinstance(selected, int) else list(selected)
         layers = vision["num_hidden_layers"]
@@ -127,7 +134,8 @@ class Tower:
             patch=vision["patch_size"],
             image=vision["image_size"],
             channels=vision["num_channels"],
-            selects_cls=config["vision_feature_select_strategy"] == "full",
+            has_cls=kind == "clip_vision_model",
+            drops_first=config["vision_feature_select_strategy"] == "default",
         )
 
 
@@ -140,8 +148,10 @@ class Geometry:
         decoder: Language model.
         tower: Vision tower.
         projector_bias: Whether the two projector layers have biases.
-        pinpoints: LLaVA-NeXT's grids, (height, width) in pixels; empty for one crop an image.
+        pinpoints: Grids of tiles (anyres), (height, width) in pixels; empty for one crop an image.
         image_token: Id of the image placeholder.
+        max_tiles: High-resolution features are shrunk to those of so many tiles; None for no limit.
+        released_anyres: Whether the feature map is unpadded and shrunk as the paper's release does it.
     """
 
     model_type: str
@@ -150,6 +160,8 @@ class Geometry:
     projector_bias: bool
     pinpoints: tuple[tuple[int, int], ...]
     image_token: int
+    max_tiles: int | None = None
+    released_anyres: bool = False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Geometry:
@@ -160,6 +172,7 @@ class Geometry:
         """
         config = complete(config)
         text = config["text_config"]
+        limit = re.fullmatch(r"anyres_max_(\d+)", config.get("vision_aspect_ratio") or "")
         tied = bool(config["tie_word_embeddings"] or text.get("tie_word_embeddings"))
         return cls(
             model_type=config["model_type"],
@@ -168,6 +181,8 @@ class Geometry:
             projector_bias=bool(config["multimodal_projector_bias"]),
             pinpoints=tuple((h, w) for h, w in config.get("image_grid_pinpoints") or ()),
             image_token=config["image_token_index"],
+            max_tiles=int(limit[1]) if limit else config.get("max_num_patches"),
+            released_anyres=bool(config.get("released_anyres")),
         )
 
     @property

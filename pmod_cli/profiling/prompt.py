@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from pmod_cli.errors import PmodError
+from pmod_cli.families.anyres import high_resolution_size
 from pmod_cli.profiling.geometry import Geometry
+
+_SHRINK_ABOVE = 1.1
+"""transformers shrinks a feature map whose side is more than so many times too long."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -69,14 +74,14 @@ class Workload:
 
         Args:
             target: ``vision``, ``vision_hr`` or ``all``, as in the model's config. A prompt without an image is not
-                routed, and an image without high-resolution tiles counts as one.
+                routed; of an image that is one crop all tokens are high resolution.
         """
         if self.image is None:
             return 0
         if target == "all":
             return self.prompt_tokens
-        high_resolution = self.image.tokens - self.image.base_tokens
-        return high_resolution if target == "vision_hr" and high_resolution else self.vision_tokens
+        tiled = self.image.crops > 1
+        return self.vision_tokens - (self.image.base_tokens if target == "vision_hr" and tiled else 0)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -104,7 +109,8 @@ def image_tokens(geometry: Geometry, size: tuple[int, int]) -> ImageTokens:
     """Count vision tokens and crops of one image, as the model's processor lays it out.
 
     LLaVA-1.5 sees every image as one crop. LLaVA-NeXT adds the tiles of the best grid, cuts off the grid's padding,
-    and ends each row with a newline token (Liu et al. 2024, ``spatial_unpad``).
+    and ends each row with a newline token (Liu et al. 2024, ``spatial_unpad``). LLaVA-OneVision shrinks what is left
+    if it is more than the features of nine tiles (``anyres_max_9``).
 
     Args:
         geometry: The model.
@@ -117,15 +123,25 @@ def image_tokens(geometry: Geometry, size: tuple[int, int]) -> ImageTokens:
     base = tower.selected
     if not geometry.pinpoints:
         return ImageTokens(base, base, 1)
-    height, width = size
     grid_height, grid_width = _best_grid(size, geometry.pinpoints)
     tiles_down, tiles_across = grid_height // tower.image, grid_width // tower.image
-    rows, columns = tower.grid * tiles_down, tower.grid * tiles_across
-    if width / height > columns / rows:
-        rows -= (rows - _shown(height, columns / width)) // 2 * 2
+    if geometry.released_anyres:
+        rows, columns = high_resolution_size(size, (tiles_down, tiles_across), tower.grid, geometry.max_tiles)
     else:
-        columns -= (columns - _shown(width, rows / height)) // 2 * 2
+        rows, columns = _unpadded(size, (tower.grid * tiles_down, tower.grid * tiles_across))
+        if geometry.max_tiles:
+            times = math.sqrt(rows * columns / (geometry.max_tiles * tower.grid**2))
+            if times > _SHRINK_ABOVE:
+                rows, columns = int(rows // times), int(columns // times)
     return ImageTokens(base + rows * (columns + 1), base, 1 + tiles_down * tiles_across)
+
+
+def _unpadded(size: tuple[int, int], features: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a feature map that show the image, not the padding around it."""
+    (height, width), (rows, columns) = size, features
+    if width / height > columns / rows:
+        return rows - (rows - _shown(height, columns / width)) // 2 * 2, columns
+    return rows, columns - (columns - _shown(width, rows / height)) // 2 * 2
 
 
 def _shown(side: int, scale: float) -> int:

@@ -165,6 +165,20 @@ def test_conversion(converted):
     assert model.generate(**prompt, max_new_tokens=3).shape[1] == prompt["input_ids"].shape[1] + 3
 
 
+@pytest.mark.parametrize("size", [(12, 31), (39, 39)])
+def test_profile_of_the_converted_checkpoint(converted, size):
+    from pmod_cli.profiling.profile import profile_checkpoint
+
+    options = {"counter": "all", "image_size": size, "dtype": "float32", "new_tokens": 3, "batch": 2}
+    result = profile_checkpoint(converted / "pmod", latency=True, repeats=1, device="cpu", **options)
+    assert result.checks == {"torch": True, "formula": True}
+    assert not result.latency.random_weights
+    for role, variant in result.variants.items():
+        assert result.latency.models[role].kv_prefill == variant.kv_prefill
+        assert result.latency.models[role].kv_final == variant.kv_final
+    assert result.ratios["kv_prefill"] < 1
+
+
 def test_a_decoder_of_another_family(tmp_path, capsys):
     raw = raw_config()
     raw["text_config"]["model_type"] = "gemma2"

@@ -34,6 +34,28 @@ def test_published_counts_of_7b(name, vision, crops, decoder, fvcore):
     assert count.macs == fvcore
 
 
+def test_fvcore_counts_all_of_llava_next_7b():
+    pytest.importorskip("fvcore")
+    from pmod_cli.profiling import paths, trace
+
+    model = paths.meta_model(dense_config("llava-next-7b"), "bfloat16")
+    prefill, _ = trace.count(model, workload(geometry("llava-next-7b")))
+    assert (language_model(prefill), prefill.macs) == (21_879_005_904_896, 22_855_182_775_296)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llava-next-mistral-7b", 7_566_747_648),
+        ("llava-next-llama3-8b", 8_355_276_800),
+        ("llava-onevision-7b", 8_030_807_584),
+        ("llava-onevision-0.5b", 893_675_552),
+    ],
+)
+def test_parameters_of_the_hubs_checkpoints(name, parameters):
+    assert sum(closed_form.parameters(geometry(name), None).values()) == parameters
+
+
 def test_what_the_two_counters_see_differently():
     work = workload(geometry("llava-1.5-7b"))
     count = closed_form.prefill(geometry("llava-1.5-7b"), None, work)
@@ -48,6 +70,7 @@ def test_what_the_two_counters_see_differently():
         ("llava-1.5-7b", 32, "vision", {}),
         ("llava-next-7b", 6, "vision_hr", {"batch": 2, "all_logits": False}),
         ("llava-next-34b", 6, "all", {"text_tokens": 10}),
+        ("llava-onevision-0.5b", 6, "vision", {}),
     ],
 )
 def test_three_counts_agree(name, layers, target, work, routed):

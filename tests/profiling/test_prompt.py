@@ -1,12 +1,17 @@
 """Vision tokens and crops of an image are what the real processor and model make of it."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiling_models import geometry
+from profiling_models import geometry, tiny_raw
 
 from pmod_cli.errors import PmodError
-from pmod_cli.profiling.prompt import Workload, default_image_size, image_tokens, parse_size
+from pmod_cli.families.anyres import high_resolution_size
+from pmod_cli.profiling.geometry import Geometry
+from pmod_cli.profiling.prompt import Workload, _best_grid, default_image_size, image_tokens, parse_size
 
 
 @settings(max_examples=150, deadline=None)
@@ -23,6 +28,36 @@ def test_llava_next_agrees_with_the_processor(height, width):
     unpadded, newlines = LlavaNextProcessor._get_unpadded_features(None, height, width, 24, 24, rows, columns)
     assert found.tokens == 576 + unpadded + newlines
     assert found.crops == image_size_to_num_patches([height, width], grids, 336)
+
+
+@settings(max_examples=150, deadline=None)
+@given(height=st.integers(20, 4000), width=st.integers(20, 4000))
+def test_llava_onevision_agrees_with_the_processor(height, width):
+    from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
+    from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+    shape = geometry("llava-onevision-7b")
+    grids = [list(grid) for grid in shape.pinpoints]
+    processor = SimpleNamespace(
+        image_processor=SimpleNamespace(image_grid_pinpoints=grids),
+        num_image_tokens=729,
+        vision_aspect_ratio="anyres_max_9",
+    )
+    processor._get_unpadded_features = partial(LlavaOnevisionProcessor._get_unpadded_features, processor)
+    found = image_tokens(shape, (height, width))
+    expected = LlavaOnevisionProcessor._get_number_of_features(processor, height, width, 384, 384)
+    assert found.tokens == expected
+    assert found.crops == image_size_to_num_patches([height, width], grids, 384)
+
+
+@pytest.mark.parametrize("limit", [None, 1])
+def test_the_releases_rule_where_a_checkpoint_asks_for_it(limit):
+    raw = tiny_raw("llava_next")
+    released = Geometry.from_config(raw | {"released_anyres": True, "max_num_patches": limit})
+    for size in ((29, 30), (40, 100), (333, 20)):
+        grid_down, grid_across = (side // 16 for side in _best_grid(size, released.pinpoints))
+        rows, columns = high_resolution_size(size, (grid_down, grid_across), 4, limit)
+        assert image_tokens(released, size).tokens == 16 + rows * (columns + 1)
 
 
 def test_largest_image_by_default():

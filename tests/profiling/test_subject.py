@@ -116,8 +116,11 @@ def test_recipe_on_a_model_that_is_p_mod_already(tmp_path):
         find_subject(str(tmp_path), recipe="llava-1.5-7b")
 
 
-def test_unsupported_tower(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "message"), [("dinov2", "type 'dinov2'"), ("siglip_vision_model", "with a pooling head")]
+)
+def test_unsupported_tower(tmp_path, kind, message):
     raw = tiny_raw()
-    raw["vision_config"] = {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4}
-    with pytest.raises(PmodError, match="siglip_vision_model"):
+    raw["vision_config"] = {"model_type": kind, "image_size": 16, "patch_size": 4}
+    with pytest.raises(PmodError, match=message):
         find_subject(write(tmp_path / "config.json", raw))
