@@ -99,7 +99,9 @@ class KeptTokensLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Empty the cache."""
-        super().reset()
+        # Dropped, not zeroed as before transformers 5.24: what is appended must be all there is.
+        self.keys = self.values = None  # type: ignore[assignment]
+        self.is_initialized = False
         self._clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

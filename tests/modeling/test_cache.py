@@ -152,7 +152,8 @@ def test_reorder_select_and_repeat():
 
 
 def test_reset_and_reuse():
-    model = tiny_model()
+    # Every layer an MoD layer: a dense layer's reset is transformers' own, and before 5.24 it only zeroed.
+    model = tiny_model(mod=MoDConfig([0.8, 0.5] * 4))
     ids, pixels = torch.tensor([prompt(1, 8)]), pictures(1)
     cache = DynamicCache()
     first = prefill(model, ids, cache, pixel_values=pixels).logits
