@@ -108,6 +108,7 @@ def measure(model: str, settings: Settings, device: str, repeats: int) -> dict[s
         order = list(models.items())[:: 1 if index % 2 else -1]
         rounds.append({role: prefill_seconds(each, inputs) for role, each in order})
     time_ratio = statistics.median(row["pmod"] / row["dense"] for row in rounds)
+    fastest = {role: min(row[role] for row in rounds) for role in models}
     flops_ratio = macs["pmod"] / macs["dense"]
     return {
         "model": model,
@@ -118,6 +119,7 @@ def measure(model: str, settings: Settings, device: str, repeats: int) -> dict[s
         "flops_ratio": flops_ratio,
         "time_ratio": time_ratio,
         "time_ratio/flops_ratio": time_ratio / flops_ratio,
+        "fastest_ratio/flops_ratio": fastest["pmod"] / fastest["dense"] / flops_ratio,
         "rounds": rounds,
     }
 
