@@ -9,13 +9,13 @@ from pmod_cli.visual import style
 
 
 @style.look()
-def draw_layers(path: Path, ratios: Sequence[float | None], flops: dict[str, list[int]]) -> None:
+def draw_layers(path: Path, ratios: Sequence[float | None], flops: dict[str, list[float]]) -> None:
     """Retention ratio by layer above FLOPs by layer, dense beside p-MoD.
 
     Args:
         path: The PNG to write.
         ratios: One a layer, None for a dense layer.
-        flops: FLOPs of prefill by layer, for ``dense`` and ``pmod``.
+        flops: FLOPs of one sample's prefill by layer, for ``dense`` and ``pmod``.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -31,6 +31,6 @@ def draw_layers(path: Path, ratios: Sequence[float | None], flops: dict[str, lis
         heights = [value / 1e6 for value in flops[role]]
         places = [layer + offset for layer in layers]
         below.bar(places, heights, width, color=style.COLOURS[role], label=style.NAMES[role])
-    below.set(xlabel="decoder layer", ylabel="prefill MFLOPs", xticks=layers)
-    below.legend(loc="lower left")
+    below.set(xlabel="decoder layer", ylabel="prefill MFLOPs a sample", xticks=layers)
+    below.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     style.save(figure, path, title="Retention and prefill FLOPs by layer")

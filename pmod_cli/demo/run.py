@@ -301,7 +301,8 @@ def _draw_layers(path: Path, profiled: dict[str, Any], retention: dict[str, Any]
     from pmod_cli.demo.pictures import draw_layers
 
     flops = {
-        role: [layer["flops"] for layer in profiled[role]["prefill"]["layers"]] for role in ("dense", "pmod")
+        role: [layer["flops"] / BATCH for layer in profiled[role]["prefill"]["layers"]]
+        for role in ("dense", "pmod")
     }
     draw_layers(path, retention["ratios"], flops)
     return path
