@@ -143,11 +143,14 @@ def _same_place(first: Point, second: Point) -> bool:
 
 
 def _changes(training: Training) -> list[tuple[int, float]]:
-    rows = [row for row in training.rows if row.get("routers")]
-    return [
-        (row["step"], 100 * sum(layer["changed"] for layer in row["routers"]) / len(row["routers"]))
-        for row in rows[1:]  # the first look has none before it
-    ]
+    """Step, and percent of the vision tokens whose fate differs from the look before, mean over layers."""
+    found = []
+    for row in training.rows:
+        shares = [layer.get("changed") for layer in row.get("routers") or ()]
+        known = [share for share in shares if share is not None]  # the first look has none before it
+        if known:
+            found.append((row["step"], 100 * sum(known) / len(known)))
+    return found
 
 
 def _routes(training: Training) -> bool:

@@ -21,6 +21,11 @@ _WHAT = (
     "accuracy is measured against a dense model."
 )
 
+_CURVES = (
+    "As logged during training. Fate changed: tokens of a fixed batch that a layer skips now and kept at the look before, or "
+    "the reverse, mean over the routed layers."
+)
+
 
 def summary(found: Found, tuned: Model | None, other: Model | None) -> Section:
     """The few figures to see first."""
@@ -217,9 +222,7 @@ def training(found: Found) -> Section:
             ]
         )
     header = ["", "steps", "first loss", "last loss", "samples/s"]
-    return Section(
-        "Training", [figures.training_figure(curves, "As logged during training."), Table("", header, rows)]
-    )
+    return Section("Training", [figures.training_figure(curves, _CURVES), Table("", header, rows)])
 
 
 def environment(found: Found) -> Section:
