@@ -22,8 +22,8 @@ _WHAT = (
 )
 
 _CURVES = (
-    "As logged during training. Fate changed: tokens of a fixed batch that a layer skips now and kept at the look before, or "
-    "the reverse, mean over the routed layers."
+    "As logged during training. Fate changed: tokens of a fixed batch that a layer skips now and kept at the look "
+    "before, or the reverse, mean over the routed layers."
 )
 
 
