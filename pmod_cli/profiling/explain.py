@@ -66,6 +66,12 @@ def _timing(result: ProfileResult) -> list[str]:
     )
     ratios, dense = result.ratios, result.variants.get("dense")
     overhead = latency.bound_overhead
+    if overhead is not None and overhead < 0:
+        lines.append(
+            "p-MoD's prefill came out below its own bound: the runs scatter by more than its overhead. More --repeats "
+            "on a quiet machine tell more."
+        )
+        overhead = None
     if overhead is not None:
         lines.append(
             f"p-MoD's prefill takes {overhead:+.0%} over the bound in which each layer runs on its kept tokens and "

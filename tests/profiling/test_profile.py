@@ -9,6 +9,7 @@ from profiling_models import TINY_MOD, save_tiny, tiny_raw
 from pmod_cli.errors import GateError, MissingExtraError, PmodError
 from pmod_cli.profiling.compare import compare_files
 from pmod_cli.profiling.explain import notes, size
+from pmod_cli.profiling.latency import Timing
 from pmod_cli.profiling.profile import Settings, profile, profile_checkpoint
 from pmod_cli.profiling.render import macs, profile_grids, profile_markdown
 from pmod_cli.profiling.result import check_gates
@@ -179,9 +180,12 @@ def test_notes_say_where_a_saving_does_not_show(tmp_path):
     result = profile_checkpoint(
         tmp_path, latency=True, repeats=1, new_tokens=3, counter="formula", dtype="float32"
     )
-    text = " ".join(notes(result))
-    assert "KV cache is" in text
-    assert "over the bound" in text
+    measured = result.latency.models["pmod"]
+    for bound, told in ((0.5, "over the bound"), (2, "below its own bound")):
+        measured.bound = Timing([bound * measured.seconds["prefill"].median])
+        text = " ".join(notes(result))
+        assert "KV cache is" in text
+        assert told in text
 
 
 def test_a_disagreement_is_told():
