@@ -15,11 +15,17 @@ from pmod_cli.errors import PmodError
 SCHEMA_VERSION = 1
 
 
+class _PipeConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Let `report_error` decide, as for every other write; rich would exit with code 1."""
+        raise BrokenPipeError
+
+
 def _console(error: bool) -> Console:
     stream = sys.stderr if error else sys.stdout
     # In a pipe or a CI log there is no terminal to fit a table into.
     width = None if stream.isatty() or "COLUMNS" in os.environ else 120
-    return Console(stderr=error, highlight=False, width=width)
+    return _PipeConsole(stderr=error, highlight=False, width=width)
 
 
 stdout, stderr = _console(error=False), _console(error=True)
@@ -33,8 +39,11 @@ def emit_json(command: str, result: Any) -> None:
         result: Anything ``json`` can write.
     """
     document = {"schema_version": SCHEMA_VERSION, "command": command, "result": result}
-    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise BrokenPipeError from None  # without its number, on which typer would exit with code 1
 
 
 def report_error(error: BaseException) -> int | None:

@@ -1,0 +1,66 @@
+"""What all commands share: pipes, widths, errors of the system as one line."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+
+import pytest
+
+from pmod_cli.cli.output import report_error
+from pmod_cli.errors import GateError, PmodError
+
+
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_reader_that_goes_away_is_no_error(options):
+    # Formula counts load neither torch nor transformers.
+    command = f"{sys.executable} -m pmod_cli profile llava-1.5-7b --counter formula --layers {options}"
+    script = f"{command} 2>/dev/null | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "0"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (PmodError("no such thing", "make one"), 2, "error: no such thing (make one)"),
+        (GateError("too slow"), 1, "error: too slow"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+        (OSError(errno.ENOSPC, "x", "out"), 2, "error: No space left on device (out): free some space"),
+        (OSError(errno.EACCES, "x", "out"), 2, "error: Permission denied (out): choose a place"),
+        (PmodError("two\nlines"), 2, "error: two lines"),
+    ],
+)
+def test_errors_are_one_line(error, code, line, capsys):
+    assert report_error(error) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(line)
+    assert err.count("\n") == 1
+
+
+def test_a_bug_is_not_hidden():
+    assert report_error(TypeError("ours")) is None
+
+
+def test_help_needs_no_torch():
+    script = (
+        "import sys; from pmod_cli.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy', 'pydantic'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for verb in (
+        "demo",
+        "convert",
+        "inspect",
+        "finetune",
+        "data",
+        "profile",
+        "generate",
+        "eval",
+        "visualize",
+    ):
+        assert verb in done.stdout
