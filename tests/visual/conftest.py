@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import visual_models
+
+from pmod_cli.generation import VisionLanguageModel
+
+sys.path.append(str(Path(__file__).parents[1] / "families"))
 
 
 @pytest.fixture(autouse=True)
@@ -26,5 +33,8 @@ def llava_next():
 
 
 @pytest.fixture(scope="session")
-def checkpoint(llava, tmp_path_factory):
-    return visual_models.save(llava, tmp_path_factory.mktemp("visual") / "model")
+def onevision():
+    """LLaVA-OneVision, whose maps of more than two tiles are shrunk."""
+    import onevision_models
+
+    return VisionLanguageModel(onevision_models.pmod_model(), onevision_models.processor())

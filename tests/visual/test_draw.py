@@ -14,7 +14,13 @@ from pmod_cli.generation import Prompt
 from pmod_cli.visual import draw, style
 from pmod_cli.visual.trace import trace
 
-CASES = [("llava", (96, 96)), ("llava", (160, 70)), ("llava_next", (150, 90)), ("llava_next", (70, 230))]
+CASES = [
+    ("llava", (96, 96)),
+    ("llava", (160, 70)),
+    ("llava_next", (150, 90)),
+    ("llava_next", (70, 230)),
+    ("onevision", (150, 120)),
+]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=[f"{family}-{w}x{h}" for family, (w, h) in CASES])
@@ -22,7 +28,7 @@ def case(request):
     family, size = request.param
     loaded = request.getfixturevalue(family)
     image = visual_models.noise(*size)
-    prompt = Prompt("What is this?", (image,))
+    prompt = Prompt(" w5 w6", (image,))
     return loaded, image, prompt, trace(loaded, prompt)
 
 
@@ -62,7 +68,8 @@ def test_trace_is_the_routing(case):
 def test_sheet_shows_kept_patches(case, tmp_path):
     """In the file that is written: a kept patch has the picture's colour, a dropped one is mixed with grey."""
     loaded, image, prompt, traced = case
-    layers = [2, 5, 7]
+    layers = draw.default_layers(traced, most=3)
+    assert len(layers) == 3
     figure = draw.draw_sheet(traced, image, layers, "heading")
     style.save(figure, tmp_path / "sheet.png", dpi=200)
     written = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), dtype=float) / 255
@@ -98,7 +105,7 @@ def test_sheet_shows_kept_patches(case, tmp_path):
                     wanted.add(token)
             assert drawn == wanted
             compared += len(wanted)
-    assert compared > 20
+    assert compared > 8
 
 
 def test_heat_map_counts_layers(case):
@@ -117,12 +124,12 @@ def test_animation_has_a_frame_a_layer(case):
     animation = Image.open(io.BytesIO(draw.draw_animation(traced, image)))
     assert animation.n_frames == traced.layers
     frames = []
-    for index in (0, 2, 5, 7):
+    for index in (0, *draw.default_layers(traced, most=3)):
         animation.seek(index)
         frames.append(np.asarray(animation.convert("L"), dtype=float))
     # The later the layer, the more of the picture is the grey of dropped patches.
     grey = [float((np.abs(frame - 255 * style.DIM) < 40).mean()) for frame in frames]
-    assert grey[0] < grey[1] < grey[2] <= grey[3] + 0.02
+    assert grey[0] < grey[1] < grey[2] <= grey[3] + 0.05
 
 
 def test_what_no_patch_shows_is_grey(llava):
