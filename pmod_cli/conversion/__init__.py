@@ -2,5 +2,5 @@
 
 The way of a conversion: `source` finds the checkpoint, a module of `formats` says what it is in transformers' own
 names, `convert` adds a schedule and routers, and `write` puts it all beside its place and moves it there. Nothing here
-imports torch or transformers except where a pickled file or a figure for ``--dry-run`` needs it.
+imports torch or transformers, except where a pickled file, or a tokenizer that has to be extended, needs it.
 """
