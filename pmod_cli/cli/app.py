@@ -20,6 +20,11 @@ app = typer.Typer(
 )
 
 
+def examples(*commands: str) -> str:
+    """A help text's end: commands that work, one a line."""
+    return "\n\n".join(["Examples:", *(f"  {command}" for command in commands)]).replace("[", r"\[")
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(f"pmod {__version__}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pmod_cli.cli.app import app
+from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.output import emit_json, stderr, stdout
 from pmod_cli.errors import PmodError
 
@@ -27,7 +27,14 @@ class Target(str, Enum):
     baseline = "baseline"
 
 
-@app.command("convert")
+@app.command(
+    "convert",
+    epilog=examples(
+        "pmod convert llava-hf/llava-1.5-7b-hf ./pmod-llava-1.5-7b --recipe llava-1.5-7b",
+        "pmod convert ./my-llava ./my-pmod --set mod.floor=0.1 --dry-run",
+        "pmod convert ./my-pmod ./my-llava-again --to baseline",
+    ),
+)
 def convert_command(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     destination: Annotated[
@@ -75,15 +82,7 @@ def convert_command(
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoint at DESTINATION.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Make a p-MoD checkpoint: weights are linked, routers and a retention ratio a layer are added.
-
-    Examples:
-      pmod convert llava-hf/llava-1.5-7b-hf ./pmod-llava-1.5-7b --recipe llava-1.5-7b
-
-      pmod convert ./my-llava ./my-pmod --set mod.floor=0.1 --dry-run
-
-      pmod convert ./my-pmod ./my-llava-again --to baseline
-    """
+    """Make a p-MoD checkpoint: weights are linked, routers and a retention ratio a layer are added."""
     from pmod_cli.conversion import hub
     from pmod_cli.conversion.convert import convert, convert_back, plan_conversion
     from pmod_cli.conversion.formats import Options

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pmod_cli.cli.app import app
+from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.output import emit_json, stderr, stdout
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data: check it, clean it.")
@@ -19,7 +19,13 @@ def _root() -> None:
     pass
 
 
-@data_app.command("check")
+@data_app.command(
+    "check",
+    epilog=examples(
+        "pmod data check llava_v1_5_mix665k.json --images data",
+        "pmod data check llava_v1_5_mix665k.json --images data --fix clean.json --model ./pmod-llava-1.5-7b",
+    ),
+)
 def check_command(
     data: Annotated[str, typer.Argument(help="LLaVA JSON or JSONL; or a datasets folder or hub id.")],
     images: Annotated[
@@ -44,14 +50,7 @@ def check_command(
     limit: Annotated[int, typer.Option("--limit", min=0, help="Problems to list.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    r"""Find what would go wrong in training. Exit code 1 if anything is, unless --fix writes a clean file.
-
-    Examples:
-      pmod data check llava_v1_5_mix665k.json --images data
-
-      pmod data check llava_v1_5_mix665k.json --images data --fix clean.json --model llava-hf/llava-1.5-7b-hf \
-        --recipe llava-1.5-7b
-    """
+    r"""Find what would go wrong in training. Exit code 1 if anything is, unless --fix writes a clean file."""
     from rich.progress import Progress
     from rich.table import Table
 

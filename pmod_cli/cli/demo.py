@@ -9,12 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from pmod_cli.cli.app import app
+from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.output import emit_json, stderr, stdout
 from pmod_cli.errors import GateError, PmodError
 
 
-@app.command("demo")
+@app.command(
+    "demo",
+    epilog=examples(
+        "pmod demo",
+        "pmod demo --output /tmp/demo --steps 100 --json",
+    ),
+)
 def demo_command(
     output: Annotated[Path, typer.Option("--output", help="Everything goes under this folder.")] = Path(
         "pmod-demo"
@@ -38,11 +44,6 @@ def demo_command(
     """Turn a small trained LLaVA into a p-MoD model, fine-tune, profile and evaluate it. No GPU, no network.
 
     Exits 1 if a target of the example is missed. A second run reuses what is finished.
-
-    Examples:
-      pmod demo
-
-      pmod demo --output /tmp/demo --steps 100 --json
     """
     if train_baseline:
         result = _train_baseline(output, baseline_steps, seed)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pmod_cli.cli.app import app
+from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.output import OS_HINTS, emit_json, stderr, stdout
 from pmod_cli.errors import GateError, PmodError
 
@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from pmod_cli.evaluation.preflight import PreflightError
 
 
-@app.command("eval")
+@app.command(
+    "eval",
+    epilog=examples(
+        "pmod eval ./pmod-llava-1.5-7b --tasks paper --baseline llava-hf/llava-1.5-7b-hf --output results",
+        "pmod eval ./pmod-llava-1.5-7b --tasks gqa,pope_full --limit 100 --min gqa=60",
+        "pmod eval --prepare --tasks paper",
+        "pmod eval --diff results-before results-after",
+    ),
+)
 def evaluate_command(
     model: Annotated[
         str | None, typer.Argument(help="Checkpoint folder or hub id, dense or p-MoD.", show_default=False)
@@ -79,15 +87,6 @@ def evaluate_command(
     """Evaluate a model on lmms-eval's benchmarks, beside its baseline.
 
     Exit code 1 if a sample failed or a limit was not met.
-
-    Examples:
-      pmod eval ./pmod-llava-1.5-7b --tasks paper --baseline llava-hf/llava-1.5-7b-hf --output results
-
-      pmod eval ./pmod-llava-1.5-7b --tasks gqa,pope_full --limit 100 --min gqa=60
-
-      pmod eval --prepare --tasks paper
-
-      pmod eval --diff results-before results-after
     """
     if offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before anything is imported

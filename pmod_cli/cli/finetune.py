@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pmod_cli.cli.app import app
+from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.output import emit_json, stderr, stdout
 
 if TYPE_CHECKING:
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from pmod_cli.training.parts import PartCount
 
 
-@app.command("finetune")
+@app.command(
+    "finetune",
+    epilog=examples(
+        "pmod finetune ./start --data mix665k.json --images data --output ./tuned --recipe llava-1.5-7b",
+        "pmod finetune ./start --data mix665k.json --images data --output ./tuned --recipe llava-1.5-7b --resume",
+        "pmod finetune ./start-next --data lmms-lab/LLaVA-NeXT-Data --output ./tuned --recipe llava-next-7b",
+        "torchrun --nproc_per_node 8 -m pmod_cli finetune ./start --data mix665k.json --images data --output ./tuned",
+    ),
+)
 def finetune_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, dense or p-MoD.")],
     data: Annotated[
@@ -47,18 +55,7 @@ def finetune_command(
     merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA into the weights at the end.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    r"""Fine-tune on LLaVA conversations: language model, projector and routers; the vision tower is frozen.
-
-    Examples:
-      pmod finetune ./pmod-llava-1.5-7b --data mix665k.json --images data --output run --recipe llava-1.5-7b
-
-      pmod finetune ./pmod-llava-1.5-7b --data mix665k.json --images data --output run --recipe llava-1.5-7b --resume
-
-      pmod finetune ./pmod-llava-next-7b --data lmms-lab/LLaVA-NeXT-Data --output run --recipe llava-next-7b
-
-      torchrun --nproc_per_node 8 -m pmod_cli finetune ./pmod-llava-1.5-7b --data mix665k.json --images data \
-        --output run --recipe llava-1.5-7b
-    """
+    """Fine-tune on LLaVA conversations: language model, projector and routers; the vision tower is frozen."""
     from pmod_cli.recipe import default_recipe, load_recipe
 
     chosen = load_recipe(recipe, settings or ()) if recipe else default_recipe(settings or ())

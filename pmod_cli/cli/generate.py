@@ -8,11 +8,17 @@ from typing import Annotated
 
 import typer
 
-from pmod_cli.cli.app import app
+from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.output import emit_json, stdout
 
 
-@app.command("generate")
+@app.command(
+    "generate",
+    epilog=examples(
+        'pmod generate llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "What is on the sofa?"',
+        'pmod generate ./pmod-llava-1.5-7b --prompt "Name three primary colours." --json',
+    ),
+)
 def generate_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, dense or p-MoD.")],
     prompt: Annotated[str, typer.Option("--prompt", help="What to ask; the chat template is applied.")],
@@ -24,13 +30,7 @@ def generate_command(
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Answer one prompt, greedily.
-
-    Examples:
-      pmod generate llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "What is on the sofa?"
-
-      pmod generate ./pmod-llava-1.5-7b --prompt "Name three primary colours." --json
-    """
+    """Answer one prompt, greedily."""
     from pmod_cli.generation import Prompt, VisionLanguageModel, check_source, open_image
 
     check_source(model)

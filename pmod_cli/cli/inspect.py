@@ -6,26 +6,26 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pmod_cli.cli.app import app
+from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.output import emit_json, stdout
 
 if TYPE_CHECKING:
     from pmod_cli.conversion.inspection import Inspection
 
 
-@app.command("inspect")
+@app.command(
+    "inspect",
+    epilog=examples(
+        "pmod inspect ./pmod-llava-1.5-7b",
+        "pmod inspect ./pmod-llava-1.5-7b --json | jq .result.initial_share",
+    ),
+)
 def inspect_command(
     model: Annotated[str, typer.Argument(help="p-MoD checkpoint: a folder or hub id.")],
     revision: Annotated[str | None, typer.Option("--revision", help="Hub branch, tag or commit.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Show a p-MoD checkpoint's layers, routers and origin. Only the routers are read.
-
-    Examples:
-      pmod inspect ./pmod-llava-1.5-7b
-
-      pmod inspect ./pmod-llava-1.5-7b --json | jq .result.initial_share
-    """
+    """Show a p-MoD checkpoint's layers, routers and origin. Only the routers are read."""
     from pmod_cli.conversion.inspection import inspect_checkpoint
 
     inspection = inspect_checkpoint(model, revision)

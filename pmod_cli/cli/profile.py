@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pmod_cli.cli.app import app
+from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.output import emit_json, stderr, stdout
 from pmod_cli.errors import PmodError
 
@@ -61,7 +61,15 @@ class Knob(_Choice):
     batch = "batch"
 
 
-@app.command("profile")
+@app.command(
+    "profile",
+    epilog=examples(
+        "pmod profile llava-1.5-7b",
+        "pmod profile --recipe llava-next-7b --convention paper",
+        "pmod profile ./pmod-llava-1.5-7b --latency --device cuda --plot profile.png",
+        "pmod profile llava-1.5-7b --max-flops-ratio 0.6 --max-kv-ratio 0.6 --json",
+    ),
+)
 def profile_command(
     model: Annotated[
         str | None,
@@ -132,15 +140,6 @@ def profile_command(
     """Count what p-MoD saves against its dense baseline; measure it with --latency.
 
     Counting reads configs only: no weights, no GPU, and for the models known by name no network.
-
-    Examples:
-      pmod profile llava-1.5-7b
-
-      pmod profile --recipe llava-next-7b --convention paper
-
-      pmod profile ./pmod-llava-1.5-7b --latency --device cuda --plot profile.png
-
-      pmod profile llava-1.5-7b --max-flops-ratio 0.6 --max-kv-ratio 0.6 --json
     """
     if compare is not None:
         _compare(*compare, as_json, markdown)

@@ -7,11 +7,17 @@ from typing import Annotated
 
 import typer
 
-from pmod_cli.cli.app import app
+from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.output import emit_json, stderr, stdout
 
 
-@app.command("report")
+@app.command(
+    "report",
+    epilog=examples(
+        "pmod report pmod-demo -o demo.html",
+        "pmod report runs/pmod-llava results/pmod-llava profile.json -o pmod-llava.html",
+    ),
+)
 def report_command(
     places: Annotated[
         list[Path],
@@ -26,13 +32,7 @@ def report_command(
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Collect recipe, cost, accuracy, training curves and changed answers of runs into one page.
-
-    Examples:
-      pmod report pmod-demo -o demo.html
-
-      pmod report runs/pmod-llava results/pmod-llava profile.json -o pmod-llava.html
-    """
+    """Collect recipe, cost, accuracy, training curves and changed answers of runs into one page."""
     from pmod_cli.report import write_report
 
     result = write_report(places, output, force=force)

@@ -7,12 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from pmod_cli.cli.app import app
+from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.output import emit_json, stdout
 from pmod_cli.errors import PmodError
 
 
-@app.command("visualize")
+@app.command(
+    "visualize",
+    epilog=examples(
+        'pmod visualize ./pmod-llava-1.5-7b --image cat.jpg --prompt "What is on the sofa?" -o cat.png',
+        'pmod visualize ./pmod-llava-1.5-7b --image cat.jpg --prompt "What is it?" --html cat.html --gif cat.gif',
+    ),
+)
 def visualize_command(
     model: Annotated[str, typer.Argument(help="p-MoD checkpoint folder or hub id.")],
     image: Annotated[Path, typer.Option("--image", help="A picture.")],
@@ -45,13 +51,7 @@ def visualize_command(
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Show which patches of a picture each layer of a p-MoD model processed.
-
-    Examples:
-      pmod visualize ./pmod-llava-1.5-7b --image cat.jpg --prompt "What is on the sofa?" -o cat.png
-
-      pmod visualize ./pmod-llava-1.5-7b --image cat.jpg --prompt "What is on the sofa?" --html cat.html --gif cat.gif
-    """
+    """Show which patches of a picture each layer of a p-MoD model processed."""
     files = {name: path for name, path in (("sheet", output), ("gif", gif), ("html", html)) if path}
     if not files:
         raise PmodError("nothing to draw", "give -o FILE.png, --gif FILE.gif or --html FILE.html")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import typer
-from commands import Command, commands_of_page, commands_of_recipes, pages
+from commands import Command, commands_of_help, commands_of_page, commands_of_recipes, pages
 from stand_ins import StandIns
 
 from pmod_cli.cli import app, main
@@ -58,6 +58,18 @@ def test_commands_of_recipes_are_understood():
     assert len(commands) > 10
     for command in commands:
         parse(command)
+
+
+def test_every_help_ends_in_commands():
+    group: Any = typer.main.get_command(app)
+    verbs = [verb for verb in group.commands.values() if not hasattr(verb, "commands")]
+    verbs += [verb for sub in group.commands.values() for verb in getattr(sub, "commands", {}).values()]
+    assert len(verbs) >= 10
+    for verb in verbs:
+        commands = commands_of_help(verb.epilog or "", f"help of {verb.name}")
+        assert commands, verb.name
+        for command in commands:
+            parse(command)
 
 
 @pytest.mark.parametrize("page", [name for name, commands in PAGES.items() if commands])
