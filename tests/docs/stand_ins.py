@@ -87,6 +87,8 @@ class StandIns:
             words += ["--train-images", "16", "--heldout-images", "12"]
         elif words[0] == "eval" and "--tasks" in words:
             words[words.index("--tasks") + 1] = "pmod_demo"
+            if "--min" in words:
+                words[words.index("--min") + 1] = "pmod_demo=60"
             if "--include-path" not in words:
                 words += ["--include-path", str(self.demo / "tasks")]
             if "--prepare" not in words and "--limit" not in words:
