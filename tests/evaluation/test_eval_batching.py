@@ -85,8 +85,8 @@ def test_auto_finds_the_largest_batch_that_fits(model):
     assert sizer.out_of_memory == 3
 
 
-def test_longer_prompts_later_need_smaller_batches(model):
-    limited = Limited(model, most=8)
+def test_longer_prompts_later_need_smaller_batches(llava):
+    limited = Limited(VisionLanguageModel.load(llava), most=8)
     sizer = BatchSizer("auto")
     collect(limited, questions(60), sizer)
     assert sizer.size == 8
