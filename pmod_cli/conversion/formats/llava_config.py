@@ -94,7 +94,7 @@ def family_name(config: dict[str, Any]) -> str:
     Raises:
         PmodError: A setting that transformers has no counterpart for.
     """
-    projector = config.get("mm_projector_type", "linear")
+    projector = config.get("mm_projector_type", "mlp2x_gelu")
     if projector != "mlp2x_gelu":
         raise PmodError(f"mm_projector_type {projector!r} is not supported", "supported: mlp2x_gelu")
     if config.get("mm_use_im_start_end"):
