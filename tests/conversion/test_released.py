@@ -282,7 +282,7 @@ BAD_CONFIGS = {
     "mm_patch_merge_type": ("flat", "mm_patch_merge_type 'flat' is not supported with anyres"),
     "mm_vision_tower": ("nowhere/at-all", "vision tower: no folder nowhere/at-all"),
     "image_grid_pinpoints": ("(1x1),...,(6x6)", "image_grid_pinpoints"),
-    "num_hidden_layers": (31, "the weights have 32 decoder layers and config.json says 31"),
+    "num_hidden_layers": (31, "the weights have 32 decoder layers"),
 }
 
 
