@@ -97,12 +97,25 @@ def test_transformers_alone_refuses_the_checkpoint(tmp_path):
     assert together.returncode == 0, together.stderr
 
 
-@pytest.mark.parametrize("order", ["import pmod_cli, transformers", "import transformers, pmod_cli"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import pmod_cli, transformers",
+        "import transformers, pmod_cli",
+        "from pmod_cli.modeling.layer import MoDDecoderLayer",
+        "from pmod_cli.families.llava import PmodLlavaModel",
+    ],
+)
 def test_import_registers_whatever_the_order(order):
     code = (
         f"{order}\nfrom transformers import AutoConfig, LlavaConfig\n"
         "assert type(AutoConfig.for_model('pmod_llava')).__name__ == 'PmodLlavaConfig'\n"
         "assert type(AutoConfig.for_model('pmod_llava_next')).__name__ == 'PmodLlavaNextConfig'\n"
+        "from pmod_cli.families import llava\n"
+        "from pmod_cli.modeling import decoders, layer\n"
+        "assert globals().get('PmodLlavaModel', llava.PmodLlavaModel) is llava.PmodLlavaModel\n"
+        "assert globals().get('MoDDecoderLayer', layer.MoDDecoderLayer) is layer.MoDDecoderLayer\n"
+        "assert issubclass(decoders.MoDLlamaDecoderLayer, layer.MoDDecoderLayer)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -1,0 +1,62 @@
+"""What ``--json`` prints: one object, whose keys the documentation names."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+
+import pytest
+from commands import ROOT
+
+from pmod_cli.cli import main
+
+MODEL = "{demo}/models/pmod"
+PICTURE = "{demo}/data/example.png"
+TRAINING = ["--data", "{demo}/data/train/train.json", "--images", "{demo}/data/train/images"]
+SMALL = ["--set=train.max_steps=1", "--set=train.global_batch_size=2", "--set=train.micro_batch_size=2"]
+TASK = ["--tasks", "pmod_demo", "--include-path", "{demo}/tasks", "--limit", "4", "--batch-size", "4"]
+PROMPT = ["--image", PICTURE, "--prompt", "How many shapes are there?"]
+
+CASES = {
+    "convert": ("convert.md", ["{demo}/models/baseline", "out", "--recipe", "demo"]),
+    "inspect": ("convert.md", [MODEL]),
+    "data check": ("finetune.md", TRAINING[1:]),
+    "finetune": (
+        "finetune.md",
+        ["{demo}/models/pmod-start", *TRAINING, "--output", "out", "--recipe=demo", *SMALL],
+    ),
+    "profile": ("profile.md", [MODEL, "--latency", "--repeats", "1", "--new-tokens", "2"]),
+    "eval": ("evaluate.md", [MODEL, *TASK, "--output", "out"]),
+    "generate": ("json.md", [MODEL, *PROMPT]),
+    "visualize": ("visualize.md", [MODEL, *PROMPT, "-o", "out.png"]),
+    "report": ("visualize.md", ["{demo}", "-o", "out.html"]),
+}
+
+
+@pytest.mark.parametrize("verb", CASES)
+def test_one_object_with_documented_keys(verb, demo_folder, tmp_path, monkeypatch, capsys):
+    page, arguments = CASES[verb]
+    monkeypatch.chdir(tmp_path)
+    words = [*verb.split(), *(word.format(demo=demo_folder) for word in arguments), "--json"]
+    with contextlib.suppress(SystemExit):  # a failure prints no object
+        main(words)
+    document = json.loads(capsys.readouterr().out)
+    assert list(document) == ["schema_version", "command", "result"]
+    assert document["schema_version"] == 1
+    assert document["command"] == verb
+    check_keys(document["result"], page)
+
+
+def test_keys_of_the_demo(demo_folder):
+    report = json.loads((demo_folder / "report.json").read_text())
+    check_keys(report, "json.md")
+    check_keys(report["rows"][0], "json.md")
+
+
+def check_keys(result, page):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    # `key`, `section.key`, `section`: any of them names it.
+    named = set(re.findall(r"[A-Za-z_]+", " ".join(re.findall(r"`([^`\n]+)`", text))))
+    missing = [key for key in result if key not in named]
+    assert not missing, f"docs/{page} does not name {missing}"
