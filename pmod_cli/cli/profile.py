@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -150,6 +151,8 @@ def profile_command(
         "max_prefill_ratio": max_prefill_ratio,
     }
     gated = any(limit is not None for limit in limits.values())
+    if any(limit is not None and math.isnan(limit) for limit in limits.values()):
+        raise PmodError("a --max-... limit is no number: nothing would ever be above it")
     if gated and (sweep is not None or schedules):
         raise PmodError("--max-... limits hold for a single profile", "leave --sweep and --schedules out")
     if max_prefill_ratio is not None and not latency:

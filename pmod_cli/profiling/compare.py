@@ -43,9 +43,10 @@ def _read(path: str | Path) -> dict[str, Any]:
         document = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise PmodError(f"cannot read {path}: {error}") from error
-    if not isinstance(document, dict) or document.get("command") != "profile":
+    result = document.get("result") if isinstance(document, dict) else None
+    if not isinstance(result, dict) or document.get("command") != "profile":
         raise PmodError(f"{path} is not the output of pmod profile --json")
-    return dict(_flatten(document["result"]))
+    return dict(_flatten(result))
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

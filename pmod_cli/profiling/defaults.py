@@ -57,6 +57,9 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """By ``model_type`` of the language model or vision tower."""
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
+_SIZES += ("num_attention_heads", "vocab_size", "num_channels", "image_size", "patch_size")
+
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
     """A dense ``config.json`` with its defaults filled in.
@@ -75,7 +78,7 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
         return full
     for part in (text, vision):
         part |= {key: value for key, value in PARTS[part["model_type"]].items() if key not in part}
-        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "image_size", "patch_size"):
+        for key in _SIZES:
             size = part.get(key, 1)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise PmodError(

@@ -7,6 +7,7 @@ nothing is multiplied.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +22,42 @@ from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.plan import RoutingPlan
 from pmod_cli.profiling.closed_form import LayerCount, PhaseCount
 from pmod_cli.profiling.prompt import Workload
+from pmod_cli.profiling.subject import Variant
 
 Counts = Mapping[str, Mapping[str, int]]
 """MACs by module name and operator."""
+
+
+def distinct_layers(variant: Variant) -> tuple[Variant, list[int]]:
+    """A model with one decoder layer of each kind: layers of one ratio and attention do the same work.
+
+    Args:
+        variant: The whole model.
+
+    Returns:
+        The model with the first layer of each kind only, and for each layer of the whole model its place there.
+    """
+    text = variant.config.text_config
+    types = getattr(text, "layer_types", None)
+    ratios = variant.mod.retention_ratios if variant.mod else [None] * text.num_hidden_layers
+    kinds = list(zip(ratios, types or [None] * len(ratios), strict=True))
+    first = list(dict.fromkeys(kinds))
+    changes: dict[str, Any] = {"num_hidden_layers": len(first)}
+    if types:
+        changes["layer_types"] = [kind for _, kind in first]
+    raw = variant.raw | {"text_config": (variant.raw.get("text_config") or {}) | changes}
+    mod = variant.mod and dataclasses.replace(variant.mod, retention_ratios=[ratio for ratio, _ in first])
+    return dataclasses.replace(variant, raw=raw, mod=mod), [first.index(kind) for kind in kinds]
+
+
+def repeat_layers(count: PhaseCount, places: list[int]) -> PhaseCount:
+    """The count of a whole model from that of its `distinct_layers`.
+
+    Args:
+        count: Of the model with one layer of each kind.
+        places: Where each layer of the whole model is among them.
+    """
+    return dataclasses.replace(count, layers=tuple(count.layers[place] for place in places))
 
 
 def meta_model(config: Any, dtype: str) -> Any:

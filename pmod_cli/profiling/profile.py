@@ -179,21 +179,22 @@ def _count(variant: Variant, settings: Settings, counter: str) -> tuple[VariantP
     phases = _formula(variant, work, convention)
     checks: dict[str, bool] = {}
     if counter != "formula":
-        from pmod_cli.profiling.paths import meta_model
+        from pmod_cli.profiling.paths import distinct_layers, meta_model, repeat_layers
 
-        model = meta_model(variant.config, work.dtype)
+        short, places = distinct_layers(variant)
+        model = meta_model(short.config, work.dtype)
         if counter in ("torch", "all"):
             from pmod_cli.profiling import torch_counter
 
-            counted = torch_counter.count(model, work)
-            checks["torch" if counter == "all" else "formula"] = counted == _formula(variant, work, TORCH)
-            phases = counted
+            prefill, step = torch_counter.count(model, work)
+            phases = repeat_layers(prefill, places), repeat_layers(step, places)
+            checks["torch" if counter == "all" else "formula"] = phases == _formula(variant, work, TORCH)
         if counter in ("fvcore", "all"):
             from pmod_cli.profiling import trace
 
-            counted = trace.count(model, work)
-            checks["formula"] = counted == _formula(variant, work, FULL)
-            phases = counted
+            prefill, step = trace.count(model, work)
+            phases = repeat_layers(prefill, places), repeat_layers(step, places)
+            checks["formula"] = phases == _formula(variant, work, FULL)
     kept = closed_form.layer_tokens(geometry, mod, work)
     used = TORCH if counter == "torch" else convention
     profile = VariantProfile(

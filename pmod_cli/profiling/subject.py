@@ -60,7 +60,10 @@ class Variant:
         Raises:
             PmodError: If the vision tower is of a kind that cannot be counted, or a size is none.
         """
-        return Geometry.from_config(self.raw)
+        try:
+            return Geometry.from_config(self.raw)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PmodError(f"{self.name}: config.json does not describe a model: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise PmodError(f"cannot read {path}: {error}") from error
     if not isinstance(data, dict) or "model_type" not in data:
         raise PmodError(f"{path} is not a model's config.json", "it has no model_type")
+    for part in ("text_config", "vision_config"):
+        if not isinstance(data.get(part) or {}, dict):
+            raise PmodError(f"{path} is not a model's config.json", f"its {part} is no object")
     return data
 
 

@@ -72,6 +72,7 @@ def test_gate_prints_the_result_and_exits_1(capsys):
         (["llava-1.5-7"], "did you mean llava-1.5-7b"),
         (["llava-1.5-7b", "--image-size", "big"], "not WIDTHxHEIGHT"),
         (["llava-1.5-7b", "--max-prefill-ratio", "0.5", "--counter", "formula"], "needs --latency"),
+        (["llava-1.5-7b", "--max-flops-ratio", "nan", "--counter", "formula"], "limit is no number"),
         (["llava-1.5-7b", "--set", "mod.flor=0.1"], "did you mean mod.floor"),
         (["llava-1.5-7b", "--sweep", "batch", "--max-kv-ratio", "0.5"], "single profile"),
         (["llava-1.5-7b", "--schedules", "--plot", "x.png"], "--plot goes with"),

@@ -43,6 +43,32 @@ def test_counters_are_checked_against_the_formula(tmp_path, counter):
     assert result.counted_by == ("torch" if counter == "torch" else "fvcore")
 
 
+@pytest.mark.parametrize("counter", ["fvcore", "torch"])
+def test_layers_of_a_kind_are_counted_once_and_as_in_the_whole_model(tmp_path, counter):
+    pytest.importorskip("fvcore")
+    from pmod_cli.profiling import paths, torch_counter, trace
+
+    mod = MoDConfig([None, 0.5, None, 0.5])
+    save_tiny(tmp_path, mod=mod)
+    subject = find_subject(str(tmp_path))
+    short, places = paths.distinct_layers(subject.pmod)
+    assert (short.mod.retention_ratios, places) == ([None, 0.5], [0, 1, 0, 1])
+    assert short.config.text_config.num_hidden_layers == 2
+    counted = profile(subject, Settings(counter=counter)).variants["pmod"]
+    whole = paths.meta_model(subject.pmod.config, "bfloat16")
+    by_name = {"fvcore": trace, "torch": torch_counter}
+    assert (counted.prefill, counted.decode_step) == by_name[counter].count(whole, counted.work)
+
+
+def test_layers_differ_in_kind_if_their_attention_does(tmp_path):
+    text = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(tiny_raw(text=text)), encoding="utf-8")
+    subject = find_subject(str(tmp_path), baseline="none")
+    short, places = distinct_layers(subject.dense)
+    assert short.config.text_config.layer_types == ["full_attention", "sliding_attention"]
+    assert places == [0, 0, 1, 1]
+
+
 def test_without_fvcore(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert seven_b(counter="auto").counted_by == "formula"
@@ -153,9 +179,10 @@ def test_compare_names_what_changed(tmp_path):
     assert changes["pmod.prefill.macs"]["ratio"] == 2
     assert "pmod.parameters.total" not in changes
     assert compare_files(tmp_path / "a", tmp_path / "a")["changes"] == []
-    (tmp_path / "c").write_text("{}", encoding="utf-8")
-    with pytest.raises(PmodError, match="not the output"):
-        compare_files(tmp_path / "a", tmp_path / "c")
+    for wrong in ("{}", '{"command": "profile"}', '{"command": "profile", "result": [1]}'):
+        (tmp_path / "c").write_text(wrong, encoding="utf-8")
+        with pytest.raises(PmodError, match="not the output"):
+            compare_files(tmp_path / "a", tmp_path / "c")
     with pytest.raises(PmodError, match="cannot read"):
         compare_files(tmp_path / "a", tmp_path / "none")
 
