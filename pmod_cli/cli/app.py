@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli import __version__
-from pmod_cli.cli.output import report_error
+from pmod_cli.cli.output import buffer_stdout, report_error
 
 app = typer.Typer(
     name="pmod",
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: Arguments without the program's name; ``sys.argv[1:]`` by default.
     """
+    buffer_stdout()
     try:
         app(args=argv, prog_name="pmod")
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import sys
@@ -29,6 +30,16 @@ def _console(error: bool) -> Console:
 
 
 stdout, stderr = _console(error=False), _console(error=True)
+
+
+def buffer_stdout() -> None:
+    """Buffer stdout in spite of PYTHONUNBUFFERED, under which Python loses what a full disk does not take."""
+    if sys.stdout is sys.__stdout__ and isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
+        encoding, errors = sys.stdout.encoding, sys.stdout.errors
+        descriptor = sys.stdout.fileno()
+        sys.stdout = open(  # noqa: SIM115
+            descriptor, "w", buffering=1, encoding=encoding, errors=errors, closefd=False
+        )
 
 
 def emit_json(command: str, result: Any) -> None:
@@ -63,18 +74,27 @@ def report_error(error: BaseException) -> int | None:
         return 130
     if isinstance(error, BrokenPipeError):
         # The reader of our pipeline went away (`pmod ... | head`): not an error worth a line.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         return 0
     if isinstance(error, OSError) and error.errno in OS_HINTS:
+        try:
+            sys.stdout.flush()
+        except OSError:  # stdout itself is full: what it still holds would end in exit code 120
+            _discard_stdout()
         where = f" ({error.filename})" if error.filename else ""
         _line(f"{os.strerror(error.errno)}{where}: {OS_HINTS[error.errno]}")
         return 2
     return None
 
 
+def _discard_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 OS_HINTS = {
     errno.ENOSPC: "free some space or choose another output folder",
     errno.EDQUOT: "free some space or choose another output folder",
+    errno.EFBIG: "the shell's limit (ulimit -f) or the file system's is reached; choose another output folder",
     errno.EACCES: "choose a place you may read and write",
     errno.EPERM: "choose a place you may read and write",
     errno.EROFS: "choose a writable place",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,34 @@ def test_a_reader_that_goes_away_is_no_error(options):
     script = f"{command} 2>/dev/null | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("options", ["", "--json", "--markdown"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_behind_stdout_is_one_line_and_exit_2(options, unbuffered):
+    command = f"{sys.executable} -m pmod_cli profile llava-1.5-7b --counter formula {options} > /dev/full"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No space left on device")
+    assert done.stderr.count("\n") == 1
+
+
+def test_half_of_a_result_is_no_success(tmp_path):
+    # The first kilobytes get through, as on a nearly full disk; unbuffered, Python would not say that the rest did not.
+    command = f"{sys.executable} -m pmod_cli profile llava-1.5-7b --counter formula --json > {tmp_path / 'out.json'}"
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -f 4; trap '' XFSZ; {command}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: File too large")
 
 
 @pytest.mark.parametrize(

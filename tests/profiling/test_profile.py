@@ -7,6 +7,7 @@ import pytest
 from profiling_models import TINY_MOD, save_tiny, tiny_raw
 
 from pmod_cli.errors import GateError, MissingExtraError, PmodError
+from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.profiling.compare import compare_files
 from pmod_cli.profiling.explain import notes, size
 from pmod_cli.profiling.latency import Timing
@@ -61,10 +62,12 @@ def test_layers_of_a_kind_are_counted_once_and_as_in_the_whole_model(tmp_path, c
 
 
 def test_layers_differ_in_kind_if_their_attention_does(tmp_path):
+    from pmod_cli.profiling import paths
+
     text = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(tiny_raw(text=text)), encoding="utf-8")
     subject = find_subject(str(tmp_path), baseline="none")
-    short, places = distinct_layers(subject.dense)
+    short, places = paths.distinct_layers(subject.dense)
     assert short.config.text_config.layer_types == ["full_attention", "sliding_attention"]
     assert places == [0, 0, 1, 1]
 
