@@ -34,12 +34,12 @@ stdout, stderr = _console(error=False), _console(error=True)
 
 def buffer_stdout() -> None:
     """Buffer stdout in spite of PYTHONUNBUFFERED, under which Python loses what a full disk does not take."""
-    if sys.stdout is sys.__stdout__ and isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase):
-        encoding, errors = sys.stdout.encoding, sys.stdout.errors
-        descriptor = sys.stdout.fileno()
-        sys.stdout = open(  # noqa: SIM115
-            descriptor, "w", buffering=1, encoding=encoding, errors=errors, closefd=False
-        )
+    stream = sys.__stdout__
+    if stream is None or sys.stdout is not stream or not isinstance(stream.buffer, io.RawIOBase):
+        return
+    sys.stdout = open(  # noqa: SIM115
+        stream.fileno(), "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False
+    )
 
 
 def emit_json(command: str, result: Any) -> None:

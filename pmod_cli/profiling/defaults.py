@@ -57,8 +57,16 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """By ``model_type`` of the language model or vision tower."""
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers")
-_SIZES += ("num_attention_heads", "vocab_size", "num_channels", "image_size", "patch_size")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "num_channels",
+    "image_size",
+    "patch_size",
+)
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
