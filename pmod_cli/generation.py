@@ -136,22 +136,18 @@ class VisionLanguageModel:
             PmodError: If the source is missing, incomplete or of a model type that is not supported; or there is no
                 such device or dtype.
         """
-        check_source(source)
+        read_config(source)
         device = find_device(device)
         check_dtype(dtype)
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         try:
-            config = AutoConfig.from_pretrained(source)
-            find_family(config.model_type)
             processor = AutoProcessor.from_pretrained(source, backend=image_backend)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
             )
             model.to(device)
-        except PmodError:
-            raise
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise PmodError(f"cannot load {source}: {_first_line(error)}") from error
         if info["missing_keys"]:
@@ -271,6 +267,25 @@ def check_source(source: str | Path) -> None:
         raise PmodError(
             f"no checkpoint folder {source}", "give a folder or a hub id such as llava-hf/llava-1.5-7b-hf"
         )
+
+
+def read_config(source: str | Path) -> Any:
+    """The config of a checkpoint of a family that is supported; no weights are read.
+
+    Args:
+        source: A folder, or a hub id.
+
+    Raises:
+        PmodError: If the source is missing or its config cannot be read, or is of another model type.
+    """
+    check_source(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        where = "cannot load" if Path(source).is_dir() else "no such folder, nor to be had from the hub:"
+        raise PmodError(f"{where} {source}: {_first_line(error)}") from error
+    find_family(config.model_type)
+    return config
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.errors import PmodError
-from pmod_cli.generation import Answer, Prompt, VisionLanguageModel, check_source, open_image
+from pmod_cli.generation import Answer, Prompt, VisionLanguageModel, open_image, read_config
 from pmod_cli.visual import style
-from pmod_cli.visual.trace import Trace, dense_twin, trace
+from pmod_cli.visual.trace import Trace, check_routes, dense_twin, trace
 
 PROGRAM = "pmod visualize"
 """Stands in the metadata of the sheets."""
@@ -46,14 +46,18 @@ def visualize(
     Raises:
         PmodError: A source or picture that cannot be used, a dense model, a layer that does not exist.
     """
-    check_source(model)
+    config = read_config(model)
+    check_routes(config)
+    count = config.text_config.num_hidden_layers
+    for layer in layers or ():
+        if not 0 <= layer < count:
+            raise PmodError(f"--layers: there is no layer {layer}", f"the model has 0 to {count - 1}")
+    if baseline not in ("auto", "none"):
+        read_config(baseline)
     picture = open_image(image)
     loaded = VisionLanguageModel.load(model, dtype=dtype, device=device)
     question = Prompt(prompt, (picture,))
     traced = trace(loaded, question)
-    for layer in layers or ():
-        if not 0 <= layer < traced.layers:
-            raise PmodError(f"--layers: there is no layer {layer}", f"the model has 0 to {traced.layers - 1}")
     [answer] = loaded.generate([question], max_new_tokens=max_new_tokens)
     other = _baseline_answer(loaded, baseline, question, max_new_tokens, dtype, device)
     _draw(traced, picture, files, layers, model, prompt, answer, other)
@@ -90,7 +94,6 @@ def _baseline_answer(
     if baseline == "auto":
         name, dense = "the same weights, every layer dense", dense_twin(loaded)
     else:
-        check_source(baseline)
         name, dense = baseline, VisionLanguageModel.load(baseline, dtype=dtype, device=device)
     [answer] = dense.generate([question], max_new_tokens=max_new_tokens)
     return {"name": name, "answer": answer.text}

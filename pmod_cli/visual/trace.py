@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +59,7 @@ def trace(loaded: VisionLanguageModel, prompt: Prompt) -> Trace:
         PmodError: The model is dense, or how it lays pictures out is not known.
     """
     model = loaded.model
-    if not hasattr(model.config, "mod_config"):
-        raise PmodError("the model is dense: it routes no tokens", "make a p-MoD model with `pmod convert`")
+    check_routes(model.config)
     [image] = prompt.images
     inputs = loaded.encode([prompt]).to(loaded.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
@@ -79,6 +79,16 @@ def trace(loaded: VisionLanguageModel, prompt: Prompt) -> Trace:
             kept[index] = layer.kept[0, vision].cpu().numpy()
             weights[index] = layer.weights[0, vision].float().cpu().numpy()
     return Trace(layout, kept, weights, list(model.config.mod_config.retention_ratios))
+
+
+def check_routes(config: Any) -> None:
+    """Refuse a dense model.
+
+    Raises:
+        PmodError: It is one.
+    """
+    if not hasattr(config, "mod_config"):
+        raise PmodError("the model is dense: it routes no tokens", "make a p-MoD model with `pmod convert`")
 
 
 def dense_twin(loaded: VisionLanguageModel) -> VisionLanguageModel:
