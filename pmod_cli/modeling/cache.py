@@ -78,7 +78,8 @@ class KeptTokensLayer(DynamicLayer):
                 length that should remain).
         """
         count = -tokens_to_remove if tokens_to_remove <= 0 else max(self.length - tokens_to_remove, 0)
-        if count == 0 or self.slots == 0:
+        count = min(count, self.length)
+        if count == 0:
             return
         routed = 0 if self.positions is None else self.positions.shape[-1]
         remaining = self.slots - count
@@ -88,7 +89,8 @@ class KeptTokensLayer(DynamicLayer):
             inside = self.positions < self.length - count
             if self.valid is not None:
                 inside &= self.valid[:, :routed]
-            remaining = int((inside * torch.arange(1, routed + 1, device=inside.device)).max())
+            places = torch.arange(1, routed + 1, device=inside.device)
+            remaining = int((inside * places).max()) if routed else 0
             self.positions = self.positions[:, :remaining]
             inside = inside[:, :remaining]
             self.valid = None if bool(inside.all()) else inside
@@ -110,15 +112,15 @@ class KeptTokensLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these samples."""
-        if self.slots:
-            self._map(lambda tensor: tensor[indices.to(tensor.device)])
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
-        if self.slots:
-            self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def _map(self, function: Any) -> None:
+        if not self.is_initialized or self.keys.dim() == 1:
+            return
         self.keys, self.values = function(self.keys), function(self.values)
         self.valid = None if self.valid is None else function(self.valid)
         self.positions = None if self.positions is None else function(self.positions)

@@ -71,7 +71,7 @@ class MoDDecoderLayer:
         store = None if cache is None else cache.layers[self.self_attn.layer_idx]  # type: ignore[attr-defined]
         shared = {CACHE_ARGUMENT: cache, "use_cache": use_cache, **kwargs}
         if routing_plan is None or routing_plan.target_mask is None:
-            if store is not None and store.slots:
+            if store is not None and store.length:  # which may have left no slot in use
                 real = None if routing_plan is None else routing_plan.real_mask
                 attention_mask = self._mask(hidden_states, store, real)
             if store is not None and routing_plan is not None:

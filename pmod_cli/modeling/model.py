@@ -234,8 +234,10 @@ class MoDMultimodalModel:
             )
         targets, counts = vision_mask, vision
         if self.mod.target_tokens == "all":
-            targets = torch.ones_like(vision_mask) if real_mask is None else real_mask
-            counts = num_real
+            # A sample without vision tokens stays dense, as it is alone.
+            targets = vision_mask.any(-1, keepdim=True).expand_as(vision_mask)
+            targets = targets if real_mask is None else targets & real_mask
+            counts = [length if seen else 0 for length, seen in zip(num_real, vision, strict=True)]
         elif self.mod.target_tokens == "vision_hr" and "image" in features:
             lengths = [len(feature) for feature in features["image"]]
             fine, fine_counts = self._high_resolution(masks["image"], numbers["image"], lengths)

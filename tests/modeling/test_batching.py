@@ -37,14 +37,17 @@ def test_prefill_equals_one_by_one(side, decoder, attention):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("first_layer_is_mod", [False, True])
-def test_greedy_generation_equals_one_by_one(attention, first_layer_is_mod):
-    ratios = (
-        [0.5, None, 0.6, 0.4, 0.4, 0.2, 0.15, 0.0]
-        if first_layer_is_mod
-        else [None, None, 0.8, 0.6, 0.4, 0.2, 0.15, 0.15]
-    )
-    model = tiny_model(mod=MoDConfig(ratios))
+@pytest.mark.parametrize(
+    "mod",
+    [
+        MoDConfig([None, None, 0.8, 0.6, 0.4, 0.2, 0.15, 0.15]),
+        MoDConfig([0.5, None, 0.6, 0.4, 0.4, 0.2, 0.15, 0.0]),
+        MoDConfig([0.5, None, 0.6, 0.4, 0.4, 0.2, 0.15, 0.0], target_tokens="all"),
+    ],
+    ids=["first layers dense", "first layer routed", "all tokens routed"],
+)
+def test_greedy_generation_equals_one_by_one(attention, mod):
+    model = tiny_model(mod=mod)
     model.set_attn_implementation(attention)
     ids, mask = pad(PROMPTS, "left")
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "suppress_tokens": [99]}

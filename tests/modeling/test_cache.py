@@ -151,6 +151,51 @@ def test_reorder_select_and_repeat():
         torch.testing.assert_close(actual, expected[rows], atol=1e-5, rtol=0)
 
 
+def test_layers_that_kept_nothing_of_the_prompt():
+    """With ratio 0 and target tokens "all" a layer stores no token of the prompt, and the sequence goes on."""
+    model = tiny_model(mod=MoDConfig([0.0, None, 0.5, 0.0] * 2, target_tokens="all"))
+    prompts = [prompt(1, 8), prompt(1, 3), prompt(2, 4)]
+    pixels, steps = pictures(4), torch.tensor([[7, 11, 13], [8, 12, 14], [9, 5, 6]])
+
+    def decode(ids, mask, pixels, steps, before_last=lambda cache: None, rows=slice(None)):
+        cache = DynamicCache()
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        prefill(model, ids, cache, attention_mask=mask, pixel_values=pixels, position_ids=places)
+        assert cache.layers[0].slots == 0
+        for step in steps.split(1, dim=1)[:-1]:
+            mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
+            places = mask.sum(-1, keepdim=True) - 1
+            prefill(model, step, cache, attention_mask=mask, position_ids=places)
+        before_last(cache)
+        mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)[rows]
+        places = mask.sum(-1, keepdim=True) - 1
+        last = prefill(model, steps[:, -1:][rows], cache, attention_mask=mask, position_ids=places)
+        return last.logits, cache
+
+    ids, mask = pad(prompts, "left")
+    batched, cache = decode(ids, mask, pixels, steps)
+    assert cache.layers[0].keys.shape[-2] == 3
+    for sample, (start, end) in enumerate([(0, 1), (1, 2), (2, 4)]):
+        own = torch.tensor([prompts[sample]])
+        alone, _ = decode(own, torch.ones_like(own), pixels[start:end], steps[sample : sample + 1])
+        torch.testing.assert_close(batched[sample], alone[0], atol=1e-4, rtol=0)
+    rows = torch.tensor([2, 0, 0])
+    reordered, _ = decode(ids, mask, pixels, steps, lambda cache: cache.reorder_cache(rows), rows)
+    torch.testing.assert_close(reordered, batched[rows], atol=1e-5, rtol=0)
+
+    def there_and_back(cache):
+        cache.crop(-2)
+        assert (cache.layers[0].slots, cache.get_seq_length()) == (0, ids.shape[1])
+        again = torch.cat([mask, mask.new_ones(3, 2)], dim=1)
+        places = again.cumsum(-1)[:, -2:] - 1
+        prefill(model, steps[:, :2], cache, attention_mask=again, position_ids=places)
+
+    cropped, cache = decode(ids, mask, pixels, steps, there_and_back)
+    torch.testing.assert_close(cropped, batched, atol=1e-5, rtol=0)
+    cache.crop(-7)  # into the prompt, of which the layer has nothing
+    assert (cache.layers[0].slots, cache.get_seq_length()) == (0, ids.shape[1] - 4)
+
+
 def test_reset_and_reuse():
     # Every layer an MoD layer: a dense layer's reset is transformers' own, and before 5.24 it only zeroed.
     model = tiny_model(mod=MoDConfig([0.8, 0.5] * 4))
