@@ -5,8 +5,10 @@ Its decoder is Qwen2, its vision tower SigLIP. The tokens of videos are vision t
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from transformers import (
     LlavaOnevisionConfig,
@@ -65,7 +67,17 @@ class PmodLlavaOnevisionModel(MoDMultimodalModel, LlavaOnevisionModel):
             names = ("vision_feature_layer", "vision_feature_select_strategy")
             options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
             encoded["video"] = self.get_video_features(pixel_values_videos, return_dict=True, **options)
+            self._end_videos(encoded["video"], frames=pixel_values_videos.shape[1])
         return super().forward(input_ids, pixel_values, mm_encoder_outputs=encoded, **kwargs)
+
+    def _end_videos(self, outputs: Any, frames: int) -> None:
+        """Put the newline behind each video where transformers has not; 5.17 does it in its own ``forward``."""
+        config: Any = self.config
+        side = math.ceil(config.vision_config.image_size // config.vision_config.patch_size / 2)
+        features = outputs.pooler_output
+        if features.shape[1] == frames * side**2:
+            newline = self.image_newline.to(features).expand(len(features), 1, -1)
+            outputs.pooler_output = torch.cat((features, newline), dim=1)
 
 
 class PmodLlavaOnevisionForConditionalGeneration(
