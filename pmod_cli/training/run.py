@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from pmod_cli.conversion.write import check_space
@@ -135,6 +136,7 @@ def finetune(
         _open_work(work, identity, anew=force and not resume, resuming=checkpoint is not None)
     _wait_for_all()
 
+    set_seed(settings.seed)  # the Trainer does it too, but LoRA is drawn before
     # The Trainer itself loads a LoRA adapter into the wrapped model, and shards into theirs.
     whole = checkpoint is not None and settings.lora is None and preflight.sharding() is None
     network, processor = load_for_training(checkpoint if checkpoint and whole else model, settings)
