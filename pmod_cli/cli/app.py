@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -47,6 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         argv: Arguments without the program's name; ``sys.argv[1:]`` by default.
     """
     buffer_stdout()
+    # It tells of a kernel that only 4-bit weights on a CPU would use, whenever PEFT is imported.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app(args=argv, prog_name="pmod")
     except Exception as error:

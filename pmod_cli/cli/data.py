@@ -64,8 +64,14 @@ def check_command(
         from pmod_cli.training.loading import load_processor
 
         processor = load_processor(model, settings)
-    with Progress(console=stderr) as bar:
-        task = bar.add_task("check", total=None)
+    bar = Progress(console=stderr)
+    task = bar.add_task("check", total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.start()  # not before the first record: until then an error is one line and no more
+        bar.update(task, completed=done, total=total)
+
+    try:
         report = check_data(
             data,
             images,
@@ -73,8 +79,11 @@ def check_command(
             max_length=max_length if max_length is not None else settings.max_length,
             fix=fix,
             force=force,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=show,
         )
+    finally:
+        if bar.live.is_started:
+            bar.stop()
     if as_json:
         emit_json("data check", report.to_dict())
     else:

@@ -82,11 +82,13 @@ def check_data(
         progress: Called with the records done and the records in all.
 
     Raises:
-        PmodError: The data cannot be read, or ``fix`` exists.
+        PmodError: The data cannot be read, or ``fix`` exists or cannot be written.
     """
     if fix is not None and fix.exists() and not force:
         raise PmodError(f"{fix} exists", "--force replaces it")
     source = open_data(data, images)
+    if fix is not None:
+        source.check_writable(fix)
     encoder = None
     if processor is not None:
         from pmod_cli.training.collate import EncodedDataset  # imports torch

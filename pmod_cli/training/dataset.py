@@ -36,9 +36,23 @@ class DataSource:
     fingerprint: str
     table: Any = None
 
+    def check_writable(self, path: Path) -> None:
+        """See that `write` can write there, before the time is spent that leads to it.
+
+        Raises:
+            PmodError: It cannot.
+        """
+        if path.exists() and path.is_dir() != (self.table is not None):
+            raise PmodError(f"{path} is a {'folder' if path.is_dir() else 'file'}", "give another name")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PmodError(f"cannot write {path}: {error.strerror}") from error
+        if not os.access(path.parent, os.W_OK):
+            raise PmodError(f"cannot write {path}: {path.parent} is not writable")
+
     def write(self, indices: Sequence[int], path: Path) -> None:
         """Write some records as they stand: a JSON (or JSONL) file, or a table's folder. Complete or absent."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         if self.table is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -50,7 +64,11 @@ class DataSource:
                 text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
             else:
                 text = json.dumps(chosen, ensure_ascii=False, indent=1)
-            temporary.write_text(text, encoding="utf-8")
+            try:
+                temporary.write_text(text, encoding="utf-8")
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
         temporary.replace(path)
 
 

@@ -9,7 +9,7 @@ import io
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from pmod_cli.training.records import BadSample
 
@@ -49,9 +49,8 @@ class ImageFolder:
 
     def load(self, name: str) -> Image.Image:
         """See `Pictures`."""
-        path = self._path(name)
         try:
-            content = path.read_bytes()
+            content = self._path(name).read_bytes()
         except FileNotFoundError:
             raise BadSample("missing image", name) from None
         except OSError as error:
@@ -62,7 +61,14 @@ class ImageFolder:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BadSample("path leaves the folder", name)
         path = self.folder / name
-        if path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve()):
+        try:
+            path.lstat()
+            outside = path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve())
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a zero byte in the name
+            raise BadSample("missing image", name) from None
+        except (OSError, RuntimeError) as error:  # a name too long, a link to itself
+            raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
+        if outside:
             raise BadSample("path leaves the folder", name)
         return path
 
@@ -117,5 +123,5 @@ def decode(content: bytes, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # PIL's decoders raise whatever a broken file leads them into
         raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error

@@ -110,9 +110,11 @@ def _json_lines(text: str) -> list[Any]:
 def _parse_turn(turn: Any) -> Turn:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise BadSample("bad turn", 'expected {"from": ..., "value": ...}')
-    role = ROLES.get(turn.get("from", ""))
+    role = ROLES.get(str(turn.get("from", "")))
     if role is None:
         raise BadSample("unknown role", repr(turn.get("from")))
+    if any("\ud800" <= character <= "\udfff" for character in turn["value"]):
+        raise BadSample("bad turn", "half of a surrogate pair, which is no text")
     images = turn["value"].count(IMAGE_PLACEHOLDER)
     if images and role != "user":
         raise BadSample("<image> count", f"a placeholder in a turn of {turn['from']}")

@@ -25,6 +25,7 @@ def folder(tmp_path):
     (images / "cut.png").write_bytes((images / "good.png").read_bytes()[:60])
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
     (images / "link.png").symlink_to(tmp_path / "outside.png")
+    (images / "loop.png").symlink_to(images / "loop.png")
     return images
 
 
@@ -36,6 +37,10 @@ CASES = [
     ("path leaves the folder", {"image": "../outside.png", "conversations": turns()}),
     ("path leaves the folder", {"image": "/etc/hostname", "conversations": turns()}),
     ("path leaves the folder", {"image": "link.png", "conversations": turns()}),
+    ("missing image", {"image": "a\0b.png", "conversations": turns()}),
+    ("unreadable image", {"image": "a" * 300 + ".png", "conversations": turns()}),
+    ("unreadable image", {"image": ".", "conversations": turns()}),
+    ("unreadable image", {"image": "loop.png", "conversations": turns()}),
     ("<image> count", {"image": "good.png", "conversations": turns("What?")}),
     ("<image> count", {"conversations": turns()}),
     ("<image> count", {"image": ["good.png", "good.png"], "conversations": turns()}),
@@ -45,7 +50,9 @@ CASES = [
     ("turns out of order", {"conversations": turns("What?")[::-1]}),
     ("turns out of order", {"conversations": turns("What?")[:1]}),
     ("no conversations", {"id": 3}),
+    ("unknown role", {"conversations": turns("What?", first=["human"])}),
     ("bad turn", {"conversations": [{"from": "human"}]}),
+    ("bad turn", {"conversations": turns("\ud83d What?")}),
     ("bad image field", {"image": 3, "conversations": turns()}),
     ("not a record", "text"),
     ("too long", {"image": "good.png", "conversations": turns("<image> " + "What? " * 200)}),
@@ -94,3 +101,15 @@ def test_files_that_are_none(tmp_path, text, message):
         check_data(data, tmp_path)
     with pytest.raises(PmodError, match="no data file"):
         check_data(tmp_path / "none.json", tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path, folder):
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(GOOD))
+
+    def never(done, total):
+        pytest.fail("the check has begun")
+
+    for place, message in ((data / "clean.json", "Not a directory|File exists"), (folder, "is a folder")):
+        with pytest.raises(PmodError, match=message):
+            check_data(data, folder, fix=place, force=True, progress=never)
