@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -145,6 +146,8 @@ def _evaluate(
     limits = gates.parse_minimum(minimum, paper.expand(names))
     if max_drop is not None and baseline is None:
         raise PmodError("--max-drop compares with a baseline", "give one with --baseline")
+    if max_drop is not None and math.isnan(max_drop):
+        raise PmodError("--max-drop nan is no number of points", "e.g. --max-drop 1.0")
     settings = EvalSettings(**options)  # type: ignore[arg-type]
     try:
         with _errors_as_one_line(output), _Progress(rank() == 0) as progress:
@@ -246,6 +249,8 @@ def _show_diff(first: Path, second: Path, as_json: bool) -> None:
         return
     _print_whole(report.diff_table(found["changed"]))
     stdout.print(f"{found['compared']} samples compared: {found['better']} better, {found['worse']} worse")
+    if found["left_out"]:
+        stdout.print(f"{found['left_out']} left out: failed, asked otherwise, or in one evaluation alone")
 
 
 def _show_problems(error: PreflightError) -> None:

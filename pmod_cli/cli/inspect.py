@@ -75,7 +75,8 @@ def _show(inspection: Inspection) -> None:
         lines.append("its config does not say where it comes from")
     if training:
         lines.append(
-            f"fine-tuned from {training['model']}: {training['steps']} steps, final loss {training['final_loss']}"
+            f"fine-tuned from {training['model']}: {training['steps']} steps, "
+            f"final loss {_number(training['final_loss'])}"
         )
     for line in lines:
         stdout.print(line, markup=False, soft_wrap=True)

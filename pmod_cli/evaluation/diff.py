@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.conversion.source import read_json
 from pmod_cli.errors import PmodError
 from pmod_cli.evaluation.catalogue import Tasks
 
@@ -44,7 +45,8 @@ def differences(first: str | Path, second: str | Path, *, pictures: bool = True)
         pictures: Whether to write them; that needs the tasks' data.
 
     Returns:
-        ``compared``, ``better``, ``worse``: numbers of samples; ``changed``: the changes, worse ones first;
+        ``compared``, ``better``, ``worse``, ``left_out`` (samples of shared tasks that failed in one of them, were
+        asked otherwise, or are in one alone): numbers of samples; ``changed``: the changes, worse ones first;
         ``tasks``: what was compared.
 
     Raises:
@@ -54,12 +56,14 @@ def differences(first: str | Path, second: str | Path, *, pictures: bool = True)
     shared = sorted(before.keys() & after.keys())
     if not shared:
         raise PmodError(f"{first} and {second} have no task in common")
-    compared, changed = 0, []
+    compared, left_out, changed = 0, 0, []
     for task in shared:
+        left_out += len(before[task].keys() ^ after[task].keys())
         for doc_id in before[task].keys() & after[task].keys():
             old, new = before[task][doc_id], after[task][doc_id]
             scores = old["model"]["score"], new["model"]["score"]
             if old["prompt"] != new["prompt"] or None in scores:
+                left_out += 1
                 continue
             compared += 1
             if scores[0] != scores[1]:
@@ -70,6 +74,7 @@ def differences(first: str | Path, second: str | Path, *, pictures: bool = True)
     return {
         "tasks": shared,
         "compared": compared,
+        "left_out": left_out,
         "better": len(changed) - worse,
         "worse": worse,
         "changed": [
@@ -94,11 +99,14 @@ def _gain(old: dict[str, Any], new: dict[str, Any]) -> float:
 
 
 def _samples(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    files = sorted((folder / "samples").glob("*.jsonl"))
-    if not files:
+    # Only what the last results are of: samples of other tasks may be those of another model (--force).
+    results = folder / "results.json"
+    finished = read_json(results).get("tasks") if results.is_file() else None
+    if not finished:
         raise PmodError(f"{folder} holds no evaluation", "give the --output folder of a finished `pmod eval`")
     found = {}
-    for file in files:
+    for name in sorted(leaf for task in finished for leaf in task["tasks"]):
+        file = folder / "samples" / f"{name}.jsonl"
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         found[file.stem] = {row["doc_id"]: row for row in rows if "model" in row}
     return found

@@ -62,7 +62,7 @@ class OutputFolder:
                     f"{self.path} holds the results of another {role}", "choose another --output, or --force"
                 )
 
-    def store(self, key: str, task: str, rank: int, fresh: bool = False) -> AnswerStore:
+    def store(self, key: str, task: str, rank: int, fresh: bool = False, processes: int = 1) -> AnswerStore:
         """The answers kept under a key.
 
         Args:
@@ -70,9 +70,10 @@ class OutputFolder:
             task: Name of the task.
             rank: This process's rank; each writes a file of its own.
             fresh: Forget what was kept.
+            processes: How many there are.
         """
         folder = self.answers / key[:16] / task
-        return AnswerStore(folder, rank, fresh)
+        return AnswerStore(folder, rank, fresh, processes)
 
     def write_samples(self, task: str, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
         """Write a task's samples, one line a document.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from pmod_cli.errors import PmodError
@@ -24,6 +25,8 @@ def parse_minimum(values: Iterable[str], tasks: Iterable[str]) -> dict[str, floa
         task, _, number = value.partition("=")
         try:
             minimum[task] = float(number)
+            if math.isnan(minimum[task]):  # nothing is below it, so the gate would always be met
+                raise ValueError
         except ValueError:
             raise PmodError(f"--min {value}: expected task=score", "e.g. --min gqa=60") from None
         if task not in known:

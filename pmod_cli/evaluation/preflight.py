@@ -18,6 +18,8 @@ from pmod_cli.generation import check_source
 FURTHER_DATA = {"gqa": [("lmms-lab-encoder/GQA", "testdev_balanced_images")]}
 """Data sets that a task's own code loads besides the one in its YAML (unless its ``process_docs`` is replaced)."""
 
+_PREPARE = "pmod eval --prepare --tasks"
+
 JUDGED = re.compile(r"mmbench_(en_dev|en_dev_lite|cn_dev|cn_dev_lite|cc|ko_dev|ru_dev)")
 """Tasks whose answers a paid judge reads where no option letter can be found."""
 
@@ -44,7 +46,11 @@ class PreflightError(PmodError):
         self.problems = problems
         first = problems[0]
         more = f"; {len(problems) - 1} more like it" if len(problems) > 1 else ""
-        super().__init__(f"{first.task}: {first.what}{more}", first.remedy)
+        absent = dict.fromkeys(
+            problem.task for problem in problems if problem.remedy.startswith(f"{_PREPARE} ")
+        )
+        remedy = f"{_PREPARE} {','.join(absent)}" if first.task in absent else first.remedy
+        super().__init__(f"{first.task}: {first.what}{more}", remedy)
 
 
 def check(
@@ -156,7 +162,7 @@ class _Hub:
             return Problem(
                 leaf,
                 f"its data ({path}) are not on this machine, and the network may not be asked",
-                "unset HF_HUB_OFFLINE" if self.preparing else f"pmod eval --prepare --tasks {leaf}",
+                "unset HF_HUB_OFFLINE" if self.preparing else f"{_PREPARE} {leaf}",
             )
         if options.get("token") and not self.token:
             return Problem(leaf, f"its data ({path}) need a hub login", "hf auth login")

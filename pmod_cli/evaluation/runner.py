@@ -122,7 +122,7 @@ class Evaluation:
         }
         key = identity.digest([conditions, lm.conditions()])
         try:
-            return self.folder.store(key, task.config.task, rank(), fresh)
+            return self.folder.store(key, task.config.task, rank(), fresh, world_size())
         except OSError:
             if self.keep:
                 raise

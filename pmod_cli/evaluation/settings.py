@@ -66,8 +66,8 @@ def document_limit(task: str, limit: float | None, total: int) -> int | None:
     """
     if limit is None:
         return None
-    if limit <= 0 or (limit >= 1 and limit != int(limit)):
-        raise PmodError(f"--limit {limit}: give a whole number, or a share between 0 and 1")
+    if not 0 < limit < math.inf or (limit >= 1 and limit != int(limit)):
+        raise PmodError(f"--limit {limit:g}: give a whole number, or a share between 0 and 1")
     count = math.ceil(total * limit) if limit < 1 else int(limit)
     if task == "mme":
         count += count % 2

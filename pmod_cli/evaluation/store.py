@@ -20,15 +20,19 @@ class AnswerStore:
     Args:
         folder: Where the files are; made if missing.
         rank: This process's rank.
-        fresh: Forget what was kept: this process's own file is emptied, the others' are not read.
+        fresh: Forget what was kept.
+        processes: How many there are; when something is forgotten, each sees to the files of a share of the ranks,
+            because there may have been more processes before.
     """
 
-    def __init__(self, folder: Path, rank: int = 0, fresh: bool = False) -> None:
+    def __init__(self, folder: Path, rank: int = 0, fresh: bool = False, processes: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._answers: dict[tuple[int, str], Answer] = {}
         self._path = folder / f"rank{rank}.jsonl"
         if fresh:
-            self._path.write_bytes(b"")
+            for path in folder.glob("rank*.jsonl"):
+                if int(path.stem.removeprefix("rank")) % processes == rank:
+                    path.unlink()
             return
         for path in sorted(folder.glob("rank*.jsonl")):
             self._read(path)

@@ -201,8 +201,19 @@ def test_differences_between_two_evaluations(place, capsys):
         assert Image.open(picture).size[0] >= 8
         code, out, _ = run("--diff", place / "dense", place / "out", capture=capsys)
         assert picture in out
+        # A sample that failed is not compared, and is counted; nor is what is left of a task of other results.
+        rows[1]["model"] |= {"answer": None, "score": None}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (path.parent / "stale.jsonl").write_text(before)
+        shutil.copy(path.parent / "stale.jsonl", place / "dense" / "samples")
+        code, out, _ = run("--diff", place / "dense", place / "out", "--json", capture=capsys)
+        less = json.loads(out)["result"]
+        assert (less["compared"], less["left_out"]) == (found["compared"] - 1, 1)
+        assert "stale" not in less["tasks"]
     finally:
         path.write_text(before)
+        for folder in ("dense", "out"):
+            (place / folder / "samples" / "stale.jsonl").unlink(missing_ok=True)
 
 
 def test_gates(place, capsys):
@@ -256,6 +267,8 @@ def test_a_user_without_memory_of_tasks_is_helped(place, capsys):
         (["{llava}", "--tasks", "local_qa", "--dtype", "float8"], "no dtype float8"),
         (["{llava}", "--tasks", "local_qa", "--max-drop", "1"], "--max-drop compares"),
         (["{llava}", "--tasks", "local_qa", "--min", "local_qa=much"], "expected task=score"),
+        (["{llava}", "--tasks", "local_qa", "--min", "local_qa=nan"], "expected task=score"),
+        (["{llava}", "--tasks", "local_qa", "--baseline", "{llava}", "--max-drop", "nan"], "--max-drop nan"),
         (["{llava}", "--tasks", "local_qa", "--min", "local=1"], "did you mean local_qa?"),
         (["{llava}", "--tasks", "local_qa", "--include-path", "{here}/nowhere"], "no such folder"),
         (["{llava}", "--tasks", "local_qa", "--output", "/proc/nowhere"], "check the path"),

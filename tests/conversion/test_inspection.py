@@ -95,6 +95,9 @@ def test_what_cannot_be_inspected(tmp_path, pmod):
     (tmp_path / "empty").mkdir()
     with pytest.raises(PmodError, match=r"has no config\.json"):
         inspect_checkpoint(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "pmod_llava_llama"}')
+    with pytest.raises(PmodError, match="pmod convert it first"):
+        inspect_checkpoint(tmp_path / "empty")
     tensors = [t for name, t in read_header(pmod / ROUTERS).items() if ".5.router.bias" not in name]
     write_shard(
         tmp_path / "less", [StoredTensor.from_bytes(t.name, t.dtype, t.shape, t.read()) for t in tensors]

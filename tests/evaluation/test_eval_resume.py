@@ -201,6 +201,16 @@ def test_the_store_survives_torn_and_foreign_lines(tmp_path):
     assert len(AnswerStore(tmp_path)) == 3
 
 
+def test_a_fresh_store_forgets_what_more_processes_kept(tmp_path):
+    for rank in range(4):
+        AnswerStore(tmp_path, rank).add([(rank, "a", Answer("x", 3, 1))])
+    stores = [AnswerStore(tmp_path, rank, fresh=True, processes=2) for rank in range(2)]
+    stores[0].add([(0, "a", Answer("y", 3, 1))])
+    again = AnswerStore(tmp_path)
+    assert len(again) == 1
+    assert again.get(0, "a") == Answer("y", 3, 1)
+
+
 def test_the_fingerprint_is_that_of_the_content(llava, tmp_path):
     copy = shutil.copytree(llava, tmp_path / "copy")
     assert identity.fingerprint(copy) == identity.fingerprint(llava)

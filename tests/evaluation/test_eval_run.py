@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -77,7 +78,7 @@ def test_limits(task, limit, total, expected):
     assert document_limit(task, limit, total) == expected
 
 
-@pytest.mark.parametrize("limit", [0, -1, 1.5])
+@pytest.mark.parametrize("limit", [0, -1, 1.5, math.nan, math.inf])
 def test_bad_limits_are_refused(limit):
     with pytest.raises(PmodError, match="--limit"):
         document_limit("gqa", limit, 10)

@@ -86,6 +86,12 @@ def test_everything_missing_is_named_at_once(local_task, tmp_path, nothing_loads
     assert "2 more like it" in str(caught.value)
 
 
+def test_one_command_gets_all_that_is_absent(local_task):
+    with pytest.raises(PreflightError) as caught:
+        preflight.check(Tasks(["chartqa", "ai2d"]), ["chartqa", "ai2d"], offline=True)
+    assert caught.value.hint == "pmod eval --prepare --tasks chartqa,ai2d"
+
+
 def test_a_hub_that_is_not_there(catalogue, hub):
     hub.close()
     found = problems_of(catalogue, ["gqa", "seedbench"], checkpoints=["some/model"])
