@@ -43,6 +43,8 @@ _REQUIRED = (
 )
 """Those of them that no family lacks."""
 
+_STACKED = re.compile(r"(.*\.layers\.)(\d+)\.(.+)")
+
 _CONFIG = "config.json (or its defaults)"
 
 ROUTER_DTYPES = ("F32", "BF16", "F16")
@@ -107,6 +109,7 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
     missing += [end for end in _REQUIRED if not any(name.endswith(end) for name in by_name)]
     if config.get("tie_word_embeddings") is False and not any(n.endswith("lm_head.weight") for n in by_name):
         missing.append("lm_head.weight")
+    missing = missing or _gaps(by_name)
     if missing:
         raise PmodError(
             f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
@@ -117,6 +120,20 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
     inside = {match[0]: _LAYER[match[2]] for match in found if match[2] in _LAYER}
     _check_shapes(by_name, inside, _sides_of(text, config))
     return DecoderLayout(prefix, layers, sample.shape[1], sample.dtype)
+
+
+def _gaps(names: Iterable[str]) -> list[str]:
+    """Names that a layer lacks and others of its stack have: for the vision tower, whose names differ by its kind."""
+    stacks: dict[str, dict[str, set[int]]] = {}
+    for match in filter(None, map(_STACKED.fullmatch, names)):
+        stacks.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
+    return [
+        f"{stack}{layer}.{end}"
+        for stack, ends in stacks.items()
+        for layer in range(1 + max(max(layers) for layers in ends.values()))
+        for end, layers in ends.items()
+        if layer not in layers
+    ]
 
 
 def _quantised() -> PmodError:

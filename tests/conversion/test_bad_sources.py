@@ -52,6 +52,10 @@ def without(*endings):
         ),
         (without(LAYER + "self_attn.q_proj.weight"), r"lack language_model.model.layers.3.self_attn.q_proj"),
         (without("lm_head.weight"), "lack lm_head.weight"),
+        (
+            without("encoder.layers.1.mlp.fc1.weight"),
+            r"lack vision_tower\.encoder\.layers\.1\.mlp\.fc1\.weight",
+        ),
         (without("linear_2.weight"), r"lack multi_modal_projector.linear_2.weight"),
         (
             lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.7." in name],
