@@ -250,7 +250,8 @@ def _show_diff(first: Path, second: Path, as_json: bool) -> None:
     _print_whole(report.diff_table(found["changed"]))
     stdout.print(f"{found['compared']} samples compared: {found['better']} better, {found['worse']} worse")
     if found["left_out"]:
-        stdout.print(f"{found['left_out']} left out: failed, asked otherwise, or in one evaluation alone")
+        why = "they failed, do not count for the score, were asked otherwise, or are in one evaluation alone"
+        stdout.print(f"{found['left_out']} left out: {why}", soft_wrap=True)
 
 
 def _show_problems(error: PreflightError) -> None:

@@ -45,9 +45,9 @@ def differences(first: str | Path, second: str | Path, *, pictures: bool = True)
         pictures: Whether to write them; that needs the tasks' data.
 
     Returns:
-        ``compared``, ``better``, ``worse``, ``left_out`` (samples of shared tasks that failed in one of them, were
-        asked otherwise, or are in one alone): numbers of samples; ``changed``: the changes, worse ones first;
-        ``tasks``: what was compared.
+        ``compared``, ``better``, ``worse``, ``left_out`` (samples of shared tasks that failed, do not count for the
+        score, were asked otherwise, or are in one folder alone): numbers of samples; ``changed``: the changes, worse
+        ones first; ``tasks``: what was compared.
 
     Raises:
         PmodError: A folder is not one of an evaluation, or they have no task in common.

@@ -93,7 +93,7 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
     failures |= {sample["doc_id"]: sample["error"] for sample in samples if sample["error"]}
     numbers = {
         key: float(value)
-        for key, value in results["results"][name].items()
+        for key, value in sorted(results["results"][name].items())  # lmms-eval's order is another each time
         if "," in key and "_stderr" not in key and _is_number(value)
     }
     return TaskRun(name, numbers, samples, failures, broken_metrics, time.perf_counter() - started)

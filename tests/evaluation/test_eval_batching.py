@@ -20,6 +20,18 @@ def model(request):
     return VisionLanguageModel.load(request.getfixturevalue(request.param))
 
 
+@pytest.fixture(scope="module")
+def dense(llava):
+    """One model is enough where only sizes matter."""
+    return VisionLanguageModel.load(llava)
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """The answers to `questions` one at a time."""
+    return [model.generate([question.make()], max_new_tokens=6)[0] for question in questions(23)]
+
+
 class Limited(VisionLanguageModel):
     """Runs out of memory above some number of prompts, as a small GPU does."""
 
@@ -63,19 +75,17 @@ def test_every_sample_of_llava_next_is_answered_as_alone(pmod_next):
 
 
 @pytest.mark.parametrize("setting", [1, 2, 7, "auto"])
-def test_every_batch_size_gives_the_same_answers(model, setting):
-    asked = questions(23)
+def test_every_batch_size_gives_the_same_answers(model, alone, setting):
     sizer = BatchSizer(setting)
-    alone = [model.generate([question.make()], max_new_tokens=6)[0] for question in asked]
-    assert collect(model, asked, sizer) == alone
+    assert collect(model, questions(23), sizer) == alone
     assert sizer.largest == {1: 1, 2: 2, 7: 7, "auto": 11}[setting]
 
 
-def test_auto_finds_the_largest_batch_that_fits(model):
-    limited = Limited(model, most=9)
+def test_auto_finds_the_largest_batch_that_fits(dense):
+    limited = Limited(dense, most=9)
     sizer = BatchSizer("auto")
     asked = questions(60)
-    assert collect(limited, asked, sizer) == collect(model, asked, BatchSizer(1))
+    assert collect(limited, asked, sizer) == collect(dense, asked, BatchSizer(1))
     assert sizer.largest == 9
     assert [size for size in limited.sizes if size > 9] == [
         16,
@@ -85,8 +95,8 @@ def test_auto_finds_the_largest_batch_that_fits(model):
     assert sizer.out_of_memory == 3
 
 
-def test_longer_prompts_later_need_smaller_batches(llava):
-    limited = Limited(VisionLanguageModel.load(llava), most=8)
+def test_longer_prompts_later_need_smaller_batches(dense):
+    limited = Limited(dense, most=8)
     sizer = BatchSizer("auto")
     collect(limited, questions(60), sizer)
     assert sizer.size == 8
@@ -122,8 +132,8 @@ def test_memory_that_really_runs_out(llava):
     assert 1 <= sizer.largest < 16
 
 
-def test_the_gain_of_batches_is_measured_on_the_batch_itself(model):
-    counting = Limited(model, most=99)
+def test_the_gain_of_batches_is_measured_on_the_batch_itself(dense):
+    counting = Limited(dense, most=99)
     sizer = BatchSizer("auto")
     collect(counting, questions(60), sizer)
     counting.sizes.clear()
@@ -134,16 +144,16 @@ def test_the_gain_of_batches_is_measured_on_the_batch_itself(model):
     assert measure_gain(counting, BatchSizer("auto")) is None
 
 
-def test_a_given_batch_size_also_steps_down(model):
-    limited = Limited(model, most=1)
+def test_a_given_batch_size_also_steps_down(dense):
+    limited = Limited(dense, most=1)
     sizer = BatchSizer(4)
     outcomes = collect(limited, questions(6), sizer)
     assert all(isinstance(outcome, Answer) for outcome in outcomes)
     assert sizer.size == 1
 
 
-def test_a_sample_too_large_even_alone_is_a_failure_of_its_own(model):
-    limited = Limited(model, most=0)
+def test_a_sample_too_large_even_alone_is_a_failure_of_its_own(dense):
+    limited = Limited(dense, most=0)
     outcomes = collect(limited, questions(3), BatchSizer(2))
     assert all(isinstance(outcome, torch.OutOfMemoryError) for outcome in outcomes)
 

@@ -15,7 +15,7 @@ from pmod_cli.evaluation import processes
 from pmod_cli.evaluation.run import evaluate
 from pmod_cli.evaluation.settings import EvalSettings
 
-TASKS = ["local_qa", "pope_full", "mme", "mmbench_en_dev_static", "docvqa_val"]
+TASKS = ["local_qa", "pope_full", "mme", "mmbench_en_dev_static"]
 SETTINGS = EvalSettings(max_new_tokens=4, batch_size=4)
 
 
