@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
+from pmod_cli.conversion.formats import refuse_unconverted
+from pmod_cli.conversion.source import open_source
 from pmod_cli.errors import PmodError
 from pmod_cli.families import find_family
 
@@ -137,6 +139,7 @@ class VisionLanguageModel:
                 such device or dtype.
         """
         read_config(source)
+        _check_tokenizer(Path(source))
         device = find_device(device)
         check_dtype(dtype)
         if dtype == "auto" and device.type == "cpu":
@@ -255,12 +258,13 @@ def check_source(source: str | Path) -> None:
     """Refuse what is plainly not a checkpoint, before anything is loaded or the network is asked.
 
     Raises:
-        PmodError: If the folder does not exist, is a file, or has no config.
+        PmodError: If the folder does not exist, is a file, has no config, or has to be converted first.
     """
     path = Path(source)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PmodError(f"{path} is not a checkpoint: it has no config.json")
+        refuse_unconverted(open_source(path))
     elif path.exists():
         raise PmodError(f"{path} is a file, not the folder of a checkpoint")
     elif isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
@@ -286,6 +290,13 @@ def read_config(source: str | Path) -> Any:
         raise PmodError(f"{where} {source}: {_first_line(error)}") from error
     find_family(config.model_type)
     return config
+
+
+def _check_tokenizer(folder: Path) -> None:
+    # transformers' own error is a list of ways to make a tokenizer.
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if folder.is_dir() and not any((folder / name).is_file() for name in names):
+        raise PmodError(f"{folder} has no tokenizer", "pmod convert --tokenizer names one")
 
 
 def _first_line(error: BaseException) -> str:

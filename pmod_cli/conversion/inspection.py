@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pmod_cli.conversion.convert import layer_table
-from pmod_cli.conversion.formats import released
+from pmod_cli.conversion.formats import refuse_unconverted
 from pmod_cli.conversion.shards import StoredTensor
 from pmod_cli.conversion.source import open_source
 from pmod_cli.errors import PmodError
@@ -69,8 +69,7 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> Inspec
     source = open_source(model, revision=revision, only=_is_router)
     if not source.config:
         raise PmodError(f"{source.name} is not a checkpoint: it has no config.json")
-    if released.matches(source):
-        raise PmodError(f"{source.name} has {released.SUMMARY}", "pmod convert it first")
+    refuse_unconverted(source)
     family = find_family(source.model_type)
     if source.model_type != family.model_type:
         raise PmodError(f"{source.name} is a dense {family.name} checkpoint", "pmod convert makes it p-MoD")

@@ -161,6 +161,8 @@ main(["convert", {str(BASELINE)!r}, "pmod"])
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        # A shell ignores SIGINT in what it starts in the background, the test run itself perhaps.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "busy\n"

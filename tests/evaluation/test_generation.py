@@ -111,6 +111,18 @@ def test_an_unsupported_model_type_is_refused(llava, tmp_path):
         VisionLanguageModel.load(copy)
 
 
+def test_the_papers_release_has_to_be_converted_first(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "pmod_llava_llama"}')
+    with pytest.raises(PmodError, match="pmod convert it first"):
+        VisionLanguageModel.load(tmp_path)
+
+
+def test_a_checkpoint_without_tokenizer_is_refused(llava, tmp_path):
+    copy = shutil.copytree(llava, tmp_path / "copy", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(PmodError, match="has no tokenizer"):
+        VisionLanguageModel.load(copy)
+
+
 def test_missing_tensors_are_refused(llava, tmp_path):
     from safetensors.torch import load_file, save_file
 
