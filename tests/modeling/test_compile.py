@@ -97,7 +97,7 @@ def test_decode_does_not_compile_anew_for_each_token_or_prompt(compiled):
 def test_training_compiles_with_its_backward_pass():
     torch._dynamo.reset()
     counters.clear()
-    model = tiny_model(mod=MOD, num_hidden_layers=3).train()
+    model = tiny_model(mod=MoDConfig([None, 0.6]), num_hidden_layers=2).train()
     setup = SimpleNamespace(model=model, plain=model.model.language_model)
     decoder = torch.compile(setup.plain, backend="aot_eager", fullgraph=True, dynamic=True)
     gradients = []

@@ -19,15 +19,13 @@ from pmod_cli.training.run import finetune
 ROOT = Path(__file__).parents[2]
 
 
-def _run(processes, model, data, images, output, recipe, *more):
+def _run(processes, model, data, images, output, recipe):
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(json.loads(recipe.model_dump_json())))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     words = ["-m", "pmod_cli", "finetune", model, "--data", data, "--images", images, "--output", output]
-    if processes > 1:
-        words = [*launch, *words]
     done = subprocess.run(
-        [sys.executable, *map(str, words), "--recipe", str(path), *more],
+        [sys.executable, *launch, *map(str, words), "--recipe", str(path)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -46,7 +44,8 @@ def test_two_processes_give_the_losses_of_one(pmod_start, tmp_path, demo_data, r
     data.write_text(json.dumps(mixed))
     settings = {"max_steps": 4, "micro_batch_size": 2, "save_steps": 100, "learning_rate": 1e-5}
     settings |= {"group_by_modality_length": False}
-    one = _run(1, pmod_start, data, demo_data[1], tmp_path / "one", recipe(**settings))
+    finetune(pmod_start, data, demo_data[1], tmp_path / "one", recipe=recipe(**settings))
+    one = [row["loss"] for row in read_metrics(tmp_path / "one" / "metrics.jsonl") if "loss" in row]
     two = _run(2, pmod_start, data, demo_data[1], tmp_path / "two", recipe(**settings))
     assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
     summary = json.loads((tmp_path / "two" / "training.json").read_text())
