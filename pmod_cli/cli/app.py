@@ -51,15 +51,17 @@ def main(argv: list[str] | None = None) -> None:
     # It tells of a kernel that only 4-bit weights on a CPU would use, whenever PEFT is imported.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        app(args=argv, prog_name="pmod")
-    except Exception as error:
-        code = report_error(error)
-        if code is None:
-            raise
+        # Not standalone: typer would answer a mistake with a box instead of a line. It then returns the exit code of
+        # ``typer.Exit``, and 130 on Ctrl-C.
+        result = app(args=argv, prog_name="pmod", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+        if code == 130:
+            report_error(KeyboardInterrupt())
         sys.exit(code)
+    except Exception as error:
+        reported = report_error(error)
+        if reported is None:
+            raise
+        sys.exit(reported)
     except KeyboardInterrupt as error:
         sys.exit(report_error(error))
-    except SystemExit as error:
-        if error.code == 130:  # what Typer makes of Ctrl-C, without a word
-            report_error(KeyboardInterrupt())
-        raise

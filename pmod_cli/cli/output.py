@@ -69,6 +69,8 @@ def report_error(error: BaseException) -> int | None:
     if isinstance(error, PmodError):
         _line(str(error))
         return error.exit_code
+    if hasattr(error, "format_message"):  # typer's own, of the click that it brings or finds
+        return _usage_error(error)
     if isinstance(error, KeyboardInterrupt):
         _line("interrupted; what was finished is kept")
         return 130
@@ -102,6 +104,16 @@ OS_HINTS = {
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "give a file, not a folder",
 }
+
+
+def _usage_error(error: Any) -> int:
+    """A wrong command line, in one line; help where nothing was asked for."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        command = f"; {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
+        _line(f"{error.format_message().rstrip('.')}{command}")
+    return error.exit_code
 
 
 def _line(message: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pmod_cli.cli import main
 from pmod_cli.cli.output import report_error
 from pmod_cli.errors import GateError, PmodError
 
@@ -94,3 +95,31 @@ def test_help_needs_no_torch():
         "visualize",
     ):
         assert verb in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("convert --forse", "error: No such option: --forse"),
+        ("convert", "error: Missing argument"),
+        ("profile llava-1.5-7b --batch x", "error: Invalid value for '--batch'"),
+        ("nonsense", "error: No such command 'nonsense'"),
+        ("generate x", "error: Missing option '--prompt'"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(words, line, capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        main(words.split())
+    out, err = capsys.readouterr()
+    assert exit_code.value.code == 2
+    assert out == ""
+    assert err.startswith(line)
+    assert "--help" in err
+    assert err.count("\n") == 1
+
+
+def test_no_arguments_show_help(capsys):
+    with pytest.raises(SystemExit) as exit_code:
+        main([])
+    assert exit_code.value.code == 2
+    assert "convert" in "".join(capsys.readouterr())
