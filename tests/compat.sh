@@ -15,12 +15,12 @@ suite() { # NAME REQUIREMENT...
     if [ ! -e "$environment/ready" ]; then
         python3 -m venv "$environment"
         "$environment/bin/pip" install --quiet --upgrade pip
-        "$environment/bin/pip" install --quiet -e . peft bitsandbytes hypothesis pytest pytest-timeout "$@"
+        "$environment/bin/pip" install --quiet -e ".[profile]" peft bitsandbytes hypothesis pytest pytest-timeout "$@"
         touch "$environment/ready"
     fi
     "$environment/bin/python" -c "import torch, transformers
 print('$name: transformers', transformers.__version__, 'torch', torch.__version__, flush=True)"
-    "$environment/bin/python" -m pytest -p no:cacheprovider ${PYTEST_ARGS:-} tests/modeling || failed=1
+    "$environment/bin/python" -m pytest -p no:cacheprovider ${PYTEST_ARGS:-} tests/modeling tests/families || failed=1
 }
 
 suite oldest 'transformers==5.17.*' 'huggingface-hub<2'
