@@ -113,6 +113,16 @@ def save_checkpoint(
     return folder
 
 
+def save_original(folder: Path, model: Any, *, changes: dict[str, Any] | None = None, **layout: Any) -> Path:
+    """Write a dense model in LLaVA's own format; ``layout`` goes to `save_checkpoint`."""
+    kind = model.config.text_config.model_type
+    model_type = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}[kind]
+    config = flat_config(model, model_type=model_type, **(changes or {}))
+    config = {key: value for key, value in config.items() if not key.startswith("mod_")}
+    weights = released_weights(model)
+    return save_checkpoint(folder, config, weights, vision_config=model.config.vision_config, **layout)
+
+
 def _save(folder: Path, weights: dict[str, Tensor], shards: int, pickled: bool) -> None:
     stem, suffix = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
     write: Any = torch.save if pickled else save_file

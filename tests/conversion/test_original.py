@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from llava_checkpoints import flat_config, released_weights, save_checkpoint
+from llava_checkpoints import save_original
 from tiny import IMAGE, dense_counterpart, pictures, prompt, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
@@ -21,17 +21,7 @@ from pmod_cli.modeling.schedule import shifted_cosine
 def original(tmp_path, decoder="llama", family="llava", layout=None, **changes):
     """A random dense model, and its checkpoint in the original format."""
     model = tiny_model(family, decoder, mod=None)
-    model_type = {"llama": "llava_llama", "mistral": "llava_mistral", "qwen2": "llava_qwen"}[decoder]
-    config = flat_config(model, model_type=model_type, **changes)
-    config = {key: value for key, value in config.items() if not key.startswith("mod_")}
-    source = save_checkpoint(
-        tmp_path / "source",
-        config,
-        released_weights(model),
-        vision_config=model.config.vision_config,
-        **(layout or {}),
-    )
-    return model, source
+    return model, save_original(tmp_path / "source", model, **(layout or {}), changes=changes)
 
 
 @pytest.mark.parametrize(

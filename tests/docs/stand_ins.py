@@ -1,6 +1,7 @@
 """What the documentation's commands find in the folder that they are run in.
 
-Models of the hub and data sets are replaced by the demo's, under the names that the pages use: a folder named
+Models of the hub and data sets are replaced by the demo's, or by tiny ones in other formats, under the names that the
+pages use: a folder named
 ``llava-hf/llava-1.5-7b-hf`` is taken before the hub is asked. Sizes come down to what a test can afford.
 """
 
@@ -10,6 +11,10 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+
+from llava_checkpoints import flat_config, released_weights, save_checkpoint, save_original
+from parts_checkpoints import save_parts, sentencepiece_model
+from tiny import tiny_model
 
 OUTPUT_OPTIONS = {"--output", "-o", "--fix", "--plot", "--html", "--gif"}
 
@@ -58,6 +63,20 @@ class StandIns:
             top = name.split("/")[0]
             if name in self.models:
                 shutil.copytree(self.models[name], place)
+            elif name == "liuhaotian/llava-v1.5-7b":
+                save_original(place, tiny_model(mod=None), pickled=True)
+            elif name == "p-MoD-LLaVA-NeXT-7B":
+                model = tiny_model("llava_next")
+                vision = model.config.vision_config
+                save_checkpoint(
+                    place,
+                    flat_config(model, mod_target_layers="shiftedcos_decay_0.85_0.15", mod_router_factor=0.5),
+                    released_weights(model),
+                    vision_config=vision,
+                    pickled=True,
+                )
+            elif name in {"vicuna", "lmsys/vicuna-7b-v1.5"}:
+                self._write_parts()
             elif top == "pmod-demo" and not (self.folder / top).exists():
                 (self.folder / top).symlink_to(self.demo)
             elif place.suffix in {".jpg", ".png"} and top != "pmod-demo":
@@ -66,6 +85,16 @@ class StandIns:
                 place.symlink_to(self.demo / "data" / "train" / "images")
             elif place.suffix in {".json", ".jsonl"} and arguments[0] in {"data", "finetune"}:
                 self._write_data(place)
+
+    def _write_parts(self) -> None:
+        """Language model, tower and projector, under the names of the hub and of folders."""
+        save_parts(self.folder, sentencepiece_model())
+        for part, name in (
+            ("vicuna", "lmsys/vicuna-7b-v1.5"),
+            ("clip", "openai/clip-vit-large-patch14-336"),
+            ("stage1", "liuhaotian/llava-v1.5-mlp2x-336px-pretrain-vicuna-7b-v1.5"),
+        ):
+            shutil.copytree(self.folder / part, self.folder / name)
 
     def _write_data(self, place: Path) -> None:
         records = json.loads((self.demo / "data" / "train" / "train.json").read_text())

@@ -16,11 +16,6 @@ from pmod_cli.cli import app, main
 PAGES = {page.name: commands_of_page(page) for page in pages()}
 
 NOT_RUN: dict[str, str] = {
-    # tests/conversion makes checkpoints of these formats and converts them.
-    "convert ./p-MoD-LLaVA-NeXT-7B": "a checkpoint of the paper's release",
-    "convert liuhaotian/": "a checkpoint of LLaVA's own code",
-    "convert lmsys/": "parts on the hub",
-    "convert ./vicuna": "parts in folders",
     "--num_machines": "several machines, and a data set of the hub",
     "--nnodes": "several machines",
 }
