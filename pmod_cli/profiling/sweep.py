@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -96,12 +97,12 @@ def compare_schedules(
     target = mean_retention(own)
     candidates: list[tuple[str, dict[str, float], Ratios]] = [("this model", {}, own)]
     layers = subject.pmod.geometry.decoder.layers
-    for name, parameter in (
-        ("shifted_cosine", "shift"),
-        ("shifted_linear", "shift"),
-        ("constant", "ratio"),
-        ("interleaved", "ratio"),
-    ):
+    for name, schedule in SCHEDULES.items():
+        parameter = next(
+            (each for each in ("shift", "ratio") if each in inspect.signature(schedule).parameters), None
+        )
+        if parameter is None:
+            continue
         found = _solve(partial(_schedule, name, parameter, layers), target)
         if found is not None:
             candidates.append((name, {parameter: found[0]}, found[1]))
