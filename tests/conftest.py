@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ["COLUMNS"] = "120"  # as in a pipe; pytest-xdist says 80 to its processes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

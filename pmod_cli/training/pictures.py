@@ -9,7 +9,7 @@ import io
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from pmod_cli.training.records import BadSample
 
@@ -120,8 +120,12 @@ def decode(content: bytes, name: str) -> Image.Image:
     """
     if not content:
         raise BadSample("empty image", name)
+    # Importing lmms-eval makes Pillow fill up pictures that are cut short.
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise whatever a broken file leads them into
         raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient

@@ -94,7 +94,7 @@ def bad_inputs(tmp_path):
     return [
         ({**good, "data": tmp_path / "none.json"}, [], "no data file"),
         ({**good, "model": tmp_path / "none"}, [], "no checkpoint folder"),
-        ({**good, "model": broken}, [], "not a model's config"),
+        ({**good, "model": broken}, [], "config.json"),
         ({**good, "model": other}, [], "model type 'bert' is not supported (supported: llava"),
         (good, ["--recipe", "demoo"], "no recipe named 'demoo' (did you mean demo?)"),
         (good, ["--set", "train.learning_rat=1"], "did you mean train.learning_rate?"),
