@@ -14,10 +14,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
+from pmod_cli.checkpoints.source import open_source
 from pmod_cli.conversion.formats import refuse_unconverted
-from pmod_cli.conversion.source import open_source
-from pmod_cli.errors import PmodError
 from pmod_cli.families import find_family
+from pmod_cli.output.errors import PmodError
 
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""

@@ -22,9 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from pmod_cli.errors import PmodError
 from pmod_cli.modeling.schedule import SCHEDULES, Ratios
 from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
+from pmod_cli.output.errors import PmodError
 
 
 class _Section(BaseModel):

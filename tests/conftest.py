@@ -1,9 +1,9 @@
-"""Shared by all tests: no network, few threads, and the helper modules beside each test on the path."""
+"""Shared by all tests: no network, few threads, the demo's shipped checkpoint and a little data."""
 
 from __future__ import annotations
 
+import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,13 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-_here = Path(__file__).parent
-sys.path[:0] = [str(_here), str(_here / "modeling"), str(_here / "conversion")]
+import torch
 
-from small_demo import small_demo  # noqa: E402  (needs the path above)
+from pmod_cli.demo import data
+from pmod_cli.demo.job import BASELINE
+from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.recipe import Recipe, parse_recipe
+from tests.common.small_demo import small_demo
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +28,75 @@ def demo_folder(tmp_path_factory, worker_id):
     """What a small run of ``pmod demo`` leaves; not to be changed."""
     base = tmp_path_factory.getbasetemp()
     return small_demo(base if worker_id == "master" else base.parent)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def baseline() -> Path:
+    return BASELINE
+
+
+@pytest.fixture(scope="session")
+def processor():
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(BASELINE, backend="pil")
+
+
+@pytest.fixture(scope="session")
+def pmod_start(tmp_path_factory) -> Path:
+    """The baseline with routers at zero, through the model classes."""
+    from transformers import AutoConfig, AutoProcessor
+
+    from pmod_cli.families.llava import PmodLlavaConfig, PmodLlavaForConditionalGeneration
+
+    section = MoDConfig([None, None, 0.8, 0.6, 0.4, 0.2, 0.15, 0.15])
+    plain = AutoConfig.from_pretrained(BASELINE).to_dict()
+    config = PmodLlavaConfig(
+        **{key: plain[key] for key in plain if key != "model_type"}, mod=section.to_dict()
+    )
+    model = PmodLlavaForConditionalGeneration.from_pretrained(BASELINE, config=config, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("pmod-start")
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(BASELINE, backend="pil").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory) -> tuple[Path, Path]:
+    """24 conversations about pictures, and 8 without, in one file; and the pictures' folder."""
+    folder = tmp_path_factory.mktemp("data") / "train"
+    path, images = data.write_training_data(folder, 24)
+    records = json.loads(path.read_text())
+    words = ["circle", "square", "red", "blue", "left", "top", "yes", "no"]
+    for index, word in enumerate(words):
+        turns = [{"from": "human", "value": f"Say {word}."}, {"from": "gpt", "value": word}]
+        records.append({"id": f"text-{index}", "conversations": turns})
+    path.write_text(json.dumps(records))
+    return path, images
+
+
+@pytest.fixture
+def recipe():
+    def make(**train: object) -> Recipe:
+        settings = {
+            "max_steps": 6,
+            "global_batch_size": 4,
+            "micro_batch_size": 4,
+            "learning_rate": 1e-3,
+            "dtype": "float32",
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "num_workers": 0,
+        }
+        return parse_recipe({"name": "test", "train": {**settings, **train}})
+
+    return make

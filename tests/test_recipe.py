@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from pmod_cli.errors import PmodError
 from pmod_cli.modeling.schedule import shifted_cosine
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import default_recipe, load_recipe, shipped_recipes
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli import __version__
-from pmod_cli.cli.output import buffer_stdout, report_error
+from pmod_cli.output.console import buffer_stdout, report_error
 
 app = typer.Typer(
     name="pmod",

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.output import emit_json, stderr, stdout
-from pmod_cli.errors import PmodError
+from pmod_cli.output.console import emit_json, stderr, stdout
+from pmod_cli.output.errors import PmodError
 
 if TYPE_CHECKING:
+    from pmod_cli.checkpoints.write import Progress
     from pmod_cli.conversion.convert import ConvertResult
     from pmod_cli.conversion.preview import Preview
-    from pmod_cli.conversion.write import Progress
 
 
 class Target(str, Enum):
@@ -83,10 +83,10 @@ def convert_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Make a p-MoD checkpoint: weights are linked, routers and a retention ratio a layer are added."""
-    from pmod_cli.conversion import hub
+    from pmod_cli.checkpoints import hub
+    from pmod_cli.checkpoints.write import check_destination
     from pmod_cli.conversion.convert import convert, convert_back, plan_conversion
     from pmod_cli.conversion.formats import Options
-    from pmod_cli.conversion.write import check_destination
     from pmod_cli.recipe import load_recipe
 
     if destination is None and not dry_run:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.output import emit_json, stderr, stdout
+from pmod_cli.output.console import emit_json, stderr, stdout
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data: check it, clean it.")
 app.add_typer(data_app, name="data")
@@ -54,9 +54,9 @@ def check_command(
     from rich.progress import Progress
     from rich.table import Table
 
-    from pmod_cli.errors import GateError
+    from pmod_cli.data.check import check_data
+    from pmod_cli.output.errors import GateError
     from pmod_cli.recipe import default_recipe, load_recipe
-    from pmod_cli.training.check import check_data
 
     settings = (load_recipe(recipe) if recipe else default_recipe()).train
     processor = None

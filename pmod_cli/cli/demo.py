@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.output import emit_json, stderr, stdout
-from pmod_cli.errors import GateError, PmodError
+from pmod_cli.output.console import emit_json, stderr, stdout
+from pmod_cli.output.errors import GateError, PmodError
 
 
 @app.command(
@@ -57,7 +57,7 @@ def demo_command(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", "Cannot enable progress bars")
-    from pmod_cli.demo.run import DemoSettings, run_demo
+    from pmod_cli.demo.job import DemoSettings, run_demo
 
     settings = DemoSettings(train_images, heldout_images, steps)
     report = run_demo(output, settings, lambda line: stderr.print(line, soft_wrap=True))

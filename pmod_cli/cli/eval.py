@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.output import OS_HINTS, emit_json, stderr, stdout
-from pmod_cli.errors import GateError, PmodError
+from pmod_cli.output.console import OS_HINTS, emit_json, stderr, stdout
+from pmod_cli.output.errors import GateError, PmodError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from pmod_cli.evaluation.preflight import PreflightError
+    from pmod_cli.evaluation.requirements import PreflightError
 
 
 @app.command(
@@ -137,11 +137,12 @@ def _evaluate(
     as_json: bool,
     options: dict[str, object],
 ) -> None:
-    from pmod_cli.evaluation import gates, paper, report
-    from pmod_cli.evaluation.preflight import PreflightError
+    from pmod_cli.evaluation import gates, paper
+    from pmod_cli.evaluation import tables as report
+    from pmod_cli.evaluation.evaluate import evaluate
+    from pmod_cli.evaluation.options import EvalSettings
     from pmod_cli.evaluation.processes import rank
-    from pmod_cli.evaluation.run import evaluate
-    from pmod_cli.evaluation.settings import EvalSettings
+    from pmod_cli.evaluation.requirements import PreflightError
 
     limits = gates.parse_minimum(minimum, paper.expand(names))
     if max_drop is not None and baseline is None:
@@ -222,8 +223,8 @@ def _print_whole(table: Table) -> None:
 
 
 def _prepare(names: list[str], include_path: list[Path], checkpoints: list[str], as_json: bool) -> None:
-    from pmod_cli.evaluation.preflight import PreflightError
-    from pmod_cli.evaluation.run import prepare
+    from pmod_cli.evaluation.evaluate import prepare
+    from pmod_cli.evaluation.requirements import PreflightError
 
     try:
         with _errors_as_one_line(None):
@@ -239,7 +240,7 @@ def _prepare(names: list[str], include_path: list[Path], checkpoints: list[str],
 
 
 def _show_diff(first: Path, second: Path, as_json: bool) -> None:
-    from pmod_cli.evaluation import report
+    from pmod_cli.evaluation import tables as report
     from pmod_cli.evaluation.diff import differences
 
     with _errors_as_one_line(None):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.output import emit_json, stderr, stdout
+from pmod_cli.output.console import emit_json, stderr, stdout
 
 if TYPE_CHECKING:
     from pmod_cli.training.memory import MemoryEstimate
@@ -62,8 +62,8 @@ def finetune_command(
 
     from transformers.utils import logging
 
+    from pmod_cli.training.finetune import finetune
     from pmod_cli.training.preflight import is_main_process
-    from pmod_cli.training.run import finetune
 
     logging.disable_progress_bar()  # one bar is enough
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.output import emit_json, stdout
+from pmod_cli.output.console import emit_json, stdout
 
 if TYPE_CHECKING:
     from pmod_cli.conversion.inspection import Inspection

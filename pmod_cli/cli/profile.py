@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.output import emit_json, stderr, stdout
-from pmod_cli.errors import PmodError
+from pmod_cli.output.console import emit_json, stderr, stdout
+from pmod_cli.output.errors import PmodError
 
 if TYPE_CHECKING:
     from pmod_cli.profiling.profile import Settings
@@ -162,7 +162,7 @@ def profile_command(
     if sweep is not None and schedules:
         raise PmodError("--sweep and --schedules are two tables", "one at a time")
     if plot is not None:
-        from pmod_cli.visual.style import check_target
+        from pmod_cli.output.plots import check_target
 
         check_target(plot, force)
     from pmod_cli.profiling.profile import Settings, profile_subject

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.output import emit_json, stderr, stdout
+from pmod_cli.output.console import emit_json, stderr, stdout
 
 
 @app.command(

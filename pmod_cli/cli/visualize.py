@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.output import emit_json, stdout
-from pmod_cli.errors import PmodError
+from pmod_cli.output.console import emit_json, stdout
+from pmod_cli.output.errors import PmodError
 
 
 @app.command(
@@ -58,7 +58,7 @@ def visualize_command(
     _check_files(files, force)
     chosen = _parse_layers(layers)
 
-    from pmod_cli.visual.run import visualize
+    from pmod_cli.visualize.visualize import visualize
 
     result: dict[str, Any] = visualize(
         model,
@@ -94,7 +94,7 @@ def _check_files(files: dict[str, Path], force: bool) -> None:
         if not path.absolute().parent.is_dir():
             raise PmodError(f"no folder {path.parent}")
     if "sheet" in files or "gif" in files:
-        from pmod_cli.visual.style import look
+        from pmod_cli.output.plots import look
 
         with look():  # is matplotlib there?
             pass

@@ -9,26 +9,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.conversion.card import model_card, provenance
-from pmod_cli.conversion.decoder import DecoderLayout, find_decoder
-from pmod_cli.conversion.formats import Options, Shard, Translation, find_format
-from pmod_cli.conversion.hub import download_files
-from pmod_cli.conversion.restore import FOLDER as BASELINE
-from pmod_cli.conversion.restore import baseline_files, index_of, plan_baseline, to_json
-from pmod_cli.conversion.routers import check_decoder, check_recipe, router_tensors, schedule
-from pmod_cli.conversion.shards import StoredTensor, shard_bytes
-from pmod_cli.conversion.source import INDEX, Source, open_source
-from pmod_cli.conversion.write import (
+from pmod_cli.checkpoints.hub import download_files
+from pmod_cli.checkpoints.shards import StoredTensor, shard_bytes
+from pmod_cli.checkpoints.source import INDEX, Source, open_source
+from pmod_cli.checkpoints.write import (
     Progress,
     Staging,
     check_destination,
     check_space,
     link_is_possible,
 )
-from pmod_cli.errors import PmodError
+from pmod_cli.conversion.card import model_card, provenance
+from pmod_cli.conversion.decoder import DecoderLayout, find_decoder
+from pmod_cli.conversion.formats import Options, Shard, Translation, find_format
+from pmod_cli.conversion.restore import FOLDER as BASELINE
+from pmod_cli.conversion.restore import baseline_files, index_of, plan_baseline, to_json
+from pmod_cli.conversion.routers import check_decoder, check_recipe, router_tensors, schedule
 from pmod_cli.families import Family, find_family
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import Recipe, default_recipe
 
 ROUTERS = "model-routers.safetensors"

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pmod_cli.conversion.shards import StoredTensor
-from pmod_cli.errors import PmodError
+from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.families import Family
-from pmod_cli.profiling.defaults import PARTS
+from pmod_cli.families.defaults import PARTS
+from pmod_cli.output.errors import PmodError
 
 _LAYER = {
     "input_layernorm.weight": ("hidden_size",),

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from pmod_cli.checkpoints.shards import StoredTensor
+from pmod_cli.checkpoints.source import open_source
 from pmod_cli.conversion.convert import layer_table
 from pmod_cli.conversion.formats import refuse_unconverted
-from pmod_cli.conversion.shards import StoredTensor
-from pmod_cli.conversion.source import open_source
-from pmod_cli.errors import PmodError
 from pmod_cli.families import find_family
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.output.errors import PmodError
 
 
 @dataclass(frozen=True)

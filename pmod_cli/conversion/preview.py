@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints.write import free_space
 from pmod_cli.conversion.convert import Plan, bytes_needed, layer_table
-from pmod_cli.conversion.write import free_space
-from pmod_cli.errors import PmodError
 from pmod_cli.modeling.schedule import mean_retention
+from pmod_cli.output.errors import PmodError
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints.source import INDEX, SINGLE, Source
 from pmod_cli.conversion.formats import Shard, Translation
-from pmod_cli.conversion.source import INDEX, SINGLE, Source
-from pmod_cli.errors import PmodError
 from pmod_cli.families import Family, find_family
+from pmod_cli.output.errors import PmodError
 
 FOLDER = "baseline"
 _MANIFEST = "manifest.json"

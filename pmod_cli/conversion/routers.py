@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.conversion.decoder import DecoderLayout
-from pmod_cli.conversion.shards import StoredTensor
-from pmod_cli.errors import PmodError
 from pmod_cli.families import Family
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import Recipe
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pmod_cli.visual import style
+from pmod_cli.output import plots as style
 
 
 @style.look()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.errors import MissingExtraError, PmodError
+from pmod_cli.output.errors import MissingExtraError, PmodError
 
 
 def import_lmms_eval() -> None:

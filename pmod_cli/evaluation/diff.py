@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.conversion.source import read_json
-from pmod_cli.errors import PmodError
+from pmod_cli.checkpoints.source import read_json
 from pmod_cli.evaluation.catalogue import Tasks
+from pmod_cli.output.errors import PmodError
 
 
 @dataclass(frozen=True)

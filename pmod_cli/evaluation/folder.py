@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.errors import PmodError
 from pmod_cli.evaluation.store import AnswerStore
+from pmod_cli.output.errors import PmodError
 
 
 def answers_cache() -> Path:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from pmod_cli.errors import PmodError
 from pmod_cli.evaluation.results import EvalResult
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import nearest
 
 FULL_MARKS = {"mme": 2000.0}

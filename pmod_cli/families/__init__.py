@@ -10,7 +10,7 @@ import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 
 
 def compare_files(before: str | Path, after: str | Path) -> dict[str, Any]:

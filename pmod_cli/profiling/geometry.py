@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from pmod_cli.errors import PmodError
-from pmod_cli.profiling.defaults import complete
+from pmod_cli.families.defaults import complete
+from pmod_cli.output.errors import PmodError
 
 
 @dataclass(frozen=True)

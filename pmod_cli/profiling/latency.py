@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.bench import Bench
 from pmod_cli.profiling.loading import load_models, quiet_transformers
 from pmod_cli.profiling.prompt import Workload

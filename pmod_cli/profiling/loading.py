@@ -11,7 +11,7 @@ import torch
 from transformers.models.auto import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.closed_form import parameters
 from pmod_cli.profiling.paths import meta_model
 from pmod_cli.profiling.prompt import DTYPE_BYTES

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.output import plots as style
 from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
-from pmod_cli.visual import style
 
 
 @style.look()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli import __version__
-from pmod_cli.errors import MissingExtraError, PmodError
+from pmod_cli.output.errors import MissingExtraError, PmodError
 from pmod_cli.profiling import closed_form
 from pmod_cli.profiling.closed_form import CONVENTIONS, FULL, PAPER, TORCH, PhaseCount
 from pmod_cli.profiling.geometry import Geometry

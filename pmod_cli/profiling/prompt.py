@@ -6,8 +6,8 @@ import math
 import re
 from dataclasses import dataclass
 
-from pmod_cli.errors import PmodError
 from pmod_cli.families.anyres import high_resolution_size
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.geometry import Geometry
 
 _SHRINK_ABOVE = 1.1

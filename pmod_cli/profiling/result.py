@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pmod_cli.errors import GateError, PmodError
+from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.profiling.closed_form import PhaseCount
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.published import Published

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.conversion.routers import check_decoder, check_recipe, schedule
-from pmod_cli.errors import PmodError
 from pmod_cli.families import find_family
+from pmod_cli.families.defaults import transformers_config
 from pmod_cli.modeling.settings import MoDConfig
-from pmod_cli.profiling.defaults import transformers_config
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.geometries import find_geometry, shipped_geometries
 from pmod_cli.profiling.geometry import Geometry
 from pmod_cli.recipe import Recipe, default_recipe, load_recipe, nearest, shipped_recipes

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pmod_cli.errors import PmodError
 from pmod_cli.modeling.schedule import SCHEDULES, Ratios, mean_retention
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.profile import Settings, profile_subject
 from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
 from pmod_cli.profiling.subject import Subject

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pmod_cli.errors import MissingExtraError
+from pmod_cli.output.errors import MissingExtraError
 from pmod_cli.profiling.closed_form import PhaseCount
 from pmod_cli.profiling.paths import (
     Counts,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 
 _DEPTH = 5
 _LARGEST = 32 * 2**20

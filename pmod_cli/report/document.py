@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pmod_cli.visual import style
+from pmod_cli.output import plots as style
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 from pmod_cli.report.document import Example
 from pmod_cli.report.models import Model, answers
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pmod_cli.output import plots as style
 from pmod_cli.report.collect import Training
 from pmod_cli.report.document import Figure
-from pmod_cli.visual import style
 
 
 @dataclass(frozen=True)

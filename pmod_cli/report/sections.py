@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.modeling.schedule import mean_retention
+from pmod_cli.output import plots as style
 from pmod_cli.profiling.explain import size
 from pmod_cli.report import figures
 from pmod_cli.report.collect import Found, Profile
 from pmod_cli.report.document import Block, Figure, Link, Notes, Section, Table, Text, Tiles, relative
 from pmod_cli.report.models import Model, compare, short_names
 from pmod_cli.report.text import change, flops, milliseconds, share, signed
-from pmod_cli.visual import style
 
 _WHAT = (
     "In a p-MoD model most decoder layers process only some of a picture's tokens: a router weighs them, and the layer "

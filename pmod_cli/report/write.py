@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli import __version__
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.plots import write
 from pmod_cli.report import accuracy, sections
 from pmod_cli.report.collect import collect
 from pmod_cli.report.document import Document, to_html, to_markdown
 from pmod_cli.report.models import gather, main_model, reference
-from pmod_cli.visual.style import write
 
 
 def write_report(places: Sequence[str | Path], output: str | Path, *, force: bool = False) -> dict[str, Any]:

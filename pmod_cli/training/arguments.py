@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import TrainSettings
 from pmod_cli.training.preflight import Schedule, sharding
 from pmod_cli.training.trainer import KEPT_CHECKPOINTS

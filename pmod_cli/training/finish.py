@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from pmod_cli import __version__
-from pmod_cli.errors import MissingExtraError, PmodError
+from pmod_cli.output.errors import MissingExtraError, PmodError
 from pmod_cli.recipe import Recipe
 from pmod_cli.training.lora import merge
 from pmod_cli.training.monitor import read_metrics

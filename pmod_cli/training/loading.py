@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoProcessor
 
-from pmod_cli.chat_templates import VICUNA_V1, fit_template
-from pmod_cli.errors import PmodError
+from pmod_cli.data.aspect import apply_aspect
+from pmod_cli.families.chat_templates import VICUNA_V1, fit_template
 from pmod_cli.generation import IMAGE_BACKEND, VisionLanguageModel, check_source
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import TrainSettings
-from pmod_cli.training.aspect import apply_aspect
 from pmod_cli.training.lora import add_lora
 from pmod_cli.training.parts import freeze
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pmod_cli.errors import MissingExtraError
+from pmod_cli.output.errors import MissingExtraError
 from pmod_cli.recipe import LoraSettings
 
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from pmod_cli.training.routers import router_statistics
+from pmod_cli.training.probe import router_statistics
 
 ProgressCallback = Callable[[int, int, dict[str, float]], None]
 """Called after each step with the steps done, the steps in all, and what was last logged."""

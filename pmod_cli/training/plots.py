@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.visual import style
+from pmod_cli.output import plots as style
 
 _STATISTICS = (
     ("mean_weight", "mean router weight"),

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.errors import MissingExtraError, PmodError
+from pmod_cli.data.dataset import ConversationData
 from pmod_cli.families import find_family
+from pmod_cli.output.errors import MissingExtraError, PmodError
 from pmod_cli.recipe import Recipe, TrainSettings
-from pmod_cli.training.dataset import ConversationData
 
 # What may be changed when a run is resumed: none of it decides what is learned from which sample.
 _FREE_TO_CHANGE = {

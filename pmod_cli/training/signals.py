@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 
 
 class Preempted(PmodError):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from pmod_cli.errors import GateError, PmodError
-from pmod_cli.training.bad_samples import BadSampleLog
-from pmod_cli.training.collate import BatchNotes
+from pmod_cli.data.bad_samples import BadSampleLog
+from pmod_cli.data.collate import BatchNotes
+from pmod_cli.data.sampler import OrderedSampler
+from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.training.parts import PartCount
-from pmod_cli.training.sampler import OrderedSampler
 
 ROUTER = re.compile(r"(^|\.)router\.")
 STAGING = "saving"

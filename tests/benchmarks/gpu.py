@@ -20,8 +20,8 @@ import torch
 from prefill import subject_of, versions
 from torch.profiler import ProfilerActivity, profile
 
-from pmod_cli.errors import PmodError
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling import closed_form, latency
 from pmod_cli.profiling.bench import make_inputs
 from pmod_cli.profiling.loading import load_models

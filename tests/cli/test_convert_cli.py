@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import contents, make_checkpoint
 
 from pmod_cli.cli import main
-from pmod_cli.demo.run import BASELINE
+from pmod_cli.demo.job import BASELINE
+from tests.common.checkpoints import contents, make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -144,7 +144,7 @@ def test_ctrl_c_is_130(tmp_path):
     """A real SIGINT to a real process that is busy writing."""
     code = f"""
 import sys, time
-from pmod_cli.conversion import write
+from pmod_cli.checkpoints import write
 place = write.Staging.place
 def slowly(self, name, source, copy=False):
     place(self, name, source, copy)

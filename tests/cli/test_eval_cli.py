@@ -6,22 +6,17 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from pmod_cli.cli import main
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
-
-from eval_models import make_model, make_processor, save_llava, save_pmod, write_questions
-from paper_fixtures import Fixtures
-
 from pmod_cli.evaluation import paper
 from pmod_cli.evaluation.tasks import write_task
 from pmod_cli.generation import VisionLanguageModel
+from tests.common.eval_models import make_model, make_processor, save_llava, save_pmod, write_questions
+from tests.common.paper_fixtures import Fixtures
 
 DOCS = Path(__file__).parents[2] / "docs" / "evaluate.md"
 
@@ -304,7 +299,7 @@ def test_what_nobody_foresaw_is_one_line_too(place, tmp_path, monkeypatch, capsy
     def burst(self, *arguments):
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr("pmod_cli.evaluation.runner.Evaluation.run", burst)
+    monkeypatch.setattr("pmod_cli.evaluation.session.Evaluation.run", burst)
     (tmp_path / "out").mkdir()
     arguments = [place / "llava", "--tasks", "local_qa", *options(place), "--output", tmp_path / "out"]
     code, _, err = run(*arguments, capture=capsys)
@@ -345,7 +340,7 @@ def test_prepare_says_how_much_there_is(place, capsys):
 
 def test_models_that_do_not_run_alike_are_named(place, tmp_path, capsys):
     """A baseline whose processor pads pictures beside a model whose processor crops them."""
-    from pmod_cli.training.aspect import apply_aspect
+    from pmod_cli.data.aspect import apply_aspect
 
     processor = make_processor()
     padding = apply_aspect(make_model(processor), processor, "pad")

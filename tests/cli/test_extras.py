@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from pmod_cli.cli import main
-from pmod_cli.demo.run import BASELINE
+from pmod_cli.demo.job import BASELINE
 
 EXTRAS = ("lmms_eval", "fvcore", "datasets", "matplotlib", "peft", "tensorboard")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pmod_cli.demo import data
-from pmod_cli.demo.run import BASELINE
+from pmod_cli.demo.job import BASELINE
 
 ROOT = Path(__file__).parents[2]
 SMALL = [f"--set=train.{setting}" for setting in ("max_steps=2", "global_batch_size=2", "micro_batch_size=2")]

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
 
 from pmod_cli.cli import main
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "evaluation"))
-
-from eval_models import noise, save_llava
+from tests.common.eval_models import noise, save_llava
 
 
 @pytest.fixture(scope="module")

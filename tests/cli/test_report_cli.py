@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "visual"))
-import browser
-
 from pmod_cli.cli import main
+from tests.common import browser
 
 
 def run(capsys, *words):

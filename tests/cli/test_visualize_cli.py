@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "visual"))
-import visual_models
-
 from pmod_cli.cli import app, main
-from pmod_cli.demo.run import BASELINE
+from pmod_cli.demo.job import BASELINE
 from pmod_cli.generation import Prompt, VisionLanguageModel
+from tests.common import visual_models
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +51,7 @@ def test_all_files_and_json(place, capsys):
     loaded = VisionLanguageModel.load(model)
     [answer] = loaded.generate([question], max_new_tokens=4)
     assert result["answer"] == answer.text
-    from pmod_cli.visual.trace import dense_twin
+    from pmod_cli.visualize.trace import dense_twin
 
     twin = dense_twin(loaded)
     assert not any("router" in name for name, _ in twin.model.named_parameters())

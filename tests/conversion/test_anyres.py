@@ -11,8 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from reference import REFERENCE
-from tiny import tiny_model
 from tokenizers import Tokenizer, models
 from transformers import LlavaNextProcessor, PreTrainedTokenizerFast
 from transformers.image_processing_utils import select_best_resolution
@@ -20,6 +18,8 @@ from transformers.image_processing_utils import select_best_resolution
 from pmod_cli.families.anyres import high_resolution_size, unpadded_box
 from pmod_cli.families.image_processors import PmodLlavaNextImageProcessor
 from pmod_cli.families.llava_next import PmodLlavaNextConfig, PmodLlavaNextModel, PmodLlavaNextProcessor
+from tests.common.reference import REFERENCE
+from tests.common.tiny import tiny_model
 
 TABLE = json.loads((REFERENCE / "anyres_table.json").read_text())
 ROWS = TABLE["rows"]

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import HIDDEN, LAYERS, contents, make_checkpoint, modern, old
 
-from pmod_cli.conversion import write
+from pmod_cli.checkpoints import write
+from pmod_cli.checkpoints.shards import read_header
 from pmod_cli.conversion.convert import ROUTERS, bytes_needed, convert, convert_back, plan_conversion
 from pmod_cli.conversion.formats import Options
-from pmod_cli.conversion.shards import read_header
-from pmod_cli.demo.run import BASELINE
-from pmod_cli.errors import PmodError
+from pmod_cli.demo.job import BASELINE
 from pmod_cli.modeling.schedule import shifted_cosine
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import parse_recipe
+from tests.common.checkpoints import HIDDEN, LAYERS, contents, make_checkpoint, modern, old
 
 MOD_LAYERS = range(2, 8)
 
@@ -195,7 +195,7 @@ def test_the_hub_cache_is_linked_through_its_symlinks(tmp_path):
 
 def test_a_trained_checkpoint_is_stripped(tmp_path):
     """``save_pretrained`` mixes routers with the other weights; the rest of such a file is written anew."""
-    from pmod_cli.conversion.shards import StoredTensor, write_shard
+    from pmod_cli.checkpoints.shards import StoredTensor, write_shard
 
     pmod = tmp_path / "pmod"
     to_pmod(make_checkpoint(tmp_path / "source", shards=2), pmod)

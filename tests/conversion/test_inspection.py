@@ -6,17 +6,17 @@ import json
 
 import numpy as np
 import pytest
-from checkpoints import HIDDEN, make_checkpoint
 from safetensors.numpy import save_file
 
+from pmod_cli.checkpoints.shards import StoredTensor, read_header, write_shard
 from pmod_cli.conversion.convert import ROUTERS, convert, plan_conversion
 from pmod_cli.conversion.inspection import inspect_checkpoint
 from pmod_cli.conversion.preview import preview
-from pmod_cli.conversion.shards import StoredTensor, read_header, write_shard
-from pmod_cli.demo.run import BASELINE
-from pmod_cli.errors import PmodError
+from pmod_cli.demo.job import BASELINE
 from pmod_cli.modeling.schedule import mean_retention, shifted_cosine
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import load_recipe
+from tests.common.checkpoints import HIDDEN, make_checkpoint
 
 RATIOS = shifted_cosine(8)
 

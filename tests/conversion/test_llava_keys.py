@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from llava_checkpoints import released_name
-from reference import REFERENCE
 from safetensors import safe_open
 
+from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.conversion.formats.llava_config import (
     decoder_config,
     grid_pinpoints,
@@ -24,8 +23,9 @@ from pmod_cli.conversion.formats.llava_config import (
 )
 from pmod_cli.conversion.formats.llava_keys import is_buffer, parse_key, tower_key
 from pmod_cli.conversion.formats.llava_rows import rows_needed, with_mean_rows
-from pmod_cli.conversion.shards import StoredTensor
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
+from tests.common.llava_checkpoints import released_name
+from tests.common.reference import REFERENCE
 
 ENTRIES = json.loads((REFERENCE / "schedule.json").read_text())["entries"]
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 import torch
 import transformers
-from checkpoints import make_checkpoint, modern, old
 from transformers import AutoModelForImageTextToText
 
+from pmod_cli.checkpoints.shards import read_header, write_shard
 from pmod_cli.conversion.convert import convert, convert_back, plan_conversion
-from pmod_cli.conversion.shards import read_header, write_shard
-from pmod_cli.demo.run import BASELINE
+from pmod_cli.demo.job import BASELINE
 from pmod_cli.recipe import parse_recipe
+from tests.common import tiny
+from tests.common.checkpoints import make_checkpoint, modern, old
 
 EVERYTHING = parse_recipe({"name": "all", "mod": {"schedule": "explicit", "ratios": [1.0] * 8}})
 
@@ -67,7 +67,7 @@ def test_routers_in_the_file_are_the_models(tmp_path):
     source = make_checkpoint(tmp_path / "source", old)
     convert(plan_conversion(source), tmp_path / "pmod")
     path = tmp_path / "pmod" / "model-routers.safetensors"
-    from pmod_cli.conversion.shards import StoredTensor
+    from pmod_cli.checkpoints.shards import StoredTensor
 
     tensors = [
         StoredTensor.from_bytes(tensor.name, tensor.dtype, tensor.shape, b"\x40\x40" * (tensor.nbytes // 2))

@@ -6,16 +6,16 @@ import json
 
 import pytest
 import torch
-from llava_checkpoints import save_original
-from tiny import IMAGE, dense_counterpart, pictures, prompt, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
+from pmod_cli.checkpoints.source import open_source
 from pmod_cli.cli import main
 from pmod_cli.conversion.convert import convert, convert_back, plan_conversion
 from pmod_cli.conversion.formats import Options, find_format
-from pmod_cli.conversion.source import open_source
-from pmod_cli.errors import PmodError
 from pmod_cli.modeling.schedule import shifted_cosine
+from pmod_cli.output.errors import PmodError
+from tests.common.llava_checkpoints import save_original
+from tests.common.tiny import IMAGE, dense_counterpart, pictures, prompt, tiny_model
 
 
 def original(tmp_path, decoder="llama", family="llava", layout=None, **changes):

@@ -7,7 +7,6 @@ import json
 import pytest
 import sentencepiece
 import torch
-from parts_checkpoints import PIECES, save_parts, sentencepiece_model
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
@@ -18,11 +17,12 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from pmod_cli.checkpoints.source import open_source
 from pmod_cli.cli import main
 from pmod_cli.conversion.convert import convert, plan_conversion
 from pmod_cli.conversion.formats import Options, find_format
-from pmod_cli.conversion.source import open_source
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
+from tests.common.parts_checkpoints import PIECES, save_parts, sentencepiece_model
 
 
 @pytest.fixture(scope="module")

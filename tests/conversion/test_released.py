@@ -8,18 +8,18 @@ import shutil
 
 import pytest
 import torch
-from llava_checkpoints import flat_config, released_weights, save_checkpoint
 from PIL import Image
-from reference import REFERENCE, load_case
 from safetensors.torch import load_file
-from tiny import IMAGE, pictures, prompt, tiny_model
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, DynamicCache
 
 from pmod_cli.conversion.convert import convert, convert_back, plan_conversion
 from pmod_cli.conversion.formats import Options
-from pmod_cli.errors import PmodError
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.output.errors import PmodError
+from tests.common.llava_checkpoints import flat_config, released_weights, save_checkpoint
+from tests.common.reference import REFERENCE, load_case
+from tests.common.tiny import IMAGE, pictures, prompt, tiny_model
 
 
 def lay_out(folder, **changes):

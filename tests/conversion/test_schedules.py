@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.conversion.decoder import DecoderLayout, find_decoder
 from pmod_cli.conversion.formats import Shard, Translation
 from pmod_cli.conversion.restore import baseline_files, index_of
 from pmod_cli.conversion.routers import router_tensors, schedule
-from pmod_cli.conversion.shards import StoredTensor
-from pmod_cli.errors import PmodError
 from pmod_cli.families import FAMILIES
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import parse_recipe
 
 ratio = st.floats(0.01, 1.0)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import typer
-from commands import Command, commands_of_help, commands_of_page, commands_of_recipes, pages
-from stand_ins import StandIns
 
 from pmod_cli.cli import app, main
+from tests.common.commands import Command, commands_of_help, commands_of_page, commands_of_recipes, pages
+from tests.common.stand_ins import StandIns
 
 PAGES = {page.name: commands_of_page(page) for page in pages()}
 

@@ -7,9 +7,9 @@ import json
 import re
 
 import pytest
-from commands import ROOT
 
 from pmod_cli.cli import main
+from tests.common.commands import ROOT
 
 MODEL = "{demo}/models/pmod"
 PICTURE = "{demo}/data/example.png"

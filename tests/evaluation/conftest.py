@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
-from eval_models import save_llava, save_next, save_pmod, write_questions
 
 from pmod_cli.evaluation.tasks import write_task
+from tests.common.eval_models import save_llava, save_next, save_pmod, write_questions
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_models import noise
 
 from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all, measure_gain, parse_batch_size
 from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
+from tests.common.eval_models import noise
 
 
 @pytest.fixture(scope="module", params=["llava", "pmod"])

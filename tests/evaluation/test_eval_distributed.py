@@ -8,12 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from eval_models import save_parrot, save_pmod
-from paper_fixtures import Fixtures
 
 from pmod_cli.evaluation import processes
-from pmod_cli.evaluation.run import evaluate
-from pmod_cli.evaluation.settings import EvalSettings
+from pmod_cli.evaluation.evaluate import evaluate
+from pmod_cli.evaluation.options import EvalSettings
+from tests.common.eval_models import save_parrot, save_pmod
+from tests.common.paper_fixtures import Fixtures
 
 TASKS = ["local_qa", "pope_full", "mme", "mmbench_en_dev_static"]
 SETTINGS = EvalSettings(max_new_tokens=4, batch_size=4)

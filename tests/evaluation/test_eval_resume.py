@@ -10,15 +10,15 @@ import sys
 from dataclasses import replace
 
 import pytest
-from eval_models import write_questions
 
-from pmod_cli.errors import PmodError
 from pmod_cli.evaluation import identity
-from pmod_cli.evaluation.run import evaluate
-from pmod_cli.evaluation.settings import EvalSettings
+from pmod_cli.evaluation.evaluate import evaluate
+from pmod_cli.evaluation.options import EvalSettings
 from pmod_cli.evaluation.store import AnswerStore
 from pmod_cli.evaluation.tasks import write_task
 from pmod_cli.generation import Answer, VisionLanguageModel
+from pmod_cli.output.errors import PmodError
+from tests.common.eval_models import write_questions
 
 SETTINGS = EvalSettings(max_new_tokens=3, batch_size=5)
 

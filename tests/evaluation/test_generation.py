@@ -7,11 +7,11 @@ import random
 import shutil
 
 import pytest
-from eval_models import noise
 from PIL import Image
 
-from pmod_cli.errors import PmodError
 from pmod_cli.generation import Prompt, VisionLanguageModel, generation_settings, open_image
+from pmod_cli.output.errors import PmodError
+from tests.common.eval_models import noise
 
 
 @pytest.fixture(scope="module")

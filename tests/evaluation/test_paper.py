@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from paper_fixtures import MARKER, Fixtures
 
 from pmod_cli.evaluation import paper, stats
+from pmod_cli.evaluation.evaluate import evaluate
 from pmod_cli.evaluation.metrics import METRICS
-from pmod_cli.evaluation.run import evaluate
-from pmod_cli.evaluation.settings import EvalSettings
+from pmod_cli.evaluation.options import EvalSettings
 from pmod_cli.generation import Answer, VisionLanguageModel
+from tests.common.paper_fixtures import MARKER, Fixtures
 
 FULL_MARKS = dict.fromkeys(paper.TASKS, 100.0) | {"mme": 600.0}  # three perception categories in the fixtures
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
-from hub_standin import HubStandIn
 from lmms_eval.api import task
-from paper_fixtures import Fixtures
 
-from pmod_cli.errors import PmodError
-from pmod_cli.evaluation import preflight
+from pmod_cli.evaluation import requirements as preflight
 from pmod_cli.evaluation.catalogue import Tasks, folders_of
-from pmod_cli.evaluation.preflight import PreflightError
-from pmod_cli.evaluation.run import evaluate, prepare
-from pmod_cli.evaluation.settings import EvalSettings
+from pmod_cli.evaluation.evaluate import evaluate, prepare
+from pmod_cli.evaluation.options import EvalSettings
+from pmod_cli.evaluation.requirements import PreflightError
 from pmod_cli.evaluation.tasks import write_task
 from pmod_cli.generation import VisionLanguageModel
+from pmod_cli.output.errors import PmodError
+from tests.common.hub_standin import HubStandIn
+from tests.common.paper_fixtures import Fixtures
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from tiny import IMAGE, dense_counterpart, prompt, tiny_config, tiny_model
 from transformers import AutoModelForImageTextToText
 
 from pmod_cli.cli import main
+from tests.common.tiny import IMAGE, dense_counterpart, prompt, tiny_config, tiny_model
 
 DECODERS = {
     "vicuna": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),

@@ -6,7 +6,13 @@ import json
 
 import pytest
 import torch
-from onevision_models import (
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from pmod_cli.cli import main
+from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.modeling.schedule import kept_tokens, shifted_cosine
+from pmod_cli.modeling.settings import MoDConfig
+from tests.common.onevision_models import (
     IMAGE,
     LAYERS,
     VIDEO,
@@ -17,12 +23,6 @@ from onevision_models import (
     raw_config,
     video,
 )
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-from pmod_cli.cli import main
-from pmod_cli.modeling.compat import CACHE_ARGUMENT
-from pmod_cli.modeling.schedule import kept_tokens, shifted_cosine
-from pmod_cli.modeling.settings import MoDConfig
 
 WIDE, TALL, SQUARE = picture(31, 12, seed=1), picture(11, 40, seed=2), picture(39, 39, seed=3)
 PROMPTS = {

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import pad, pictures, prompt, tiny_model
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache, modeling_flash_attention_utils
 
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.masks import causal_mask
 from pmod_cli.modeling.settings import MoDConfig
+from tests.common.tiny import pad, pictures, prompt, tiny_model
 
 MOD = MoDConfig([0.5, None, 0.6, 0.4, 0.4, 0.2, 0.15, 0.0])
 PROMPTS = [prompt(1, 5, seed=1), prompt(0, 9, seed=2), prompt(2, 4, seed=3)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import pad, pictures, prompt, tiny_model
 
 from pmod_cli.modeling.settings import MoDConfig
+from tests.common.tiny import pad, pictures, prompt, tiny_model
 
 IMAGES = [1, 0, 2, 1]
 PROMPTS = [prompt(count, 5 + 3 * index, seed=index) for index, count in enumerate(IMAGES)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import pad, pictures, prompt, tiny_model
 from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
@@ -12,6 +11,7 @@ from pmod_cli.modeling.cache import KeptTokensLayer
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.schedule import kept_tokens
 from pmod_cli.modeling.settings import MoDConfig
+from tests.common.tiny import pad, pictures, prompt, tiny_model
 
 
 def prefill(model, ids, cache, **inputs):

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import IMAGE, pad, pictures, prompt, tiny_model
 from torch import nn
 from torch._dynamo.utils import counters
 from transformers import DynamicCache
@@ -19,6 +18,7 @@ from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.masks import causal_mask
 from pmod_cli.modeling.plan import RoutingPlan, count_tokens
 from pmod_cli.modeling.settings import MoDConfig
+from tests.common.tiny import IMAGE, pad, pictures, prompt, tiny_model
 
 MOD = MoDConfig([None, 0.6, 0.25])
 

@@ -7,10 +7,10 @@ import logging
 
 import pytest
 import torch
-from tiny import dense_counterpart, pictures, prompt, tiny_model
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 from pmod_cli.modeling.router import Router
+from tests.common.tiny import dense_counterpart, pictures, prompt, tiny_model
 
 IDS, PIXELS = torch.tensor([prompt(1, 10)]), pictures(1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import IMAGE, pad, pictures, prompt, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -12,6 +11,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, TextStreamer
 
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.settings import MoDConfig
+from tests.common.tiny import IMAGE, pad, pictures, prompt, tiny_model
 
 IDS, PIXELS = torch.tensor([prompt(1, 10)]), pictures(1)
 INPUTS = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "pixel_values": PIXELS}

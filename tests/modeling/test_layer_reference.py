@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from reference import load_case, norm_settings
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -16,6 +15,7 @@ from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.decoders import MoDLlamaDecoderLayer
 from pmod_cli.modeling.plan import RoutingPlan, count_tokens
 from pmod_cli.modeling.settings import MoDConfig
+from tests.common.reference import load_case, norm_settings
 
 CASES = [
     "layer_b1_nopad",

@@ -10,13 +10,13 @@ import sys
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import IMAGE, dense_counterpart, pad, pictures, prompt, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.schedule import kept_tokens
 from pmod_cli.modeling.settings import MoDConfig
+from tests.common.tiny import IMAGE, dense_counterpart, pad, pictures, prompt, tiny_config, tiny_model
 
 IDS, PIXELS = torch.tensor([prompt(1, 10)]), pictures(1)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import load_case, reference_model
 from transformers import DynamicCache
 
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from tests.common.reference import load_case, reference_model
 
 MOD_LAYERS = range(8, 32)
 

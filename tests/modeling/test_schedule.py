@@ -5,9 +5,9 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import REFERENCE
 
 from pmod_cli.modeling import schedule
+from tests.common.reference import REFERENCE
 
 ENTRIES = json.loads((REFERENCE / "schedule.json").read_text())
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import IMAGE, pad, pictures, prompt, tiny_model
 from torch.profiler import ProfilerActivity, profile
 
 from pmod_cli.modeling.layer import MoDDecoderLayer
+from tests.common.tiny import IMAGE, pad, pictures, prompt, tiny_model
 
 PROMPTS = [prompt(1, 5, seed=1), prompt(0, 9, seed=2), prompt(2, 4, seed=3)]
 
@@ -135,15 +135,22 @@ def test_one_host_synchronisation_a_prefill(padded, monkeypatch):
 def two_processes(tmp_path_factory):
     """Losses and weights of the same training by DDP and by FSDP2 on two gloo processes, and in one process."""
     folder = tmp_path_factory.mktemp("distributed")
-    script = Path(__file__).parent / "distributed_worker.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PMOD_OUT": str(folder)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=220)
+    command += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+        "-m",
+        "tests.common.distributed_worker",
+    ]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=220
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
-    sys.path.insert(0, str(script.parent))
-    import distributed_worker
+    from tests.common import distributed_worker
 
     together = torch.load(folder / "result.pt", weights_only=True)
     return together, distributed_worker.train_alone(), folder / "checkpoint"
@@ -163,8 +170,9 @@ def test_two_processes_give_the_losses_of_one(two_processes, method):
 
 
 def test_a_gathered_state_dict_loads_as_an_ordinary_checkpoint(two_processes):
-    import distributed_worker
     from transformers import AutoModelForImageTextToText
+
+    from tests.common import distributed_worker
 
     _, expected, checkpoint = two_processes
     loaded = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32).eval()

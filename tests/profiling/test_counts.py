@@ -3,11 +3,11 @@
 import dataclasses
 
 import pytest
-from profiling_models import dense_config, geometry, paper_mod, pmod_config
 
 from pmod_cli.profiling import closed_form
 from pmod_cli.profiling.closed_form import FULL, PAPER, TORCH
 from pmod_cli.profiling.prompt import Workload, default_image_size, image_tokens
+from tests.common.profiling_models import dense_config, geometry, paper_mod, pmod_config
 
 
 def workload(shape, **changes):

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from profiling_models import TINY_MOD, save_tiny
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.bench import make_inputs
 from pmod_cli.profiling.latency import measure
 from pmod_cli.profiling.loading import load_models
 from pmod_cli.profiling.profile import Settings, profile, profile_checkpoint
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import find_subject
+from tests.common.profiling_models import TINY_MOD, save_tiny
 
 
 @pytest.mark.parametrize(

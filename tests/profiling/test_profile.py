@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from profiling_models import TINY_MOD, save_tiny, tiny_raw
 
-from pmod_cli.errors import GateError, MissingExtraError, PmodError
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.output.errors import GateError, MissingExtraError, PmodError
 from pmod_cli.profiling.compare import compare_files
 from pmod_cli.profiling.explain import notes, size
 from pmod_cli.profiling.latency import Timing
@@ -16,6 +15,7 @@ from pmod_cli.profiling.render import macs, profile_grids, profile_markdown
 from pmod_cli.profiling.result import check_gates
 from pmod_cli.profiling.subject import find_subject
 from pmod_cli.profiling.sweep import compare_schedules, sweep
+from tests.common.profiling_models import TINY_MOD, save_tiny, tiny_raw
 
 
 def seven_b(**changes):

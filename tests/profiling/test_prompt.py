@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiling_models import geometry, tiny_raw
 
-from pmod_cli.errors import PmodError
 from pmod_cli.families.anyres import high_resolution_size
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.geometry import Geometry
 from pmod_cli.profiling.prompt import Workload, _best_grid, default_image_size, image_tokens, parse_size
+from tests.common.profiling_models import geometry, tiny_raw
 
 
 @settings(max_examples=150, deadline=None)

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from profiling_models import TINY_MOD, save_tiny, tiny_raw
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.subject import find_subject
+from tests.common.profiling_models import TINY_MOD, save_tiny, tiny_raw
 
 
 def write(path, data):

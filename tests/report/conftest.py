@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "visual"))
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +13,7 @@ def confused(tmp_path_factory):
     """The demo's baseline with random routers: it drops what it needs, so some answers are wrong."""
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-    from pmod_cli.demo.run import BASELINE
+    from pmod_cli.demo.job import BASELINE
     from pmod_cli.families.llava import PmodLlavaConfig, PmodLlavaForConditionalGeneration
     from pmod_cli.modeling.settings import MoDConfig
 
@@ -41,9 +37,9 @@ def confused(tmp_path_factory):
 def evaluations(confused, tmp_path_factory):
     """Folder with ``both`` (p-MoD beside its baseline), ``dense`` and ``pmod`` (the same, one at a time)."""
     from pmod_cli.demo import data, world
-    from pmod_cli.demo.run import BASELINE
-    from pmod_cli.evaluation.run import evaluate
-    from pmod_cli.evaluation.settings import EvalSettings
+    from pmod_cli.demo.job import BASELINE
+    from pmod_cli.evaluation.evaluate import evaluate
+    from pmod_cli.evaluation.options import EvalSettings
     from pmod_cli.evaluation.tasks import write_task
 
     top = tmp_path_factory.mktemp("evaluations")

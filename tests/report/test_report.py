@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pmod_cli.errors import PmodError
 from pmod_cli.evaluation.paper import PUBLISHED, TASKS, average
+from pmod_cli.output.errors import PmodError
 from pmod_cli.report import figures, write_report
 from pmod_cli.report.collect import collect
 from pmod_cli.report.document import Document, Section, Table, Text, to_html, to_markdown

@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pmod_cli.training.finetune import finetune
 from pmod_cli.training.monitor import read_metrics
-from pmod_cli.training.run import finetune
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,7 +62,15 @@ def test_sigterm_to_one_of_two_processes_stops_both_in_the_same_step(pmod_start,
     settings = recipe(max_steps=6, micro_batch_size=2, save_steps=100, learning_rate=1e-5)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(json.loads(settings.model_dump_json())))
-    words = [Path(__file__).with_name("killed_run.py"), pmod_start, *demo_data, tmp_path / "out", path, 15, 3]
+    words = [
+        ROOT / "tests" / "common" / "killed_run.py",
+        pmod_start,
+        *demo_data,
+        tmp_path / "out",
+        path,
+        15,
+        3,
+    ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, *map(str, words)],
@@ -85,8 +93,8 @@ def test_sigterm_to_one_of_two_processes_stops_both_in_the_same_step(pmod_start,
 def test_a_blank_image_for_text_changes_nothing(pmod_start, demo_data, processor):
     from transformers import AutoModelForImageTextToText
 
-    from pmod_cli.training.collate import Collator, EncodedDataset
-    from pmod_cli.training.dataset import ConversationData, open_data
+    from pmod_cli.data.collate import Collator, EncodedDataset
+    from pmod_cli.data.dataset import ConversationData, open_data
 
     data = ConversationData(open_data(*demo_data))
     dataset = EncodedDataset(data.samples, data.pictures, processor, 2048)

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pmod_cli.training.collate import image_token_numbers
-from pmod_cli.training.run import finetune
+from pmod_cli.data.collate import image_token_numbers
+from pmod_cli.training.finetune import finetune
 
 PINPOINTS = [[80, 160], [160, 80], [160, 160], [240, 80], [80, 240], [240, 240]]
 

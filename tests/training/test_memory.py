@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import IMAGE, pictures, prompt, tiny_model
 
 from pmod_cli.modeling.schedule import shifted_cosine
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.recipe import default_recipe, load_recipe
 from pmod_cli.training.memory import Subject, describe, estimate
 from pmod_cli.training.parts import freeze
+from tests.common.tiny import IMAGE, pictures, prompt, tiny_model
 
 WIDE = {"hidden_size": 128, "intermediate_size": 320, "vocab_size": 1000}
 GIB = 2**30

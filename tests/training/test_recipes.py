@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from pmod_cli.recipe import load_recipe, recipe_dir, shipped_recipes
-from pmod_cli.training.run import finetune
+from pmod_cli.training.finetune import finetune
 
 TINY = ("micro_batch_size=2", "global_batch_size=2", "max_steps=1", "max_length=600")
 PAPER = {

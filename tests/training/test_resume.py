@@ -13,16 +13,16 @@ import pytest
 import torch
 import yaml
 
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
+from pmod_cli.training.finetune import finetune
 from pmod_cli.training.monitor import read_metrics
-from pmod_cli.training.run import finetune
 from pmod_cli.training.trainer import STAGING, last_checkpoint
 
 
 def _start_and_stop(model, data, images, output, recipe, number, step):
     path = Path(output).with_suffix(".yaml")
     path.write_text(yaml.safe_dump(json.loads(recipe.model_dump_json())))
-    script = Path(__file__).with_name("killed_run.py")
+    script = Path(__file__).parents[1] / "common" / "killed_run.py"
     words = [script, model, data, images, output, path, int(number), step]
     return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
 
@@ -124,7 +124,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 
 
 def test_killed_between_the_last_step_and_the_result(pmod_start, demo_data, tmp_path, recipe, monkeypatch):
-    from pmod_cli.training import run
+    from pmod_cli.training import finetune as run
 
     output = tmp_path / "out"
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pmod_cli.errors import GateError, PmodError
 from pmod_cli.modeling.layer import MoDDecoderLayer
+from pmod_cli.output.errors import GateError, PmodError
+from pmod_cli.training.finetune import finetune
 from pmod_cli.training.finish import save_result
 from pmod_cli.training.monitor import read_metrics
-from pmod_cli.training.run import finetune
 from pmod_cli.training.warmup import RatioWarmup
 
 
@@ -159,9 +159,9 @@ def test_routers_and_loss_go_to_tensorboard_and_into_a_picture(pmod_start, demo_
 
 
 def test_statistics_of_routers_by_hand(pmod_start, demo_data, processor):
-    from pmod_cli.training.collate import Collator, EncodedDataset
-    from pmod_cli.training.dataset import ConversationData, open_data
-    from pmod_cli.training.routers import make_probe, router_statistics
+    from pmod_cli.data.collate import Collator, EncodedDataset
+    from pmod_cli.data.dataset import ConversationData, open_data
+    from pmod_cli.training.probe import make_probe, router_statistics
 
     data = ConversationData(open_data(*demo_data))
     dataset = EncodedDataset(data.samples, data.pictures, processor, 2048)
@@ -203,7 +203,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(pmod_start, demo_data, tmp_pa
             super().on_step_end(args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("pmod_cli.training.run.Monitor", Full)
+        patched.setattr("pmod_cli.training.finetune.Monitor", Full)
         try:
             with pytest.raises(PmodError, match=r"step 4: cannot write a checkpoint.*go on with --resume"):
                 finetune(pmod_start, *demo_data, output, recipe=recipe())
@@ -216,7 +216,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(pmod_start, demo_data, tmp_pa
     try:
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(
-                "pmod_cli.training.run.save_result",
+                "pmod_cli.training.finetune.save_result",
                 lambda *args, **kwargs: (
                     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1])),
                     save_result(*args, **kwargs),
@@ -297,7 +297,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(
     finetune(pmod_start, *demo_data, tmp_path / "first", recipe=recipe(max_steps=1))
     parts = json.loads((tmp_path / "first" / "training.json").read_text())["result"]["parts"]
     needed = 3 * checkpoint_bytes([PartCount(**part) for part in parts], adapter_only=False)
-    monkeypatch.setattr("pmod_cli.conversion.write.free_space", lambda place: needed - 1)
+    monkeypatch.setattr("pmod_cli.checkpoints.write.free_space", lambda place: needed - 1)
     with pytest.raises(PmodError, match=r"needs 0\.\d+ GB and 0\.\d+ GB are free"):
         finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe())
     # A single checkpoint fits, and so the estimate is not below what one takes.

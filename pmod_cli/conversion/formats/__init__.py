@@ -9,7 +9,7 @@ schedules, files to write or the command line. It has
 
 No module imports torch or transformers at its top. Tensors are `StoredTensor`: a name, a dtype, a shape, and a way to
 get the bytes; a rename is ``tensor.renamed(...)``, a change of data another ``chunks``. What ``translate`` returns is
-streamed to disk shard by shard (`pmod_cli.conversion.write`), never held. Sources give theirs by
+streamed to disk shard by shard (`pmod_cli.checkpoints.write`), never held. Sources give theirs by
 ``source.weight_files(options.allow_pickle)``; a part beside a checkpoint, or on the hub, is opened by
 ``open_source(name, near=source.folder, allow_pickle=...)``, and a pickled file that is not a whole checkpoint
 (``mm_projector.bin``) by `read_pickle`.
@@ -23,10 +23,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from pmod_cli.conversion.shards import StoredTensor
-from pmod_cli.conversion.source import Source
-from pmod_cli.errors import PmodError
+from pmod_cli.checkpoints.shards import StoredTensor
+from pmod_cli.checkpoints.source import Source
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.output.errors import PmodError
 
 FORMATS = ("released", "original", "huggingface", "parts")
 """Modules of this package, in the order in which they are asked."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pmod_cli.checkpoints.source import INDEX, SINGLE, Source, WeightFile
 from pmod_cli.conversion.formats import Options, Shard, Translation
-from pmod_cli.conversion.source import INDEX, SINGLE, Source, WeightFile
-from pmod_cli.errors import PmodError
 from pmod_cli.families import FAMILIES
+from pmod_cli.output.errors import PmodError
 
 SUMMARY = "transformers' own format (llava-hf, save_pretrained)"
 _REPLACED = ("config.json", "README.md")

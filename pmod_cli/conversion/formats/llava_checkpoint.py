@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints.shards import StoredTensor
+from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.conversion.formats import Options, Shard, Translation
 from pmod_cli.conversion.formats.llava_config import dense_config, family_name
 from pmod_cli.conversion.formats.llava_files import generation_file, processor_files
@@ -14,10 +16,8 @@ from pmod_cli.conversion.formats.llava_keys import is_buffer, parse_key
 from pmod_cli.conversion.formats.llava_rows import rows_needed, with_mean_rows
 from pmod_cli.conversion.formats.llava_tokenizer import TokenizerFiles, build_tokenizer, find_tokenizer
 from pmod_cli.conversion.formats.llava_tower import PREFIX, check_tower, find_tower
-from pmod_cli.conversion.shards import StoredTensor
-from pmod_cli.conversion.source import Source, open_source
-from pmod_cli.errors import PmodError
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.output.errors import PmodError
 
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 NEWLINE = "model.image_newline"

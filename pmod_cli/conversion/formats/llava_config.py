@@ -7,9 +7,9 @@ import math
 import re
 from typing import Any
 
-from pmod_cli.errors import PmodError
 from pmod_cli.modeling.schedule import Ratios, constant, interleaved
 from pmod_cli.modeling.settings import WEIGHT_NORMS, MoDConfig
+from pmod_cli.output.errors import PmodError
 
 _DECODER_FIELDS = [
     "vocab_size",

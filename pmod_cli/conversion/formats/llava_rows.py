@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pmod_cli.conversion.shards import StoredTensor
-from pmod_cli.errors import PmodError
+from pmod_cli.checkpoints.shards import StoredTensor
+from pmod_cli.output.errors import PmodError
 
 MULTIPLE = 64
 """Tables grow to a multiple of this, as llava-hf's do: matrix units want it."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.chat_templates import choose_template, fit_template
-from pmod_cli.conversion.source import Source, read_json
-from pmod_cli.errors import PmodError
+from pmod_cli.checkpoints.source import Source, read_json
+from pmod_cli.families.chat_templates import choose_template, fit_template
+from pmod_cli.output.errors import PmodError
 
 IMAGE_TOKEN = "<image>"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints.shards import StoredTensor
+from pmod_cli.checkpoints.source import open_source
 from pmod_cli.conversion.formats.llava_config import tower_config
 from pmod_cli.conversion.formats.llava_keys import is_buffer, tower_key
-from pmod_cli.conversion.shards import StoredTensor
-from pmod_cli.conversion.source import open_source
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 
 _LARGE: dict[str, Any] = {
     "model_type": "clip_vision_model",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats import Options, Translation
 from pmod_cli.conversion.formats.llava_checkpoint import translate_llava
-from pmod_cli.conversion.source import Source
 
 SUMMARY = "the original LLaVA format (llava_llama, llava_mistral, llava_qwen)"
 _DECODERS = {"llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llava": "llama"}

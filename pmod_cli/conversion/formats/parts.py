@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from pmod_cli.checkpoints.pickles import read_pickle
+from pmod_cli.checkpoints.shards import StoredTensor, read_header
+from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.conversion.formats import Options, Translation
 from pmod_cli.conversion.formats.llava_checkpoint import (
     NEWLINE,
@@ -24,10 +27,7 @@ from pmod_cli.conversion.formats.llava_files import processor_files
 from pmod_cli.conversion.formats.llava_keys import projector_key
 from pmod_cli.conversion.formats.llava_rows import encode
 from pmod_cli.conversion.formats.llava_tower import find_tower
-from pmod_cli.conversion.pickles import read_pickle
-from pmod_cli.conversion.shards import StoredTensor, read_header
-from pmod_cli.conversion.source import Source, open_source
-from pmod_cli.errors import PmodError
+from pmod_cli.output.errors import PmodError
 
 SUMMARY = (
     "a language model, with --vision-tower and --projector (lmsys/vicuna-7b-v1.5 + CLIP + mm_projector.bin)"

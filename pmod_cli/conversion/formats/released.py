@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats import Options, Translation
 from pmod_cli.conversion.formats.llava_checkpoint import translate_llava
 from pmod_cli.conversion.formats.llava_config import mod_config
-from pmod_cli.conversion.source import Source
 
 SUMMARY = "the paper's released p-MoD format (pmod_llava_llama)"
 

@@ -1,0 +1,1 @@
+"""Finds, reads and writes checkpoints."""

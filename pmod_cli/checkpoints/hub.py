@@ -1,0 +1,146 @@
+"""The Hugging Face hub: fetching checkpoints through its cache, and pushing them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.checkpoints.shards import StoredTensor
+from pmod_cli.checkpoints.source import INDEX, SINGLE, WeightFile
+from pmod_cli.output.errors import PmodError
+
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
+
+
+@contextmanager
+def _one_line_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except PmodError:
+        raise
+    except Exception as error:  # the client's HTTP library, and so its errors, change between versions
+        from huggingface_hub import constants
+
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PmodError(
+            f"{what}: {why}",
+            "HF_HUB_OFFLINE is set"
+            if constants.HF_HUB_OFFLINE
+            else "check name and network; hf auth login where it is private",
+        ) from error
+
+
+def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with _one_line_errors(f"no folder {repo}, and it cannot be had from the hub"):
+        # Only the top level: some repositories keep the weights in a second format in sub-folders, and a converted
+        # checkpoint its baseline's files.
+        ignored = [pattern for pattern in ("*/*",) if not any("/" in wanted for wanted in patterns)]
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+        )
+
+
+def download_small_files(repo: str, revision: str | None) -> Path:
+    """Fetch everything but weights; returns the folder in the cache, which has the commit's name.
+
+    Raises:
+        PmodError: The repository does not exist, is closed to the user, or the hub cannot be reached.
+    """
+    folder = _fetch(repo, revision, list(_SMALL_FILES))
+    if (folder / "config.json").is_file() or any(folder.iterdir()):
+        return folder
+    raise PmodError(f"{repo} has no files at its top level")
+
+
+def download_files(repo: str, revision: str, names: list[str]) -> None:
+    """Fetch files by name."""
+    _fetch(repo, revision, names)
+
+
+def download_weights(repo: str, revision: str, allow_pickle: bool) -> None:
+    """Fetch the safetensors files, or the pickled ones if there are no others and the user allows them."""
+    folder = _fetch(repo, revision, ["*.safetensors"])
+    if not any(folder.glob("*.safetensors")) and allow_pickle:
+        _fetch(repo, revision, ["*.bin"])
+
+
+def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:
+    """The headers of a repository's safetensors files, read over the network; none if the cache has the files.
+
+    Args:
+        repo: Hub id.
+        folder: Its folder in the cache, small files included.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import NotASafetensorsRepoError
+
+    if (folder / SINGLE).is_file():
+        return ()
+    if (folder / INDEX).is_file():
+        from pmod_cli.checkpoints.source import read_json
+
+        names = set((read_json(folder / INDEX).get("weight_map") or {}).values())
+        if all((folder / str(name)).is_file() for name in names):
+            return ()
+    with _one_line_errors(f"cannot read the headers of {repo}"):
+        try:
+            found = HfApi().get_safetensors_metadata(repo, revision=folder.name)
+        except NotASafetensorsRepoError:
+            return ()
+    return tuple(
+        WeightFile(
+            folder / name,
+            {tensor: _remote_tensor(tensor, entry) for tensor, entry in metadata.tensors.items()},
+        )
+        for name, metadata in sorted(found.files_metadata.items())
+    )
+
+
+def _remote_tensor(name: str, entry: Any) -> StoredTensor:
+    def chunks() -> Iterator[bytes]:
+        raise PmodError(f"{name} was not downloaded")
+
+    return StoredTensor(name, entry.dtype, tuple(entry.shape), chunks)
+
+
+def check_login() -> None:
+    """Refuse to push before anything is done if nobody is logged in.
+
+    Raises:
+        PmodError: There is no token.
+    """
+    from huggingface_hub import get_token
+
+    if get_token() is None:
+        raise PmodError("--push-to-hub needs a login", "run hf auth login, or set HF_TOKEN")
+
+
+def push(folder: Path, repo: str, private: bool = False) -> str:
+    """Upload a checkpoint as one commit; the repository is made if need be.
+
+    Args:
+        folder: The checkpoint.
+        repo: ``user/name``.
+        private: Whether a repository that is made is private.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        PmodError: The hub refuses or cannot be reached; the checkpoint stays where it is.
+    """
+    from huggingface_hub import HfApi
+
+    with _one_line_errors(f"{folder} is complete, but could not be pushed to {repo}"):
+        api = HfApi()
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="p-MoD checkpoint")
+        return str(commit.commit_url)

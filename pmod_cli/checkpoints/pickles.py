@@ -1,0 +1,81 @@
+"""Pickled weights (``.bin``), for who allows them: loaded by ``torch.load(weights_only=True)``, memory-mapped."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.checkpoints.shards import CHUNK, StoredTensor
+from pmod_cli.output.errors import PmodError
+
+
+def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
+    """The tensors of a pickled state dict, by name; their data stays on disk until it is read.
+
+    Args:
+        path: The file.
+        allow: Whether the user allows pickles.
+
+    Raises:
+        PmodError: Pickles are not allowed, or the file cannot be read as weights alone.
+    """
+    check_allowed(path.name, allow)
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except FileNotFoundError:
+        raise PmodError(f"no file {path}") from None
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PmodError(
+            f"{path} is corrupt or holds more than weights: {first_line}", "download it again"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise PmodError(f"{path} is not a state dict of tensors")
+    return {name: _stored(path, name, tensor) for name, tensor in state.items()}
+
+
+def check_allowed(name: str, allow: bool) -> None:
+    """Refuse a pickled file unless the user allows it.
+
+    Raises:
+        PmodError: The user does not.
+    """
+    if not allow:
+        raise PmodError(
+            f"{name} holds pickled weights, which can run code when they are loaded",
+            "--allow-pickle loads them with torch's weights_only reader",
+        )
+
+
+def _is_zip(path: Path) -> bool:
+    # torch's old format (before 1.6) cannot be mapped.
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
+    import torch
+
+    names = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
+    if tensor.dtype not in names:
+        raise PmodError(f"{path}: {name} has type {tensor.dtype}, which is not supported")
+
+    def chunks() -> Iterator[memoryview]:
+        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        for start in range(0, flat.numel(), CHUNK):
+            yield memoryview(flat[start : start + CHUNK].numpy())
+
+    return StoredTensor(name, names[tensor.dtype], tuple(tensor.shape), chunks)

@@ -1,0 +1,180 @@
+"""safetensors files by their headers: what is in them, and writing new ones tensor by tensor, without torch.
+
+Format: 8 bytes of header length (little endian), a JSON header (name -> dtype, shape, data_offsets), the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from pmod_cli.output.errors import PmodError
+
+CHUNK = 1 << 24
+"""Bytes held at once while tensors are copied."""
+
+DTYPE_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+}
+
+_MAX_HEADER = 100_000_000  # the safetensors library's own limit
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that is not in memory: what it is, and how to get its bytes.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        dtype: As safetensors calls it: ``F32``, ``BF16`` ...
+        shape: Its shape.
+        chunks: Gives its bytes (little endian, row-major), piece by piece; called each time they are wanted.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[bytes | memoryview]]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its data."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def read(self) -> bytes:
+        """All its bytes, in memory."""
+        return b"".join(self.chunks())
+
+    def renamed(self, name: str) -> StoredTensor:
+        """The same tensor under another name."""
+        return replace(self, name=name)
+
+    @classmethod
+    def from_bytes(cls, name: str, dtype: str, shape: Sequence[int], data: bytes) -> StoredTensor:
+        """A tensor whose bytes are in memory."""
+        return cls(name, dtype, tuple(shape), lambda: (data,))
+
+    @classmethod
+    def zeros(cls, name: str, dtype: str, shape: Sequence[int]) -> StoredTensor:
+        """A tensor of zeros (which are zero bytes in every dtype)."""
+        return cls.from_bytes(name, dtype, shape, bytes(math.prod(shape) * DTYPE_BYTES[dtype]))
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by name; only the header is read.
+
+    Args:
+        path: The file.
+
+    Raises:
+        PmodError: The file is missing, truncated or corrupt.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+            if length is None or length > min(_MAX_HEADER, size - 8):
+                raise _corrupt(path, "it is cut off inside its header, or is not a safetensors file")
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise PmodError(f"no file {path}") from None
+    except ValueError:
+        raise _corrupt(path, "its header is not JSON") from None
+    try:
+        return _parse_header(path, header, 8 + length, size)
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise _corrupt(path, "its header does not describe tensors") from None
+
+
+def _parse_header(path: Path, header: dict, offset: int, size: int) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    ranges = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        start, end = entry["data_offsets"]
+        dtype, shape = entry["dtype"], tuple(int(side) for side in entry["shape"])
+        if min(shape, default=0) < 0:
+            raise ValueError
+        if dtype not in DTYPE_BYTES:
+            raise PmodError(f"{path}: {name} has type {dtype}, which is not known")
+        read = partial(_read_range, path, offset + start, offset + end)
+        tensors[name] = StoredTensor(name, dtype, shape, read)
+        if end - start != tensors[name].nbytes:
+            raise _corrupt(
+                path, f"{name} takes {end - start} bytes and its shape says {tensors[name].nbytes}"
+            )
+        ranges.append((start, end))
+    position = 0
+    for start, end in sorted(ranges):
+        if start != position:
+            raise _corrupt(path, "its tensors overlap or have gaps")
+        position = end
+    if size != offset + position:
+        raise _corrupt(path, f"it has {size} bytes and its header says {offset + position}")
+    return tensors
+
+
+def _corrupt(path: Path, why: str) -> PmodError:
+    return PmodError(f"{path} is truncated or corrupt: {why}", "download it again")
+
+
+def _read_range(path: Path, start: int, end: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < end:
+            data = file.read(min(CHUNK, end - start))
+            if not data:
+                raise _corrupt(path, "it became shorter while it was read")
+            start += len(data)
+            yield data
+
+
+def shard_bytes(tensors: Sequence[StoredTensor]) -> int:
+    """Size of the data of a shard (its header comes on top)."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def write_shard(
+    path: Path, tensors: Sequence[StoredTensor], progress: Callable[[int], None] | None = None
+) -> None:
+    """Write a safetensors file, holding one chunk of one tensor at a time.
+
+    Args:
+        path: The file.
+        tensors: What goes into it; alignment is safe in any order, since the largest types come first.
+        progress: Called with the number of bytes after each piece.
+    """
+    ordered = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in ordered:
+        end = position + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in ordered:
+            written = 0
+            for chunk in tensor.chunks():
+                file.write(chunk)
+                written += len(chunk)
+                if progress:
+                    progress(len(chunk))
+            if written != tensor.nbytes:
+                raise PmodError(f"{tensor.name} gave {written} bytes, its shape says {tensor.nbytes}")

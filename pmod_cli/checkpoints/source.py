@@ -1,0 +1,200 @@
+"""Finds a checkpoint: a local folder, or a hub id, which is downloaded to (or found in) the hub's cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.checkpoints.pickles import check_allowed, read_pickle
+from pmod_cli.checkpoints.shards import StoredTensor, read_header
+from pmod_cli.output.errors import PmodError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PICKLED_INDEX, _PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a checkpoint's weights.
+
+    Attributes:
+        path: The file.
+        tensors: What is in it, by name.
+        safe: Whether it is a safetensors file (else a pickle).
+    """
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    safe: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        return self.path.name
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as it lies on disk, in whatever format.
+
+    Attributes:
+        name: As the user named it.
+        folder: Where it lies. In the hub's cache its files are symbolic links.
+        config: Contents of its ``config.json``; empty if it has none.
+        revision: The hub commit; None for a local folder.
+        remote: Its weights, where only their headers were read, from the hub.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any] = field(repr=False)
+    revision: str | None = None
+    remote: tuple[WeightFile, ...] = field(default=(), repr=False)
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of its config, or an empty string."""
+        return str(self.config.get("model_type", ""))
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """Contents of one of its JSON files; None if there is none.
+
+        Raises:
+            PmodError: It is not JSON, or not an object.
+        """
+        path = self.folder / name
+        return read_json(path) if path.is_file() else None
+
+    def weight_files(
+        self, allow_pickle: bool = False, only: Callable[[str], bool] | None = None
+    ) -> list[WeightFile]:
+        """Its weights, by the headers alone; the same choice of files as transformers makes.
+
+        Args:
+            allow_pickle: Whether ``.bin`` files may be loaded if there is nothing better.
+            only: Says of a tensor's name whether it is wanted; files that have none by the index are left out.
+
+        Raises:
+            PmodError: No weights, an index that names an absent file or tensor, a corrupt or truncated file.
+        """
+        if self.remote:
+            return list(self.remote)
+        for single, index, safe in ((SINGLE, INDEX, True), (_PICKLED, _PICKLED_INDEX, False)):
+            if (self.folder / single).is_file():
+                weight_map = None
+                names: Sequence[str] = [single]
+            elif (self.folder / index).is_file():
+                weight_map = self._weight_map(index)
+                if only is not None:
+                    weight_map = {name: file for name, file in weight_map.items() if only(name)}
+                names = sorted(set(weight_map.values()))
+            else:
+                continue
+            if not safe:
+                check_allowed(names[0], allow_pickle)
+            for name in names:
+                if not (self.folder / name).is_file():
+                    raise PmodError(f"{index} names {name}, which is not in {self.name}", "download it again")
+            files = [
+                WeightFile(path, read_header(path) if safe else read_pickle(path, allow_pickle), safe)
+                for path in (self.folder / name for name in names)
+            ]
+            _check_index(files, weight_map or {}, index)
+            return files
+        pickled = self.revision is not None and not allow_pickle
+        raise PmodError(
+            f"{self.name} has no weights",
+            f"expected {SINGLE} or {INDEX}"
+            + ("; if the repository has .bin files alone, --allow-pickle" if pickled else ""),
+        )
+
+    def _weight_map(self, index: str) -> dict[str, str]:
+        weight_map = (self.json(index) or {}).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise PmodError(f"{self.folder / index} has no weight_map")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise PmodError(f"{index} names {name!r}, which is not a file of its own folder")
+        return weight_map
+
+    def sidecars(self) -> dict[str, Path]:
+        """Every other file at its top level (config, tokenizer, processor, licence ...), by name."""
+        return {
+            path.name: path
+            for path in sorted(self.folder.iterdir())
+            if path.is_file()
+            and not path.name.startswith(".")
+            and not path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
+        }
+
+
+def _check_index(files: list[WeightFile], weight_map: dict[str, str], index: str) -> None:
+    by_name = {file.name: file for file in files}
+    for tensor, name in weight_map.items():
+        if tensor not in by_name[name].tensors:
+            raise PmodError(f"{index} says that {tensor} is in {name}, and it is not", "download both again")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        PmodError: The file cannot be read, or holds no JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PmodError(f"cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise PmodError(f"{path} is not a JSON object")
+    return data
+
+
+def open_source(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    near: Path | None = None,
+    only: Callable[[str], bool] | None = None,
+    headers: bool = False,
+) -> Source:
+    """Find a checkpoint; of a hub id, what the cache does not have is downloaded.
+
+    Args:
+        name: Folder or hub id.
+        revision: Branch, tag or commit on the hub.
+        allow_pickle: Whether to download ``.bin`` weights where there are no safetensors.
+        near: A folder to look in first, for a part that a checkpoint names (e.g. its vision tower).
+        only: Says of a tensor's name whether it is wanted; weight files without such tensors are not downloaded.
+        headers: Read the headers of weights that are not in the cache over the network, and do not download them.
+
+    Raises:
+        PmodError: Nothing there, or the hub cannot be reached.
+    """
+    for path in ([near / name] if near else []) + [Path(name).expanduser()]:
+        if path.is_dir():
+            config = path / "config.json"
+            return Source(str(name), path, read_json(config) if config.is_file() else {})
+        if path.exists():
+            raise PmodError(f"{path} is a file, not the folder of a checkpoint")
+    if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise PmodError(f"no folder {name}", "give a folder or a hub id such as llava-hf/llava-1.5-7b-hf")
+    from pmod_cli.checkpoints import hub
+
+    folder = hub.download_small_files(name, revision)
+    config = folder / "config.json"
+    source = Source(name, folder, read_json(config) if config.is_file() else {}, folder.name)
+    if only is not None and (folder / INDEX).is_file():
+        files = {file for tensor, file in source._weight_map(INDEX).items() if only(tensor)}
+        hub.download_files(name, folder.name, sorted(files))
+    elif headers and (remote := hub.missing_headers(name, folder)):
+        return replace(source, remote=remote)
+    else:
+        hub.download_weights(name, folder.name, allow_pickle)
+    return source

@@ -1,0 +1,1 @@
+"""LLaVA records and pictures, up to the batches that a model takes."""

@@ -1,0 +1,149 @@
+"""A conversation as token ids and labels: the chat template's text, with loss on the assistant's turns only.
+
+The template is rendered turn by turn: what a turn adds to the text so far is that turn's. That holds for any
+template that only ever appends, and is checked. Labels include the end-of-turn token, without which a model
+never learns to stop; a template that writes none (llava-hf's) gets the tokenizer's end-of-sequence token there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pmod_cli.data.records import BadSample, Turn
+from pmod_cli.output.errors import PmodError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids with each image placeholder expanded, and labels (-100 outside the assistant's turns)."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class ChatEncoder:
+    """Encodes conversations for one processor.
+
+    Args:
+        processor: With a fast tokenizer and a chat template; ``image_token`` names its placeholder.
+        max_length: Longer conversations are cut at the end.
+
+    Raises:
+        PmodError: No chat template, or a slow tokenizer (labels need character offsets).
+    """
+
+    def __init__(self, processor: Any, max_length: int) -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.max_length = max_length
+        if not processor.chat_template:
+            raise PmodError(
+                "the processor has no chat template", "set train.chat_template=vicuna_v1, or add one to it"
+            )
+        if not self.tokenizer.is_fast:
+            raise PmodError("fine-tuning needs a fast tokenizer (tokenizer.json)")
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
+        self._ends = [token for token in self.tokenizer.all_special_tokens if token not in self._not_an_end()]
+
+    def encode(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> Encoded:
+        """Encode one conversation.
+
+        Args:
+            turns: See `Turn`.
+            image_tokens: How many tokens each image takes, in order.
+
+        Raises:
+            BadSample: Nothing to learn, or an image cut, within the maximum length; a placeholder too many.
+            PmodError: A template that does not only append.
+        """
+        text, spans = self.render(turns)
+        has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        tokens = self.tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
+        ids: list[int] = []
+        labels: list[int] = []
+        images, span = 0, 0
+        for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            if token == self.image_token_id:
+                if images == len(image_tokens):
+                    raise BadSample("<image> count", "a placeholder too many after the chat template")
+                ids += [token] * image_tokens[images]
+                labels += [IGNORED] * image_tokens[images]
+                images += 1
+                continue
+            while span < len(spans) and spans[span][1] <= start:
+                span += 1
+            # A token such as "▁red" may take in the blank before the span: it is what the model has to say.
+            answers = span < len(spans) and start < end and end > spans[span][0]
+            ids.append(token)
+            labels.append(token if answers else IGNORED)
+        if images != len(image_tokens):
+            raise BadSample("<image> count", f"{images} placeholders, {len(image_tokens)} images")
+        return self._cut(ids, labels)
+
+    def render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
+        """The text and the (start, end) characters of each answer with its end-of-turn token."""
+        messages = [_message(turn) for turn in turns]
+        text, shift = "", 0
+        spans: list[tuple[int, int]] = []
+        previous = ""
+        pieces: list[str] = []
+        for index, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            asked = self._template(messages[:index], add_generation_prompt=True)
+            answered = self._template(messages[: index + 1], add_generation_prompt=False)
+            if not asked.startswith(previous) or not answered.startswith(asked):
+                raise PmodError(
+                    "the processor's chat template rewrites earlier text as the conversation grows",
+                    "set train.chat_template=vicuna_v1, or give the processor a template that only appends",
+                )
+            answer, rest = self._end_of_turn(answered[len(asked) :])
+            pieces += [asked[len(previous) :], answer]
+            start = len(asked) + shift
+            spans.append((start, start + len(answer)))
+            pieces.append(rest)
+            shift += len(answer) + len(rest) - (len(answered) - len(asked))
+            previous = answered
+        text = "".join(pieces)
+        return text, spans
+
+    def _end_of_turn(self, answer: str) -> tuple[str, str]:
+        """Split what a turn adds into the answer with its end-of-turn token, and the rest."""
+        stripped = answer.rstrip()
+        if any(stripped.endswith(token) for token in self._ends):
+            return stripped, answer[len(stripped) :]
+        return stripped + self.tokenizer.eos_token, ""
+
+    def _template(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        text: str = self.processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return text
+
+    def _cut(self, ids: list[int], labels: list[int]) -> Encoded:
+        if self.image_token_id in ids[self.max_length :]:
+            raise BadSample("too long", f"an image past {self.max_length} tokens")
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if all(label == IGNORED for label in labels):
+            raise BadSample("too long", f"no answer within {self.max_length} tokens")
+        return Encoded(ids, labels)
+
+    def _not_an_end(self) -> set[str]:
+        tokenizer = self.tokenizer
+        return {
+            token
+            for token in (
+                self.processor.image_token,
+                tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None,
+                tokenizer.unk_token if tokenizer.unk_token != tokenizer.eos_token else None,
+            )
+            if token
+        }
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "image"}] * turn.images
+    return {"role": turn.role, "content": [*content, {"type": "text", "text": turn.text}]}

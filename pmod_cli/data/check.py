@@ -1,0 +1,144 @@
+"""``pmod data check``: everything that would go wrong with a data file, before hours are spent."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.data.dataset import open_data
+from pmod_cli.data.pictures import Pictures
+from pmod_cli.data.records import BadSample, parse_record
+from pmod_cli.output.errors import PmodError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One record that is not fit for training.
+
+    Attributes:
+        index: Its place in the file, from 0.
+        id: Its own id, if it has one.
+        kind: What is wrong, in a word or two: what `DataReport.counts` counts.
+        detail: The whole message.
+    """
+
+    index: int
+    id: str
+    kind: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What the check found.
+
+    Attributes:
+        records: In the file.
+        good: Fit for training.
+        with_images: Of the good ones.
+        counts: Problems by kind.
+        problems: Each, in the order of the file.
+        longest_tokens: Of the good records, if a processor was given; else None.
+        fixed: The clean file, if one was asked for.
+    """
+
+    records: int
+    good: int
+    with_images: int
+    counts: dict[str, int]
+    problems: list[Problem]
+    longest_tokens: int | None
+    fixed: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in what JSON can write."""
+        return asdict(self)
+
+
+def check_data(
+    data: str | Path,
+    images: Path | None,
+    *,
+    processor: Any = None,
+    max_length: int = 2048,
+    fix: Path | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> DataReport:
+    """Read every record, decode every image, and, with a processor, build every sample's labels.
+
+    Args:
+        data: LLaVA JSON or JSONL, or a `datasets` folder or hub id.
+        images: The folder that a file's image names are relative to.
+        processor: The processor of the model to be trained, to find samples whose answers all lie past
+            ``max_length``; None leaves that out.
+        max_length: In tokens.
+        fix: Write the good records here, as they were (JSON, or JSONL by the suffix; of a table, a folder).
+        force: Overwrite ``fix``.
+        progress: Called with the records done and the records in all.
+
+    Raises:
+        PmodError: The data cannot be read, or ``fix`` exists or cannot be written.
+    """
+    if fix is not None and fix.exists() and not force:
+        raise PmodError(f"{fix} exists", "--force replaces it")
+    source = open_data(data, images)
+    if fix is not None:
+        source.check_writable(fix)
+    encoder = None
+    if processor is not None:
+        from pmod_cli.data.collate import EncodedDataset  # imports torch
+
+        encoder = EncodedDataset([], source.pictures, processor, max_length)
+    seen: set[str] = set()
+    readable: dict[str, BadSample | None] = {}
+    problems: list[Problem] = []
+    good: list[int] = []
+    with_images, longest = 0, None
+    for index, record in enumerate(source.records):
+        try:
+            sample = parse_record(record, index)
+            key = json.dumps([record.get("image"), record["conversations"]], sort_keys=True)
+            if key in seen:
+                raise BadSample("duplicate", "the same image and conversation stand earlier in the file")
+            for name in sample.images:
+                _check_image(source.pictures, name, readable)
+            if encoder is not None:
+                pictures = [source.pictures.load(name) for name in sample.images]
+                longest = max(longest or 0, len(encoder.encode(sample, pictures).input_ids))
+            seen.add(key)
+            good.append(index)
+            with_images += bool(sample.images)
+        except BadSample as error:
+            name = record.get("id", "") if isinstance(record, dict) else ""
+            problems.append(Problem(index, str(name), error.kind, str(error)))
+        if progress is not None:
+            progress(index + 1, len(source.records))
+    if fix is not None:
+        source.write(good, fix)
+    return DataReport(
+        records=len(source.records),
+        good=len(good),
+        with_images=with_images,
+        counts=dict(Counter(problem.kind for problem in problems).most_common()),
+        problems=problems,
+        longest_tokens=longest,
+        fixed=str(fix) if fix is not None else None,
+    )
+
+
+def _check_image(pictures: Pictures, name: str, readable: dict[str, BadSample | None]) -> None:
+    """Decode an image once, however many records name it."""
+    if name not in readable:
+        try:
+            pictures.load(name)
+            readable[name] = None
+        except BadSample as error:
+            readable[name] = error
+    error_before = readable[name]
+    if error_before is not None:
+        raise error_before

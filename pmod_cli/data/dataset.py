@@ -1,0 +1,228 @@
+"""Data sources: LLaVA JSON beside a folder of images, or a `datasets` table with an image column."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
+from pmod_cli.data.records import BadSample, Sample, parse_json, parse_record
+from pmod_cli.output.errors import MissingExtraError, PmodError
+
+_IMAGE_COLUMNS = ("image", "images")
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Records as they stand, and their pictures.
+
+    Attributes:
+        name: The file, folder or hub id.
+        records: In LLaVA's form; what `parse_record` takes.
+        pictures: Where the records' images are.
+        fingerprint: SHA-256 of the file, or of a table's conversations.
+        table: The `datasets.Dataset`, or None for a file.
+    """
+
+    name: str
+    records: list[Any]
+    pictures: Pictures
+    fingerprint: str
+    table: Any = None
+
+    def check_writable(self, path: Path) -> None:
+        """See that `write` can write there, before the time is spent that leads to it.
+
+        Raises:
+            PmodError: It cannot.
+        """
+        if path.exists() and path.is_dir() != (self.table is not None):
+            raise PmodError(f"{path} is a {'folder' if path.is_dir() else 'file'}", "give another name")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PmodError(f"cannot write {path}: {error.strerror}") from error
+        if not os.access(path.parent, os.W_OK):
+            raise PmodError(f"cannot write {path}: {path.parent} is not writable")
+
+    def write(self, indices: Sequence[int], path: Path) -> None:
+        """Write some records as they stand: a JSON (or JSONL) file, or a table's folder. Complete or absent."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        if self.table is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self.table.select(indices).save_to_disk(str(temporary))
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            chosen = [self.records[index] for index in indices]
+            if path.suffix == ".jsonl":
+                text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
+            else:
+                text = json.dumps(chosen, ensure_ascii=False, indent=1)
+            try:
+                temporary.write_text(text, encoding="utf-8")
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
+        temporary.replace(path)
+
+
+class ConversationData(Sequence[Sample]):
+    """The usable records of a data source.
+
+    Args:
+        source: See `open_data`.
+
+    Attributes:
+        samples: What is usable.
+        bad: id -> reason of the records left out.
+
+    Raises:
+        PmodError: No record is usable.
+    """
+
+    def __init__(self, source: DataSource) -> None:
+        self.pictures, self.fingerprint = source.pictures, source.fingerprint
+        self.samples: list[Sample] = []
+        self.bad: dict[str, str] = {}
+        for index, record in enumerate(source.records):
+            try:
+                self.samples.append(parse_record(record, index))
+            except BadSample as error:
+                name = record.get("id", index) if isinstance(record, dict) else index
+                self.bad[str(name)] = str(error)
+        if not self.samples:
+            first = next(iter(self.bad.values()))
+            raise PmodError(f"{source.name}: no usable record; the first: {first}", "see pmod data check")
+
+    def missing_images(self) -> dict[str, str]:
+        """Id -> reason of the samples with an image that is not there, or may not be opened."""
+        missing = {}
+        for sample in self.samples:
+            try:
+                for name in sample.images:
+                    self.pictures.find(name)
+            except BadSample as error:
+                missing[sample.id] = str(error)
+        return missing
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.samples[index]
+
+
+def open_data(data: str | Path, images: Path | None) -> DataSource:
+    """Open training data, without looking into its records.
+
+    Args:
+        data: A LLaVA JSON or JSONL file; or a folder or hub id that `datasets` opens, with the columns
+            ``conversations`` and ``image`` (or ``images``).
+        images: The folder that a file's image names are relative to; a table has its own.
+
+    Raises:
+        PmodError: There is none, it cannot be read, or it is of another form.
+        MissingExtraError: `datasets` is not installed.
+    """
+    path = Path(data)
+    if path.is_dir():
+        return _open_table(str(data), path)
+    name = str(data)
+    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix
+    if looks_like_hub_id and not path.exists():
+        return _open_table(name, None)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise PmodError(f"no data file {path}") from None
+    except OSError as error:
+        raise PmodError(f"cannot read {path}: {error.strerror}") from error
+    records = parse_json(content, path)
+    if any(isinstance(record, dict) and record.get("image") for record in records):
+        if images is None:
+            raise PmodError(f"{path} names image files", "--images says which folder they are in")
+        if not images.is_dir():
+            raise PmodError(f"no image folder {images}")
+    folder = images if images is not None else path.parent
+    return DataSource(str(path), records, ImageFolder(folder), hashlib.sha256(content).hexdigest())
+
+
+def _open_table(name: str, folder: Path | None) -> DataSource:
+    table = _train_split(name, _load_table(name, folder))
+    columns = [column for column in _IMAGE_COLUMNS if column in table.column_names]
+    if "conversations" not in table.column_names or not columns:
+        raise PmodError(
+            f"data set {name} lacks the columns conversations and image",
+            f"it has: {', '.join(table.column_names)}",
+        )
+    if not len(table):
+        raise PmodError(f"data set {name} holds no records")
+    column = columns[0]
+    if not _holds_images(table.features[column]):
+        raise PmodError(
+            f"column {column} of data set {name} holds no images but {table.features[column]}",
+            "a LLaVA file whose records name image files goes with --images",
+        )
+    texts = [other for other in ("id", "conversations") if other in table.column_names]
+    records = table.select_columns(texts).to_list()
+    for index, (record, count) in enumerate(zip(records, _pictures_in(table, column), strict=True)):
+        record["image"] = [str(index)] if count is None else [f"{index}:{place}" for place in range(count)]
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+    from datasets import config
+
+    root = folder if folder is not None else Path(config.HF_CACHE_HOME)
+    return DataSource(name, records, ImageColumn(table, column, root), digest.hexdigest(), table)
+
+
+def _load_table(name: str, folder: Path | None) -> Any:
+    try:
+        from datasets import load_dataset, load_from_disk
+        from datasets.exceptions import DatasetsError
+    except ImportError:
+        raise MissingExtraError("datasets", "train") from None
+    saved = folder is not None and any(
+        (folder / f"{kind}.json").is_file() for kind in ("state", "dataset_dict")
+    )
+    try:
+        return load_from_disk(name) if saved else load_dataset(name)
+    except (DatasetsError, OSError, ValueError, KeyError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise PmodError(
+            f"cannot open data set {name}: {lines[0]}",
+            "a LLaVA .json or .jsonl file, a datasets folder or a hub id is expected",
+        ) from error
+
+
+def _train_split(name: str, loaded: Any) -> Any:
+    if not isinstance(loaded, dict):
+        return loaded
+    if "train" in loaded:
+        return loaded["train"]
+    if len(loaded) == 1:
+        return next(iter(loaded.values()))
+    raise PmodError(f"data set {name} has no split named train", f"it has: {', '.join(loaded)}")
+
+
+def _holds_images(feature: Any) -> bool:
+    from datasets import Image as ImageFeature
+
+    return isinstance(getattr(feature, "feature", feature), ImageFeature)
+
+
+def _pictures_in(table: Any, column: str) -> list[int | None]:
+    """Pictures in each row, read without touching their bytes: None for exactly one, else how many."""
+    import pyarrow.compute as compute
+    from datasets import Image as ImageFeature
+
+    cells = table.data.column(column)
+    if isinstance(table.features[column], ImageFeature):
+        return [None if there else 0 for there in cells.is_valid().to_pylist()]
+    return [length or 0 for length in compute.list_value_length(cells).to_pylist()]

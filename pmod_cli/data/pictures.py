@@ -1,0 +1,131 @@
+"""Where a sample's pictures lie: in a folder of files, or in the image column of a `datasets` table.
+
+A picture is opened only when a sample is asked for, in the loader's workers.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from PIL import Image, ImageFile
+
+from pmod_cli.data.records import BadSample
+
+
+class Pictures(Protocol):
+    """Finds pictures by the names in `Sample.images`."""
+
+    def find(self, name: str) -> None:
+        """See that it is there, without opening it.
+
+        Raises:
+            BadSample: It is not, or may not be opened.
+        """
+
+    def load(self, name: str) -> Image.Image:
+        """Decode it as RGB.
+
+        Raises:
+            BadSample: It is missing, outside the folder, unreadable, cut short or of no size.
+        """
+
+
+class ImageFolder:
+    """Files below one folder; a name never leads out of it.
+
+    Args:
+        folder: Names are relative to it. A folder linked into it counts as part of it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, name: str) -> None:
+        """See `Pictures`."""
+        if not self._path(name).is_file():
+            raise BadSample("missing image", name)
+
+    def load(self, name: str) -> Image.Image:
+        """See `Pictures`."""
+        try:
+            content = self._path(name).read_bytes()
+        except FileNotFoundError:
+            raise BadSample("missing image", name) from None
+        except OSError as error:
+            raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
+        return decode(content, name)
+
+    def _path(self, name: str) -> Path:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise BadSample("path leaves the folder", name)
+        path = self.folder / name
+        try:
+            path.lstat()
+            outside = path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve())
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a zero byte in the name
+            raise BadSample("missing image", name) from None
+        except (OSError, RuntimeError) as error:  # a name too long, a link to itself
+            raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
+        if outside:
+            raise BadSample("path leaves the folder", name)
+        return path
+
+
+class ImageColumn:
+    """The image column of a `datasets` table; the name of a picture is ``ROW`` or ``ROW:PLACE``.
+
+    Args:
+        table: A `datasets.Dataset`.
+        column: Of type ``Image``, or a list of it.
+        root: Pictures that the table only names must lie below it.
+    """
+
+    def __init__(self, table: Any, column: str, root: Path) -> None:
+        from datasets import Image as ImageFeature
+
+        feature: Any = ImageFeature(decode=False)
+        if not isinstance(table.features[column], ImageFeature):
+            feature = [feature]
+        self.column, self.root = column, root
+        self.table = table.select_columns([column]).cast_column(column, feature)
+
+    def find(self, name: str) -> None:
+        """See `Pictures`; a table holds its own pictures, so that there is nothing to look for."""
+
+    def load(self, name: str) -> Image.Image:
+        """See `Pictures`."""
+        row, _, place = name.partition(":")
+        cell = self.table[int(row)][self.column]
+        if place:
+            cell = cell[int(place)]
+        if cell["bytes"] is not None:
+            return decode(cell["bytes"], f"row {name}")
+        path = Path(cell["path"] or "")
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise BadSample("path leaves the folder", f"row {name}: {path}")
+        return ImageFolder(self.root).load(str(path.resolve().relative_to(self.root.resolve())))
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """Decode a picture as RGB.
+
+    Args:
+        content: Of the image file.
+        name: For messages.
+
+    Raises:
+        BadSample: It is empty, cut short, or no picture.
+    """
+    if not content:
+        raise BadSample("empty image", name)
+    # Importing lmms-eval makes Pillow fill up pictures that are cut short.
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return image.convert("RGB")
+    except Exception as error:  # PIL's decoders raise whatever a broken file leads them into
+        raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient

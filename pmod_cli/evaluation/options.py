@@ -1,0 +1,74 @@
+"""How to evaluate, as the user says it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pmod_cli.evaluation.batching import parse_batch_size
+from pmod_cli.generation import IMAGE_BACKEND, check_dtype, find_device
+from pmod_cli.output.errors import PmodError
+
+Progress = Callable[[str, str, int, int], None]
+"""Called with the role, the task, how many of its samples are answered, and how many there are."""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How to evaluate; all that both models share.
+
+    Attributes:
+        batch_size: A number or ``auto``.
+        limit: Only the first so many documents of a task; below 1, that share of them.
+        max_new_tokens: Upper limit on the tasks' own.
+        dtype: See `VisionLanguageModel.load`.
+        device: See `VisionLanguageModel.load`.
+        image_backend: See `VisionLanguageModel.load`.
+        attn_implementation: See `VisionLanguageModel.load`.
+    """
+
+    batch_size: int | str = "auto"
+    limit: float | None = None
+    max_new_tokens: int | None = None
+    dtype: str = "auto"
+    device: str | None = None
+    image_backend: str = IMAGE_BACKEND
+    attn_implementation: str | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be meant.
+
+        Raises:
+            PmodError: Naming the option.
+        """
+        try:
+            parse_batch_size(self.batch_size)
+        except ValueError:
+            raise PmodError(f"--batch-size {self.batch_size}: give a positive number or auto") from None
+        document_limit("", self.limit, 1)
+        check_dtype(self.dtype)
+        find_device(self.device)
+
+
+def document_limit(task: str, limit: float | None, total: int) -> int | None:
+    """How many documents of a task to take, or None for all.
+
+    MME counts questions in pairs that stand one after the other, so its limit is rounded up to an even number.
+
+    Args:
+        task: Name of the task.
+        limit: What the user asked for; below 1, a share of the documents.
+        total: How many there are.
+
+    Raises:
+        PmodError: If the limit is not positive, or neither a share nor whole.
+    """
+    if limit is None:
+        return None
+    if not 0 < limit < math.inf or (limit >= 1 and limit != int(limit)):
+        raise PmodError(f"--limit {limit:g}: give a whole number, or a share between 0 and 1")
+    count = math.ceil(total * limit) if limit < 1 else int(limit)
+    if task == "mme":
+        count += count % 2
+    return count if count < total else None

@@ -1,0 +1,113 @@
+"""What transformers takes where a ``config.json`` is silent: counting of the usual models need not import it.
+
+Configs on the hub leave out what is a default of their class. A test holds these tables equal to transformers' own;
+for every other type transformers is asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pmod_cli.output.errors import PmodError
+
+_CLIP = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+}
+_CLIP_LARGE_336 = _CLIP | {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "image_size": 336,
+    "patch_size": 14,
+}
+_LLAMA = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": None,
+    "vocab_size": 32000,
+    "head_dim": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+}
+_LLAVA = {
+    "image_token_index": 32000,
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "multimodal_projector_bias": True,
+    "tie_word_embeddings": False,
+}
+_GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+MODELS: dict[str, dict[str, Any]] = {"llava": _LLAVA, "llava_next": _LLAVA | {"image_grid_pinpoints": _GRIDS}}
+"""By ``model_type`` of the whole model; both have Llama and CLIP inside unless they say otherwise."""
+
+PARTS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": _CLIP,
+    "llama": _LLAMA,
+    "mistral": _LLAMA | {"intermediate_size": 14336, "num_key_value_heads": 8},
+    "qwen2": _LLAMA | {"intermediate_size": 22016, "num_key_value_heads": 32, "vocab_size": 151936},
+}
+"""By ``model_type`` of the language model or vision tower."""
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "num_channels",
+    "image_size",
+    "patch_size",
+)
+
+
+def complete(raw: dict[str, Any]) -> dict[str, Any]:
+    """A dense ``config.json`` with its defaults filled in.
+
+    Args:
+        raw: Its contents.
+
+    Raises:
+        PmodError: A size that is none, or a config that transformers refuses.
+    """
+    text = {"model_type": "llama"} | (raw.get("text_config") or {})
+    vision = {"model_type": "clip_vision_model"} | (raw.get("vision_config") or _CLIP_LARGE_336)
+    kinds = (text["model_type"], vision["model_type"])
+    if raw["model_type"] not in MODELS or not set(kinds) <= set(PARTS):
+        full: dict[str, Any] = transformers_config(raw).to_dict()
+        return full
+    for part in (text, vision):
+        part |= {key: value for key, value in PARTS[part["model_type"]].items() if key not in part}
+        for key in _SIZES:
+            size = part.get(key, 1)
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise PmodError(
+                    f"config.json: {key} of {part['model_type']} is {size!r}, not a number above 0"
+                )
+    given = {key: value for key, value in raw.items() if value is not None}
+    if "image_token_id" in given:
+        given.setdefault("image_token_index", given["image_token_id"])
+    return {**MODELS[raw["model_type"]], **given, "text_config": text, "vision_config": vision}
+
+
+def transformers_config(raw: dict[str, Any]) -> Any:
+    """The transformers config of a ``config.json``.
+
+    Raises:
+        PmodError: transformers refuses it.
+    """
+    from transformers.models.auto import CONFIG_MAPPING
+
+    try:
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except Exception as error:  # of many kinds, those of huggingface_hub's strict dataclasses among them
+        reason = " ".join(str(error).split())
+        raise PmodError(f"transformers refuses the config of {raw['model_type']}: {reason}") from error

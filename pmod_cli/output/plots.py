@@ -1,0 +1,217 @@
+"""The look of every picture and page: colours that everyone can tell apart, in print, in light and in dark mode.
+
+matplotlib is imported when a figure is made, not before.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.output.errors import MissingExtraError, PmodError
+
+# Grey and colours of Okabe and Ito (2008): told apart by every kind of colour vision, and in grey.
+DENSE, PMOD = "#8C8C8C", "#0072B2"
+COLOURS = {"dense": DENSE, "pmod": PMOD}
+NAMES = {"dense": "dense", "pmod": "p-MoD"}
+SERIES = (PMOD, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", DENSE)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+INK, FAINT, LINE = "#1F2328", "#5F6770", "#E3E6E9"
+HEAT = "viridis"
+"""Colour map of counts: its lightness rises evenly, so it survives a grey print."""
+
+DIM, DIM_SHARE = 0.42, 0.75
+"""A dropped patch is mixed with this grey by this share."""
+
+_RC = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "figure.titlesize": 10.5,
+    "figure.titleweight": "bold",
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.edgecolor": FAINT,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.6,
+    "savefig.facecolor": "white",
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+}
+
+CSS = """
+:root { color-scheme: light dark;
+  --page: #ffffff; --card: #f6f7f9; --ink: #1f2328; --faint: #5f6770; --line: #dfe3e7;
+  --pmod: #0072b2; --dense: #757575; --focus: #d55e00; --good: #00694e; --bad: #b04a00; }
+@media (prefers-color-scheme: dark) { :root {
+  --page: #14171b; --card: #1d2126; --ink: #e8eaed; --faint: #a3abb4; --line: #363c44;
+  --pmod: #56b4e9; --dense: #a8a8a8; --focus: #f0a35e; --good: #4fc9a4; --bad: #f0a35e; } }
+@media print { :root { --page: #ffffff; --card: #ffffff; --ink: #000000; --faint: #444444; --line: #bbbbbb;
+  --pmod: #0072b2; --dense: #757575; } .screen { display: none !important; } .scroll { overflow: visible !important; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; }
+h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; } h1, h2, h3 { break-after: avoid; }
+p { margin: .4rem 0; } a { color: var(--pmod); } code { font-size: .92em; overflow-wrap: anywhere; }
+.faint { color: var(--faint); } small, .small { font-size: .86rem; }
+:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; margin: .4rem 0; }
+th, td { padding: .28rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+thead th { border-bottom: 2px solid var(--faint); font-weight: 600; }
+tr.part td { font-weight: 600; padding-top: .7rem; }
+figure { margin: 1rem 0; } figcaption { color: var(--faint); font-size: .86rem; }
+img { max-width: 100%; } svg { max-width: 100%; height: auto; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
+"""
+"""What every page begins with; pages use its variables, so that both modes follow from it."""
+
+_THEMED = {INK: "--ink", FAINT: "--faint", LINE: "--line", DENSE: "--dense", PMOD: "--pmod"}
+
+
+@contextmanager
+def look() -> Iterator[None]:
+    """The style as matplotlib's settings; whatever is drawn or written within (or in a function it decorates) has it.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtraError("matplotlib", "plot") from None
+    with matplotlib.rc_context(_RC):
+        yield
+
+
+def figure(rows: int, columns: int, inches: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """A figure with a grid of plots.
+
+    Args:
+        rows: Plots down.
+        columns: Plots across.
+        inches: Width and height.
+        options: For ``subplots``.
+
+    Returns:
+        The figure, and its axes [rows, columns].
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    with look():
+        from matplotlib.figure import Figure
+
+        drawn = Figure(figsize=inches, layout="constrained")
+        axes = drawn.subplots(rows, columns, squeeze=False, **options)
+        for axis in axes.flat:
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(axis="y")
+    return drawn, axes
+
+
+def check_target(path: Path, force: bool = False) -> None:
+    """Refuse a place where no picture can be written; called before the work, so that none of it is lost.
+
+    Args:
+        path: Where to write.
+        force: Whether a file there may be overwritten.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        PmodError: The format is not known, the folder does not exist, or the file does.
+    """
+    with look():
+        from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix.removeprefix(".").lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise PmodError(f"cannot write a picture to {path}", "name a .png, .pdf or .svg file")
+    if not path.parent.is_dir():
+        raise PmodError(f"no folder {path.parent}")
+    if path.exists() and not force:
+        raise PmodError(f"{path} exists", "--force overwrites it")
+
+
+def save(drawn: Any, path: str | Path, *, title: str = "", program: str = "pmod", dpi: int = 160) -> None:
+    """Write a figure beside its place, then move it there: a broken run leaves no half picture.
+
+    Args:
+        drawn: The figure.
+        path: The suffix says the format (png, pdf, svg).
+        title: Kept in a PNG's metadata.
+        program: Likewise; `pmod report` finds the pictures of `pmod visualize` by it.
+        dpi: Pixels an inch.
+
+    Raises:
+        PmodError: See `check_target`.
+    """
+    path = Path(path)
+    check_target(path, force=True)
+    kind = path.suffix.removeprefix(".").lower()
+    metadata = {"Software": program, "Title": title} if kind == "png" else None
+    with look():
+        buffer = io.BytesIO()
+        drawn.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
+    write(path, buffer.getvalue())
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Write a file beside its place, then move it there.
+
+    Raises:
+        PmodError: The folder does not exist.
+    """
+    if not path.parent.is_dir():
+        raise PmodError(f"no folder {path.parent}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def inline_svg(drawn: Any, label: str) -> str:
+    """A figure as SVG to stand in a page: its ink and the two models' colours follow the page's mode.
+
+    Args:
+        drawn: The figure.
+        label: What a screen reader says.
+    """
+    from html import escape
+
+    with look():
+        import matplotlib
+
+        buffer = io.StringIO()
+        # Ids of clip paths and markers are hashes of this, and a page holds several figures.
+        with matplotlib.rc_context({"svg.hashsalt": label}):
+            drawn.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r' id="[a-zA-Z.]+_?\d+"(?=>)', "", text)
+    for colour, variable in _THEMED.items():
+        text = re.sub(colour, f"var({variable})", text, flags=re.I)
+    text = re.sub(r"font: (\S+) '[^']*'[^;\"]*", r"font: \1 system-ui, sans-serif", text)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(label)}" ', 1)
