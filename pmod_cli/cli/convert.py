@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stderr, stdout
 from pmod_cli.output.errors import PmodError
 
@@ -83,11 +84,12 @@ def convert_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Make a p-MoD checkpoint: weights are linked, routers and a retention ratio a layer are added."""
-    from pmod_cli.checkpoints import hub
-    from pmod_cli.checkpoints.write import check_destination
-    from pmod_cli.conversion.convert import convert, convert_back, plan_conversion
-    from pmod_cli.conversion.formats import Options
-    from pmod_cli.recipe import load_recipe
+    with starting("convert"):
+        from pmod_cli.checkpoints import hub
+        from pmod_cli.checkpoints.write import check_destination
+        from pmod_cli.conversion.convert import convert, convert_back, plan_conversion
+        from pmod_cli.conversion.formats import Options
+        from pmod_cli.recipe import load_recipe
 
     if destination is None and not dry_run:
         raise PmodError("no DESTINATION", "pmod convert SOURCE DESTINATION, or --dry-run")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stderr, stdout
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data: check it, clean it.")
@@ -54,14 +55,16 @@ def check_command(
     from rich.progress import Progress
     from rich.table import Table
 
-    from pmod_cli.data.check import check_data
+    with starting("data check"):
+        from pmod_cli.data.check import check_data
     from pmod_cli.output.errors import GateError
     from pmod_cli.recipe import default_recipe, load_recipe
 
     settings = (load_recipe(recipe) if recipe else default_recipe()).train
     processor = None
     if model is not None:
-        from pmod_cli.training.loading import load_processor
+        with starting("data check"):
+            from pmod_cli.training.loading import load_processor
 
         processor = load_processor(model, settings)
     bar = Progress(console=stderr)

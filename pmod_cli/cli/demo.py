@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stderr, stdout
 from pmod_cli.output.errors import GateError, PmodError
 
@@ -57,7 +58,8 @@ def demo_command(
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", "Cannot enable progress bars")
-    from pmod_cli.demo.job import DemoSettings, run_demo
+    with starting("demo"):
+        from pmod_cli.demo.job import DemoSettings, run_demo
 
     settings = DemoSettings(train_images, heldout_images, steps)
     report = run_demo(output, settings, lambda line: stderr.print(line, soft_wrap=True))
@@ -73,7 +75,8 @@ def demo_command(
 def _train_baseline(output: Path, steps: int | None, seed: int) -> dict[str, Any]:
     from rich.progress import Progress
 
-    from pmod_cli.demo.baseline import train_baseline
+    with starting("demo"):
+        from pmod_cli.demo.baseline import train_baseline
 
     folder = output / "baseline"
     if folder.exists():

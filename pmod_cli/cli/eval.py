@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.extras import starting
 from pmod_cli.output.console import OS_HINTS, emit_json, stderr, stdout
 from pmod_cli.output.errors import GateError, PmodError
 
@@ -137,12 +138,13 @@ def _evaluate(
     as_json: bool,
     options: dict[str, object],
 ) -> None:
-    from pmod_cli.evaluation import gates, paper
-    from pmod_cli.evaluation import tables as report
-    from pmod_cli.evaluation.evaluate import evaluate
-    from pmod_cli.evaluation.options import EvalSettings
-    from pmod_cli.evaluation.processes import rank
-    from pmod_cli.evaluation.requirements import PreflightError
+    with starting("eval"):
+        from pmod_cli.evaluation import gates, paper
+        from pmod_cli.evaluation import tables as report
+        from pmod_cli.evaluation.evaluate import evaluate
+        from pmod_cli.evaluation.options import EvalSettings
+        from pmod_cli.evaluation.processes import rank
+        from pmod_cli.evaluation.requirements import PreflightError
 
     limits = gates.parse_minimum(minimum, paper.expand(names))
     if max_drop is not None and baseline is None:
@@ -223,8 +225,9 @@ def _print_whole(table: Table) -> None:
 
 
 def _prepare(names: list[str], include_path: list[Path], checkpoints: list[str], as_json: bool) -> None:
-    from pmod_cli.evaluation.evaluate import prepare
-    from pmod_cli.evaluation.requirements import PreflightError
+    with starting("eval"):
+        from pmod_cli.evaluation.evaluate import prepare
+        from pmod_cli.evaluation.requirements import PreflightError
 
     try:
         with _errors_as_one_line(None):

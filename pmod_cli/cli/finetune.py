@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.extras import require_if_installed, starting
 from pmod_cli.output.console import emit_json, stderr, stdout
 
 if TYPE_CHECKING:
@@ -60,10 +61,12 @@ def finetune_command(
 
     chosen = load_recipe(recipe, settings or ()) if recipe else default_recipe(settings or ())
 
-    from transformers.utils import logging
+    with starting("finetune"):
+        require_if_installed("peft")  # transformers' Trainer imports it wherever it is
+        from transformers.utils import logging
 
-    from pmod_cli.training.finetune import finetune
-    from pmod_cli.training.preflight import is_main_process
+        from pmod_cli.training.finetune import finetune
+        from pmod_cli.training.preflight import is_main_process
 
     logging.disable_progress_bar()  # one bar is enough
 

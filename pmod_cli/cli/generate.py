@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stdout
 
 
@@ -31,7 +32,8 @@ def generate_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Answer one prompt, greedily."""
-    from pmod_cli.generation import Prompt, VisionLanguageModel, check_source, open_image
+    with starting("generate"):
+        from pmod_cli.generation import Prompt, VisionLanguageModel, check_source, open_image
 
     check_source(model)
     images = (open_image(image),) if image else ()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stdout
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Show a p-MoD checkpoint's layers, routers and origin. Only the routers are read."""
-    from pmod_cli.conversion.inspection import inspect_checkpoint
+    with starting("inspect"):
+        from pmod_cli.conversion.inspection import inspect_checkpoint
 
     inspection = inspect_checkpoint(model, revision)
     if as_json:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stderr, stdout
 from pmod_cli.output.errors import PmodError
 
@@ -165,8 +166,9 @@ def profile_command(
         from pmod_cli.output.plots import check_target
 
         check_target(plot, force)
-    from pmod_cli.profiling.profile import Settings, profile_subject
-    from pmod_cli.profiling.subject import find_subject
+    with starting("profile"):
+        from pmod_cli.profiling.profile import Settings, profile_subject
+        from pmod_cli.profiling.subject import find_subject
 
     default_dtype = "bfloat16"
     if latency:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stderr, stdout
 
 
@@ -33,7 +34,8 @@ def report_command(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
     """Collect recipe, cost, accuracy, training curves and changed answers of runs into one page."""
-    from pmod_cli.report import write_report
+    with starting("report"):
+        from pmod_cli.report import write_report
 
     result = write_report(places, output, force=force)
     for path, reason in result["unread"].items():

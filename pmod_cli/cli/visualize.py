@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stdout
 from pmod_cli.output.errors import PmodError
 
@@ -58,7 +59,8 @@ def visualize_command(
     _check_files(files, force)
     chosen = _parse_layers(layers)
 
-    from pmod_cli.visualize.visualize import visualize
+    with starting("visualize"):
+        from pmod_cli.visualize.visualize import visualize
 
     result: dict[str, Any] = visualize(
         model,

@@ -13,7 +13,8 @@ from typing import Any
 
 from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
 from pmod_cli.data.records import BadSample, Sample, parse_json, parse_record
-from pmod_cli.output.errors import MissingExtraError, PmodError
+from pmod_cli.extras import require
+from pmod_cli.output.errors import PmodError
 
 _IMAGE_COLUMNS = ("image", "images")
 
@@ -129,6 +130,7 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     Raises:
         PmodError: There is none, it cannot be read, or it is of another form.
         MissingExtraError: `datasets` is not installed.
+        BrokenPackageError: `datasets` cannot be imported.
     """
     path = Path(data)
     if path.is_dir():
@@ -183,11 +185,10 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
 
 
 def _load_table(name: str, folder: Path | None) -> Any:
-    try:
-        from datasets import load_dataset, load_from_disk
-        from datasets.exceptions import DatasetsError
-    except ImportError:
-        raise MissingExtraError("datasets", "train") from None
+    require("datasets", "train")
+    from datasets import load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
     saved = folder is not None and any(
         (folder / f"{kind}.json").is_file() for kind in ("state", "dataset_dict")
     )

@@ -5,7 +5,6 @@ Every step goes through the public commands, as a user would type them.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections import Counter, defaultdict
@@ -16,8 +15,9 @@ from typing import Any
 
 from pmod_cli.demo import data, world
 from pmod_cli.demo.steps import Steps
+from pmod_cli.evaluation.catalogue import import_lmms_eval
+from pmod_cli.extras import require, require_if_installed
 from pmod_cli.modeling.schedule import kept_tokens, mean_retention
-from pmod_cli.output.errors import MissingExtraError
 
 BASELINE = Path(__file__).parent / "assets" / "baseline"
 """The trained baseline that travels with the package (see ``docs/demo.md``)."""
@@ -67,15 +67,12 @@ def run_demo(folder: Path, settings: DemoSettings, announce: Callable[[str], Non
     Returns:
         The report, which is also written to ``folder/report.json``: ``rows`` (one a model), ``kinds``,
         ``targets`` (each with ``met``), ``seconds`` by step, ``retention``, ``files``.
+
+    Raises:
+        MissingExtraError: See `check_packages`; nothing has been made then.
+        BrokenPackageError: Likewise.
     """
-    for package, extra in (
-        ("lmms_eval", "eval"),
-        ("datasets", "eval"),
-        ("fvcore", "profile"),
-        ("matplotlib", "plot"),
-    ):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, extra)
+    check_packages()
     folder = folder.resolve()
     steps = Steps(folder, announce)
     models, evaluations = folder / "models", folder / "eval"
@@ -158,6 +155,19 @@ def run_demo(folder: Path, settings: DemoSettings, announce: Callable[[str], Non
 
     write_report([folder], page, force=True)
     return report
+
+
+def check_packages() -> None:
+    """Import every optional package that a later step needs: none of them should fail after minutes of training.
+
+    Raises:
+        MissingExtraError: One is not installed.
+        BrokenPackageError: One is installed and cannot be imported.
+    """
+    import_lmms_eval()
+    require("fvcore")
+    require("matplotlib")
+    require_if_installed("peft")  # transformers' Trainer imports it wherever it is
 
 
 def _make_data(folder: Path, settings: DemoSettings) -> dict[str, Any]:

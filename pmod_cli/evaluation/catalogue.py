@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
 import sys
@@ -10,24 +9,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.output.errors import MissingExtraError, PmodError
+from pmod_cli.extras import require
+from pmod_cli.output.errors import PmodError
 
 
 def import_lmms_eval() -> None:
-    """Import lmms-eval with its log on stderr.
+    """Import all of lmms-eval that an evaluation uses, with its log on stderr.
 
     Raises:
-        MissingExtraError: If it is not installed.
+        MissingExtraError: If it, or `datasets`, is not installed.
+        BrokenPackageError: If one is installed and cannot be imported.
     """
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            import lmms_eval.evaluator
-            import lmms_eval.models
-            from loguru import logger
-            from PIL import ImageFile
-            from tqdm import tqdm  # type: ignore[import-untyped]
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(error.name or "lmms-eval", "eval") from None
+    require("lmms_eval")
+    require("datasets")
+    import lmms_eval.evaluator
+    from loguru import logger
+    from PIL import ImageFile
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
     # lmms-eval points loguru at stdout, where only results belong.
     logger.remove()
     logger.add(sys.stderr, level="ERROR")

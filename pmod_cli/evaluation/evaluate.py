@@ -54,6 +54,7 @@ def evaluate(
 
     Raises:
         MissingExtraError: lmms-eval is not installed.
+        BrokenPackageError: lmms-eval cannot be imported.
         PmodError: A checkpoint that cannot be loaded, a bad setting, data that cannot be read.
         PreflightError: If anything is missing that the tasks need, found before a model is loaded.
     """

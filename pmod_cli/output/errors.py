@@ -33,8 +33,22 @@ class MissingExtraError(PmodError):
 
     Args:
         package: The package that could not be imported.
-        extra: The extra of ``pmod-cli`` that brings it.
+        extra: The extra of ``pmod-cli`` that brings it; None if pmod-cli itself does.
     """
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed", f"pip install 'pmod-cli[{extra}]'")
+    def __init__(self, package: str, extra: str | None) -> None:
+        what = f"'pmod-cli[{extra}]'" if extra else "pmod-cli"
+        super().__init__(f"{package} is not installed", f"pip install {what}")
+
+
+class BrokenPackageError(PmodError):
+    """A package is installed, and its import fails.
+
+    Args:
+        package: Its name, with the version if it is known.
+        reason: What its import raised, in one line.
+        remedy: What mends it.
+    """
+
+    def __init__(self, package: str, reason: str, remedy: str) -> None:
+        super().__init__(f"{package} is installed but cannot be imported: {reason}", remedy)

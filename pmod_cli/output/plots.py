@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.output.errors import MissingExtraError, PmodError
+from pmod_cli.extras import require
+from pmod_cli.output.errors import PmodError
 
 # Grey and colours of Okabe and Ito (2008): told apart by every kind of colour vision, and in grey.
 DENSE, PMOD = "#8C8C8C", "#0072B2"
@@ -96,10 +97,9 @@ def look() -> Iterator[None]:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingExtraError("matplotlib", "plot") from None
+    require("matplotlib")
+    import matplotlib
+
     with matplotlib.rc_context(_RC):
         yield
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli import __version__
-from pmod_cli.output.errors import MissingExtraError, PmodError
+from pmod_cli.extras import installed, require
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling import closed_form
 from pmod_cli.profiling.closed_form import CONVENTIONS, FULL, PAPER, TORCH, PhaseCount
 from pmod_cli.profiling.geometry import Geometry
@@ -101,6 +101,7 @@ def profile_checkpoint(
     Raises:
         PmodError: See `find_subject` and `Settings`.
         MissingExtraError: fvcore was asked for by name and is not installed.
+        BrokenPackageError: fvcore is installed and cannot be imported.
     """
     subject = find_subject(str(model_path), recipe=recipe, baseline=str(baseline or "none"))
     options = {"device": device, "repeats": repeats} if latency else None
@@ -135,6 +136,7 @@ def profile(
 
     Raises:
         MissingExtraError: fvcore was asked for by name and is not installed.
+        BrokenPackageError: fvcore is installed and cannot be imported.
     """
     counter = _resolve_counter(settings)
     variants: dict[str, VariantProfile] = {}
@@ -164,12 +166,11 @@ def _resolve_counter(settings: Settings) -> str:
         if settings.counter not in ("auto", "formula"):
             raise PmodError(f"the {settings.convention} convention is counted by formula only")
         return "formula"
-    installed = importlib.util.find_spec("fvcore") is not None
-    if settings.counter in ("fvcore", "all") and not installed:
-        raise MissingExtraError("fvcore", "profile")
-    if settings.counter == "auto":
-        return "fvcore" if installed else "formula"
-    return settings.counter
+    if settings.counter == "auto" and not installed("fvcore"):
+        return "formula"
+    if settings.counter in ("auto", "fvcore", "all"):
+        require("fvcore")
+    return "fvcore" if settings.counter == "auto" else settings.counter
 
 
 def _count(variant: Variant, settings: Settings, counter: str) -> tuple[VariantProfile, dict[str, bool]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from pmod_cli.output.errors import MissingExtraError
+from pmod_cli.extras import require
 from pmod_cli.profiling.closed_form import PhaseCount
 from pmod_cli.profiling.paths import (
     Counts,
@@ -67,10 +67,9 @@ def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
 def _trace(module: nn.Module, *inputs: Tensor) -> Counts:
     with torch.no_grad(), warnings.catch_warnings(), _collector_paused():
         warnings.simplefilter("ignore")  # fvcore's use of torch.jit
-        try:
-            from fvcore.nn import FlopCountAnalysis
-        except ImportError:
-            raise MissingExtraError("fvcore", "profile") from None
+        require("fvcore")
+        from fvcore.nn import FlopCountAnalysis
+
         analysis = FlopCountAnalysis(module, inputs)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from pmod_cli import __version__
-from pmod_cli.output.errors import MissingExtraError, PmodError
+from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
 from pmod_cli.recipe import Recipe
 from pmod_cli.training.lora import merge
 from pmod_cli.training.monitor import read_metrics
@@ -113,7 +113,7 @@ def save_result(
 def _draw(folder: Path) -> None:
     try:
         plot_run(read_metrics(folder / METRICS), folder / PICTURE)
-    except MissingExtraError as error:
+    except (MissingExtraError, BrokenPackageError) as error:
         _log.warning("no %s: %s", PICTURE, error)
 
 

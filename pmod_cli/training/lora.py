@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from pmod_cli.output.errors import MissingExtraError
+from pmod_cli.extras import require
 from pmod_cli.recipe import LoraSettings
 
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -17,11 +17,11 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> Any:
 
     Raises:
         MissingExtraError: PEFT is not installed.
+        BrokenPackageError: PEFT cannot be imported.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise MissingExtraError("peft", "train") from None
+    require("peft")
+    from peft import LoraConfig, get_peft_model
+
     whole = ["multi_modal_projector"]
     if any(".router." in name for name, _ in model.named_parameters()):
         whole.append("router")

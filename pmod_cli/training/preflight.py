@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.data.dataset import ConversationData
+from pmod_cli.extras import installed, require
 from pmod_cli.families import find_family
-from pmod_cli.output.errors import MissingExtraError, PmodError
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import Recipe, TrainSettings
 
 # What may be changed when a run is resumed: none of it decides what is learned from which sample.
@@ -101,18 +101,17 @@ def check_family(model: str | Path, recipe: Recipe) -> None:
 
 
 def check_extras(settings: TrainSettings) -> None:
-    """Refuse a recipe that asks for packages which are not installed.
+    """Refuse a recipe that asks for packages which are not installed, or cannot be imported.
 
     Raises:
         MissingExtraError: One is missing.
+        BrokenPackageError: One is broken.
     """
-    for package, wanted in (
-        ("peft", settings.lora is not None),
-        ("tensorboard", "tensorboard" in settings.report_to),
-    ):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, "train")
-    if "wandb" in settings.report_to and importlib.util.find_spec("wandb") is None:
+    if settings.lora is not None:
+        require("peft")
+    if "tensorboard" in settings.report_to:
+        require("tensorboard")
+    if "wandb" in settings.report_to and not installed("wandb"):
         raise PmodError("wandb is not installed", "pip install wandb")
 
 
