@@ -61,11 +61,16 @@ OPTIONAL = {
             "eval",
             exercise=_lock_files,
         ),
-        Package("datasets", ("datasets",), "eval"),
+        # More than the package itself: a folder of its name that is empty can be imported, too.
+        Package("datasets", ("datasets", "datasets.config", "datasets.exceptions"), "eval"),
         Package("fvcore", ("fvcore", "fvcore.nn"), "profile"),
-        Package("peft", ("peft",), "train"),
+        Package("peft", ("peft", "peft.peft_model"), "train"),
         # The writer that transformers takes is torch's.
-        Package("tensorboard", ("tensorboard", "torch.utils.tensorboard"), "train"),
+        Package(
+            "tensorboard",
+            ("tensorboard", "tensorboard.summary.writer.event_file_writer", "torch.utils.tensorboard"),
+            "train",
+        ),
         Package("matplotlib", ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"), "plot"),
     )
 }
@@ -128,7 +133,7 @@ def import_for_real(package: Package, extra: str | None = None) -> None:
         if not installed(package.root):
             raise MissingExtraError(package.name, extra) from None
         raise BrokenPackageError(
-            installed_name(package), reason(error), _remedy(package, extra, error)
+            installed_name(package), reason(error), import_remedy(package, extra, error)
         ) from error
 
 
@@ -168,8 +173,15 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
 
 
-def _remedy(package: Package, extra: str | None, error: BaseException) -> str:
-    """What really helps: reinstalling a package does not, if something else is in its way."""
+def import_remedy(package: Package, extra: str | None = None, error: BaseException | None = None) -> str:
+    """What really helps: reinstalling a package does not, if something else is in its way.
+
+    Args:
+        package: Whose import failed.
+        extra: The extra of pmod-cli to name; the package's own by default.
+        error: What the import raised, if it came to that.
+    """
+    extra = extra or package.extra
     found = hiding(package)
     if found is not None:
         return f"{found} is imported in its place: rename it"
@@ -178,7 +190,7 @@ def _remedy(package: Package, extra: str | None, error: BaseException) -> str:
     unfit = bounds.outside((None, extra) if extra else (None,))
     if unfit:
         return f"{unfit[0]}: {unfit[0].remedy}"
-    while error.__cause__ is not None:
+    while error is not None and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] != package.root:
         return bounds.install_command(extra, upgrade=True)

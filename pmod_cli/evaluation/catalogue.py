@@ -20,8 +20,8 @@ def import_lmms_eval() -> None:
         MissingExtraError: If it, or `datasets`, is not installed.
         BrokenPackageError: If one is installed and cannot be imported.
     """
+    require("datasets")  # first, because lmms-eval would only say that it lacks it
     require("lmms_eval")
-    require("datasets")
     import lmms_eval.evaluator
     from loguru import logger
     from PIL import ImageFile

@@ -52,3 +52,4 @@ class BrokenPackageError(PmodError):
 
     def __init__(self, package: str, reason: str, remedy: str) -> None:
         super().__init__(f"{package} is installed but cannot be imported: {reason}", remedy)
+        self.reason = reason
