@@ -10,6 +10,7 @@ from pmod_cli.cli.app import app, main
 # The order of registration is the order in ``pmod --help``: the order in which the verbs are used.
 for _verb in (
     "demo",
+    "doctor",
     "convert",
     "inspect",
     "finetune",

@@ -218,7 +218,7 @@ class _Hub:
     def disk_problems(self) -> list[Problem]:
         """Too little room for what would be downloaded: at most the whole repositories."""
         needed = sum(self.sizes.values())
-        place = _cache_folder()
+        place = cache_folder()
         while not place.exists():
             place = place.parent
         free = shutil.disk_usage(place).free
@@ -234,7 +234,7 @@ def cached(path: str, name: str | None) -> bool:
 
     owner, _, short = path.rpartition("/")
     further = any((path, name) in pairs for pairs in FURTHER_DATA.values())
-    folder = (_own_cache_folder() if further else _cache_folder()) / "___".join(
+    folder = (_own_cache_folder() if further else cache_folder()) / "___".join(
         [*([owner] if owner else []), camelcase_to_snakecase(short)]
     )
     return any(folder.glob(f"{name or '*'}/*/*/dataset_info.json"))
@@ -246,7 +246,7 @@ def _in_hub_cache(repo: str) -> bool:
     return isinstance(try_to_load_from_cache(repo, "config.json"), str)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """Where lmms-eval lets ``datasets`` keep its copies: it has rules of its own, for remote file systems too."""
     from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
 

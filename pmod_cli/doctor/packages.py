@@ -1,0 +1,85 @@
+"""The packages that pmod itself requires, as far as others break them, and how torch and torchvision go together."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, requires, version
+
+from pmod_cli import bounds
+from pmod_cli.extras import OPTIONAL, Package
+
+
+def pair_problem() -> str | None:
+    """Why the installed torchvision is not the one of the installed torch; None if it is.
+
+    Both have to be importable.
+    """
+    import torch
+    import torchvision  # type: ignore[import-untyped]
+    from packaging.requirements import Requirement
+
+    found = f"torchvision {torchvision.__version__} does not go with torch {torch.__version__}"
+    for line in requires("torchvision") or []:
+        requirement = Requirement(line)
+        if requirement.name == "torch" and not requirement.specifier.contains(
+            torch.__version__, prereleases=True
+        ):
+            return f"{found}: it wants torch {requirement.specifier}"
+    builds = torchvision.version.cuda, torch.version.cuda  # torchvision's is a number: 13000 for 13.0
+    if builds[0] and builds[1] and int(builds[0]) // 1000 != int(builds[1].split(".")[0]):
+        return f"{found}: one was built for CUDA {int(builds[0]) // 1000}, the other for CUDA {builds[1]}"
+    return None
+
+
+def _use_operators() -> None:
+    """Call one of torchvision's compiled operators: those of another build load, and then are not there."""
+    import torch
+    import torchvision
+
+    problem = pair_problem()
+    if problem:
+        raise RuntimeError(problem)
+    torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+
+
+def pair_remedy() -> str | None:
+    """The command that installs the torchvision of the installed torch; None if that is not known."""
+    try:
+        major, minor = version("torch").split("+")[0].split(".")[:2]
+    except (PackageNotFoundError, ValueError):
+        return None
+    if major != "2":  # 0.15 came with 2.0, and they have counted together since
+        return None
+    wanted = f"0.{int(minor) + 15}"
+    return (
+        f"torch {major}.{minor} goes with torchvision {wanted}: "
+        f"pip install --force-reinstall --no-deps 'torchvision=={wanted}.*', from the index that torch came from"
+    )
+
+
+REQUIRED = {
+    package.root: package
+    for package in (
+        Package("torch", ("torch",)),
+        Package("torchvision", ("torchvision",), exercise=_use_operators, mend=pair_remedy),
+        # transformers imports its modules when they are used, and pmod's classes as soon as it is itself.
+        Package("transformers", ("transformers", "transformers.models.llava.modeling_llava")),
+        Package("accelerate", ("accelerate",)),
+    )
+}
+"""By top-level module."""
+
+PACKAGES = REQUIRED | OPTIONAL
+"""All that are checked, by top-level module, in the order in which they are told."""
+
+
+def version_of(root: str) -> str | None:
+    """The installed version by the package's metadata; None if there is none."""
+    try:
+        return version(PACKAGES[root].name)
+    except PackageNotFoundError:
+        return None
+
+
+def unfit() -> list[bounds.Outside]:
+    """Installed packages outside the bounds that pmod-cli declares."""
+    return bounds.outside()
