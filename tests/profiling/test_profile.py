@@ -1,6 +1,7 @@
 """The result: figures, ratios, gates, sweeps, schedules, comparison, notes and pictures."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_layers_differ_in_kind_if_their_attention_does(tmp_path):
 
 
 def test_without_fvcore(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "fvcore", None)
     assert seven_b(counter="auto").counted_by == "formula"
     with pytest.raises(MissingExtraError, match=r"pmod-cli\[profile\]"):
         seven_b(counter="fvcore")
