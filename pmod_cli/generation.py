@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
 from pmod_cli.checkpoints.source import open_source
 from pmod_cli.conversion.formats import refuse_unconverted
+from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.families import find_family
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
 
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 """What lmms-eval's LLaVA models use where a task does not say."""
@@ -152,7 +152,7 @@ class VisionLanguageModel:
             )
             model.to(device)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise PmodError(f"cannot load {source}: {_first_line(error)}") from error
+            raise PmodError(f"cannot load {source}: {first_line(error)}") from error
         if info["missing_keys"]:
             # transformers would go on with random numbers there.
             missing = sorted(info["missing_keys"])
@@ -226,34 +226,6 @@ class VisionLanguageModel:
         return before.tolist()
 
 
-def find_device(device: str | torch.device | None) -> torch.device:
-    """The device to use: a GPU if there is one and none is named.
-
-    Raises:
-        PmodError: There is no such device on this machine.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise PmodError(
-            f"no device {device} here: {_first_line(error)}", "cpu, cuda, cuda:0 ...; or leave it out"
-        ) from error
-    return found
-
-
-def check_dtype(dtype: str) -> None:
-    """Refuse a number format that is not offered.
-
-    Raises:
-        PmodError: Not one of `DTYPES`.
-    """
-    if dtype not in DTYPES:
-        raise PmodError(f"no dtype {dtype}", f"one of {', '.join(DTYPES)}")
-
-
 def check_source(source: str | Path) -> None:
     """Refuse what is plainly not a checkpoint, before anything is loaded or the network is asked.
 
@@ -287,7 +259,7 @@ def read_config(source: str | Path) -> Any:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         where = "cannot load" if Path(source).is_dir() else "no such folder, nor to be had from the hub:"
-        raise PmodError(f"{where} {source}: {_first_line(error)}") from error
+        raise PmodError(f"{where} {source}: {first_line(error)}") from error
     find_family(config.model_type)
     return config
 
@@ -297,8 +269,3 @@ def _check_tokenizer(folder: Path) -> None:
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     if folder.is_dir() and not any((folder / name).is_file() for name in names):
         raise PmodError(f"{folder} has no tokenizer", "pmod convert --tokenizer names one")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from pmod_cli.modeling.schedule import SCHEDULES, Ratios
+from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
 from pmod_cli.output.errors import PmodError
 
@@ -221,6 +222,45 @@ def parse_recipe(data: dict[str, Any], overrides: Sequence[str] = (), where: str
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise PmodError(f"{where}: {_explain(error)}") from None
+
+
+def check_recipe(recipe: Recipe, family: str) -> None:
+    """Refuse a recipe that is meant for another family.
+
+    Raises:
+        PmodError: It is.
+    """
+    if recipe.family not in (None, family):
+        raise PmodError(
+            f"recipe {recipe.name} is for {recipe.family} and the source is {family}",
+            "choose a recipe of its family, or --set family=null if you mean it",
+        )
+
+
+def mod_config(recipe: Recipe, layers: int) -> MoDConfig:
+    """The Mixture-of-Depths settings of a recipe for a decoder of so many layers.
+
+    Raises:
+        PmodError: The schedule does not fit, gives a ratio outside (0, 1], or leaves every layer dense.
+    """
+    settings = recipe.mod
+    ratios = settings.retention_ratios(layers)
+    for layer, ratio in enumerate(ratios):
+        if ratio is not None and not 0 < ratio <= 1:
+            raise PmodError(
+                f"recipe {recipe.name}: the retention ratio of layer {layer} is {ratio:g}, outside (0, 1]",
+                "raise mod.floor or lower mod.ceiling",
+            )
+    if all(ratio is None for ratio in ratios):
+        raise PmodError(f"recipe {recipe.name} leaves all {layers} decoder layers dense")
+    return MoDConfig(
+        ratios,
+        weight_norm=settings.weight_norm,
+        weight_scale=settings.weight_scale,
+        weight_bias=settings.weight_bias,
+        router_bias=settings.router_bias,
+        target_tokens=settings.target_tokens,
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -139,11 +139,11 @@ def _evaluate(
     options: dict[str, object],
 ) -> None:
     with starting("eval"):
+        from pmod_cli.devices import rank
         from pmod_cli.evaluation import gates, paper
         from pmod_cli.evaluation import tables as report
         from pmod_cli.evaluation.evaluate import evaluate
         from pmod_cli.evaluation.options import EvalSettings
-        from pmod_cli.evaluation.processes import rank
         from pmod_cli.evaluation.requirements import PreflightError
 
     limits = gates.parse_minimum(minimum, paper.expand(names))

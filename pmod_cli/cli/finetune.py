@@ -65,8 +65,8 @@ def finetune_command(
         require_if_installed("peft")  # transformers' Trainer imports it wherever it is
         from transformers.utils import logging
 
+        from pmod_cli.devices import is_main_process
         from pmod_cli.training.finetune import finetune
-        from pmod_cli.training.preflight import is_main_process
 
     logging.disable_progress_bar()  # one bar is enough
 

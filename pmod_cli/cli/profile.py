@@ -172,7 +172,7 @@ def profile_command(
 
     default_dtype = "bfloat16"
     if latency:
-        from pmod_cli.profiling.latency import find_device
+        from pmod_cli.devices import find_device
 
         device = str(find_device(device))
         default_dtype = "float32" if device == "cpu" else default_dtype

@@ -24,12 +24,13 @@ from pmod_cli.conversion.decoder import DecoderLayout, find_decoder
 from pmod_cli.conversion.formats import Options, Shard, Translation, find_format
 from pmod_cli.conversion.restore import FOLDER as BASELINE
 from pmod_cli.conversion.restore import baseline_files, index_of, plan_baseline, to_json
-from pmod_cli.conversion.routers import check_decoder, check_recipe, router_tensors, schedule
-from pmod_cli.families import Family, find_family
+from pmod_cli.conversion.routers import router_tensors
+from pmod_cli.families import Family, check_decoder, find_family
+from pmod_cli.modeling.names import is_router
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
-from pmod_cli.recipe import Recipe, default_recipe
+from pmod_cli.recipe import Recipe, check_recipe, default_recipe, mod_config
 
 ROUTERS = "model-routers.safetensors"
 """The file of the routers."""
@@ -184,8 +185,8 @@ def plan_conversion(
             )
     else:
         used = recipe or default_recipe(overrides)
-        check_recipe(used, family)
-        mod = schedule(used, layout.layers)
+        check_recipe(used, family.name)
+        mod = mod_config(used, layout.layers)
     routers = router_tensors(mod, layout, translation.routers)
     return Plan(opened, name, family, translation, used, mod, layout, routers)
 
@@ -257,7 +258,7 @@ def convert_back(
         download_files(opened.name, opened.revision, [f"{BASELINE}/*"])
     dense = plan_baseline(opened)
     methods = _write(opened, dense, destination, force, copy, progress)
-    routers = [t for file in opened.weight_files() for t in file.tensors.values() if ".router." in t.name]
+    routers = [t for file in opened.weight_files() for t in file.tensors.values() if is_router(t.name)]
     return ConvertResult(
         source=opened.name,
         destination=str(destination),

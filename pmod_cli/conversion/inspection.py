@@ -13,6 +13,7 @@ from pmod_cli.checkpoints.source import open_source
 from pmod_cli.conversion.convert import layer_table
 from pmod_cli.conversion.formats import refuse_unconverted
 from pmod_cli.families import find_family
+from pmod_cli.modeling.names import is_router
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
@@ -66,7 +67,7 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> Inspec
     Raises:
         PmodError: It is not a p-MoD checkpoint, or routers are missing.
     """
-    source = open_source(model, revision=revision, only=_is_router)
+    source = open_source(model, revision=revision, only=is_router)
     if not source.config:
         raise PmodError(f"{source.name} is not a checkpoint: it has no config.json")
     refuse_unconverted(source)
@@ -79,9 +80,9 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> Inspec
         raise PmodError(f"{source.name}: bad mod section in config.json: {error}") from error
     tensors = {
         name: tensor
-        for file in source.weight_files(only=_is_router)
+        for file in source.weight_files(only=is_router)
         for name, tensor in file.tensors.items()
-        if _is_router(name)
+        if is_router(name)
     }
     layers = layer_table(mod)
     for layer in mod.mod_layers:
@@ -100,10 +101,6 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> Inspec
         provenance=source.config.get("pmod"),
         training=_training(source.json("training.json")),
     )
-
-
-def _is_router(name: str) -> bool:
-    return ".router." in name
 
 
 def _statistics(layer: int, tensors: dict[str, StoredTensor], mod: MoDConfig) -> dict[str, Any]:

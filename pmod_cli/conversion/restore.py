@@ -15,6 +15,7 @@ from typing import Any
 from pmod_cli.checkpoints.source import INDEX, SINGLE, Source
 from pmod_cli.conversion.formats import Shard, Translation
 from pmod_cli.families import Family, find_family
+from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError
 
 FOLDER = "baseline"
@@ -70,7 +71,7 @@ def plan_baseline(source: Source) -> Translation:
             for original, name in files.items()
             if name in weights
         ]
-        if not any(".router." in tensor.name for shard in shards for tensor in shard.tensors):
+        if not any(is_router(tensor.name) for shard in shards for tensor in shard.tensors):
             others = {
                 original: source.folder / name for original, name in files.items() if name not in weights
             }
@@ -94,7 +95,7 @@ def _check_manifest(source: Source, manifest: dict[str, Any]) -> dict[str, str]:
 def _strip(source: Source, family: Family) -> Translation:
     shards = []
     for file in source.weight_files():
-        kept = [tensor for tensor in file.tensors.values() if ".router." not in tensor.name]
+        kept = [tensor for tensor in file.tensors.values() if not is_router(tensor.name)]
         whole = len(kept) == len(file.tensors)
         if kept:
             shards.append(Shard(file.name, kept, file.path.resolve() if whole else None))

@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.evaluation.batching import parse_batch_size
-from pmod_cli.generation import IMAGE_BACKEND, check_dtype, find_device
+from pmod_cli.generation import IMAGE_BACKEND
 from pmod_cli.output.errors import PmodError
 
 Progress = Callable[[str, str, int, int], None]

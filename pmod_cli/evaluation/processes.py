@@ -8,20 +8,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+from pmod_cli.devices import rank, world_size
+
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=3)
 """How long one process waits for another: there may be a download, or much longer answers, between them."""
-
-
-def rank() -> int:
-    """This process's rank; 0 if it is alone."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world_size() -> int:
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join(device: str | None) -> None:

@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pmod_cli.devices import rank, world_size
 from pmod_cli.evaluation import identity
 from pmod_cli.evaluation import tables as report
 from pmod_cli.evaluation.catalogue import Tasks
@@ -14,7 +15,7 @@ from pmod_cli.evaluation.folder import OutputFolder
 from pmod_cli.evaluation.harness import SEEDS, TaskRun, run_task
 from pmod_cli.evaluation.metrics import metric_of
 from pmod_cli.evaluation.options import EvalSettings, Progress, document_limit
-from pmod_cli.evaluation.processes import computed_once, gather, rank, world_size
+from pmod_cli.evaluation.processes import computed_once, gather
 from pmod_cli.evaluation.results import EvalResult, TaskResult, compare, sample_rows, score_task
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from pmod_cli.output.errors import PmodError
 
@@ -61,6 +62,28 @@ def find_family(model_type: str) -> Family:
             return family
     supported = ", ".join(family.base_type for family in FAMILIES)
     raise PmodError(f"model type {model_type!r} is not supported", f"supported: {supported}")
+
+
+def check_decoder(family: Family, config: dict[str, Any]) -> None:
+    """Refuse a language model that cannot become p-MoD.
+
+    Raises:
+        PmodError: Its architecture is not supported, or its attention has a sliding window.
+    """
+    text = config.get("text_config") or {}
+    kind = text.get("model_type", family.decoders[0])
+    if kind not in family.decoders:
+        raise PmodError(
+            f"language model {kind!r} is not supported in {family.name}",
+            f"supported: {', '.join(family.decoders)}",
+        )
+    # What transformers takes where the config is silent.
+    window = text.get("sliding_window", 4096 if kind == "mistral" else None)
+    if window and text.get("use_sliding_window", kind == "mistral"):
+        raise PmodError(
+            f"the language model's attention has a sliding window of {window} tokens, which is not supported",
+            "a window counts tokens, and p-MoD layers drop some; sliding_window: null in config.json ends it",
+        )
 
 
 def register_auto_classes() -> None:

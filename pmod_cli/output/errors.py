@@ -53,3 +53,8 @@ class BrokenPackageError(PmodError):
     def __init__(self, package: str, reason: str, remedy: str) -> None:
         super().__init__(f"{package} is installed but cannot be imported: {reason}", remedy)
         self.reason = reason
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; the name of its kind if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

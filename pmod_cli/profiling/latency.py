@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pmod_cli.devices import find_device
 from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.bench import Bench
 from pmod_cli.profiling.loading import load_models, quiet_transformers
@@ -162,6 +163,8 @@ def measure(
     if repeats < 1:
         raise PmodError("--repeats must be at least 1")
     place = find_device(device)
+    if place.type not in ("cpu", "cuda"):
+        raise PmodError(f"cannot measure on {device!r}", "cpu or cuda")
     say = progress or (lambda _text: None)
     say("loading the models")
     try:
@@ -203,22 +206,3 @@ def measure(
         models=found,
         process_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
-
-
-def find_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is a GPU if there is one, else the CPU.
-
-    Raises:
-        PmodError: No such device.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise PmodError(f"unknown device {name!r}", "e.g. cpu, cuda, cuda:1") from error
-    if device.type not in ("cpu", "cuda"):
-        raise PmodError(f"cannot measure on {name!r}", "cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PmodError(f"no device {name} here", "--device cpu")
-    return device

@@ -11,9 +11,9 @@ import torch
 from transformers.models.auto import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
-from pmod_cli.output.errors import PmodError
+from pmod_cli.modeling.twin import dense_twin
+from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.profiling.closed_form import parameters
-from pmod_cli.profiling.paths import meta_model
 from pmod_cli.profiling.prompt import DTYPE_BYTES
 from pmod_cli.profiling.subject import Subject, Variant
 
@@ -33,28 +33,9 @@ def load_models(subject: Subject, device: torch.device, dtype: str) -> dict[str,
     if pmod and dense and (pmod.raw, pmod.weights) == (dense.raw, dense.weights):
         _check_memory([pmod], device, dtype)
         model = _load(pmod, device, dtype)
-        return {"pmod": model, "dense": dense_view(model, dense.config, dtype)}
+        return {"pmod": model, "dense": dense_twin(model, dense.config, dtype)}
     _check_memory(list(subject.variants.values()), device, dtype)
     return {role: _load(variant, device, dtype) for role, variant in subject.variants.items()}
-
-
-def dense_view(pmod: Any, config: Any, dtype: str) -> Any:
-    """The dense baseline of a loaded p-MoD model, on the very same tensors.
-
-    Args:
-        pmod: The p-MoD model.
-        config: The dense model's config.
-        dtype: Of the weights.
-    """
-    dense = meta_model(config, dtype)
-    weights = {name: tensor for name, tensor in pmod.state_dict().items() if ".router." not in name}
-    dense.load_state_dict(weights, assign=True)
-    for name, module in dense.named_modules():
-        # Buffers that checkpoints leave out (rotary frequencies, position ids) are still on meta.
-        for buffer in module._buffers:
-            setattr(module, buffer, getattr(pmod.get_submodule(name), buffer))
-    dense.generation_config = pmod.generation_config
-    return dense.eval()
 
 
 def _load(variant: Variant, device: torch.device, dtype: str) -> Any:
@@ -69,8 +50,7 @@ def _load(variant: Variant, device: torch.device, dtype: str) -> Any:
                 variant.weights, config=variant.config, **options
             )
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise PmodError(f"cannot load {variant.weights}: {first_line}") from error
+        raise PmodError(f"cannot load {variant.weights}: {first_line(error)}") from error
     return model.to(device).eval()
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.models.auto import AutoModelForImageTextToText
 
 from pmod_cli.modeling.cache import adopt_cache
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
@@ -58,19 +57,6 @@ def repeat_layers(count: PhaseCount, places: list[int]) -> PhaseCount:
         places: Where each layer of the whole model is among them.
     """
     return dataclasses.replace(count, layers=tuple(count.layers[place] for place in places))
-
-
-def meta_model(config: Any, dtype: str) -> Any:
-    """A model without storage.
-
-    Args:
-        config: transformers config of a dense or p-MoD model.
-        dtype: E.g. ``bfloat16``.
-    """
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
-        ).eval()
 
 
 @contextmanager

@@ -180,7 +180,8 @@ def _count(variant: Variant, settings: Settings, counter: str) -> tuple[VariantP
     phases = _formula(variant, work, convention)
     checks: dict[str, bool] = {}
     if counter != "formula":
-        from pmod_cli.profiling.paths import distinct_layers, meta_model, repeat_layers
+        from pmod_cli.modeling.twin import meta_model
+        from pmod_cli.profiling.paths import distinct_layers, repeat_layers
 
         short, places = distinct_layers(variant)
         model = meta_model(short.config, work.dtype)

@@ -9,14 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.conversion.routers import check_decoder, check_recipe, schedule
-from pmod_cli.families import find_family
+from pmod_cli.families import check_decoder, find_family
 from pmod_cli.families.defaults import transformers_config
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.geometries import find_geometry, shipped_geometries
 from pmod_cli.profiling.geometry import Geometry
-from pmod_cli.recipe import Recipe, default_recipe, load_recipe, nearest, shipped_recipes
+from pmod_cli.recipe import (
+    Recipe,
+    check_recipe,
+    default_recipe,
+    load_recipe,
+    mod_config,
+    nearest,
+    shipped_recipes,
+)
 
 
 @dataclass(frozen=True)
@@ -132,9 +139,9 @@ def find_subject(
         return Subject(name, None, dense)
     if mod is None:
         settings = chosen or default_recipe(overrides)
-        check_recipe(settings, family)
+        check_recipe(settings, family.name)
         check_decoder(family, raw)
-        mod = schedule(settings, dense.geometry.decoder.layers)
+        mod = mod_config(settings, dense.geometry.decoder.layers)
     layers = dense.geometry.decoder.layers
     if len(mod.retention_ratios) != layers:
         raise PmodError(f"{name}: {len(mod.retention_ratios)} retention ratios for {layers} decoder layers")

@@ -18,6 +18,7 @@ from pmod_cli.data.bad_samples import BadSampleLog
 from pmod_cli.data.collate import Collator, EncodedDataset, longest_sample
 from pmod_cli.data.dataset import ConversationData, open_data
 from pmod_cli.data.sampler import OrderedSampler
+from pmod_cli.devices import world_size
 from pmod_cli.generation import check_source
 from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import Recipe, TrainSettings
@@ -127,7 +128,7 @@ def finetune(
     _check_places(output, work, resume=resume, force=force)
     conversations = ConversationData(open_data(data, images))
     preflight.check_data_fits(conversations, settings.max_bad_samples)
-    schedule = preflight.plan_steps(settings, len(conversations), preflight.world_size())
+    schedule = preflight.plan_steps(settings, len(conversations), world_size())
     arguments = training_arguments(settings, work, schedule)
 
     checkpoint = last_checkpoint(work) if resume else None

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from pmod_cli.extras import require
+from pmod_cli.modeling.names import is_router
 from pmod_cli.recipe import LoraSettings
 
 TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -23,7 +24,7 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> Any:
     from peft import LoraConfig, get_peft_model
 
     whole = ["multi_modal_projector"]
-    if any(".router." in name for name, _ in model.named_parameters()):
+    if any(is_router(name) for name, _ in model.named_parameters()):
         whole.append("router")
     config = LoraConfig(
         r=settings.r,

@@ -43,16 +43,6 @@ class Schedule:
     world: int
 
 
-def world_size() -> int:
-    """Processes of this run, as torchrun or accelerate launch say."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Whether this is the process that shows and writes."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def sharding() -> str | None:
     """How accelerate was told to shard the model over processes: ``fsdp``, ``zero1`` to ``zero3``, or None."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pmod_cli.data.collate import Collator, EncodedDataset
+from pmod_cli.modeling.names import is_router
 
 PROBE_SAMPLES = 8
 
@@ -19,7 +20,7 @@ def make_probe(
 
     Empty for a dense model and for data without images.
     """
-    if not any(".router." in name for name, _ in model.named_parameters()):
+    if not any(is_router(name) for name, _ in model.named_parameters()):
         return []
     chosen = [index for index, sample in enumerate(dataset.samples) if sample.images][:PROBE_SAMPLES]
     batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]

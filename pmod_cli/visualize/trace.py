@@ -97,10 +97,10 @@ def dense_twin(loaded: VisionLanguageModel) -> VisionLanguageModel:
     Args:
         loaded: The p-MoD model; its tensors are shared, not copied.
     """
-    from pmod_cli.profiling.loading import dense_view
+    from pmod_cli.modeling import twin
 
     model = loaded.model
     # The same class with no Mixture-of-Depths layer: pictures are laid out as before.
     config = type(model.config).from_dict(model.config.to_dict() | {"mod": None})
     dtype = str(model.dtype).removeprefix("torch.")
-    return VisionLanguageModel(dense_view(model, config, dtype), loaded.processor)
+    return VisionLanguageModel(twin.dense_twin(model, config, dtype), loaded.processor)

@@ -20,6 +20,7 @@ import torch
 from prefill import subject_of, versions
 from torch.profiler import ProfilerActivity, profile
 
+from pmod_cli.devices import find_device
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling import closed_form, latency
@@ -115,7 +116,7 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(dtype=args.dtype, new_tokens=args.new_tokens, all_logits=False, counter="formula")
     result: dict[str, Any] = {"batch_1": timed(model, settings, args.device, args.repeats)}
     subject = subject_of(model)
-    models = load_models(subject, latency.find_device(args.device), args.dtype)
+    models = load_models(subject, find_device(args.device), args.dtype)
     works = {role: settings.workload(variant.geometry) for role, variant in subject.variants.items()}
     result["profiler"] = {
         role: profiled(each, works[role], args.out, f"{model}.{role}") for role, each in models.items()

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import transformers
 
+from pmod_cli.devices import find_device
 from pmod_cli.profiling import closed_form
 from pmod_cli.profiling.bench import make_inputs
-from pmod_cli.profiling.latency import find_device
 from pmod_cli.profiling.loading import load_models
 from pmod_cli.profiling.profile import Settings
 from pmod_cli.profiling.subject import Subject, find_subject

@@ -10,10 +10,10 @@ from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.conversion.decoder import DecoderLayout, find_decoder
 from pmod_cli.conversion.formats import Shard, Translation
 from pmod_cli.conversion.restore import baseline_files, index_of
-from pmod_cli.conversion.routers import router_tensors, schedule
+from pmod_cli.conversion.routers import router_tensors
 from pmod_cli.families import FAMILIES
 from pmod_cli.output.errors import PmodError
-from pmod_cli.recipe import parse_recipe
+from pmod_cli.recipe import mod_config, parse_recipe
 
 ratio = st.floats(0.01, 1.0)
 mod_settings = st.one_of(
@@ -36,7 +36,7 @@ mod_settings = st.one_of(
 def test_every_schedule_is_whole_or_refused(settings, layers):
     recipe = parse_recipe({"name": "x", "mod": settings})
     try:
-        mod = schedule(recipe, layers)
+        mod = mod_config(recipe, layers)
     except PmodError:
         # Only what really cannot be: no layer is routed, or the setting names layers that do not exist.
         assert settings["schedule"] not in ("interleaved",)
@@ -54,7 +54,7 @@ def test_every_schedule_is_whole_or_refused(settings, layers):
 @given(mod_settings, st.integers(-3, 1))
 def test_a_schedule_needs_two_layers(settings, layers):
     with pytest.raises(PmodError, match="at least 2"):
-        schedule(parse_recipe({"name": "x", "mod": settings}), layers)
+        mod_config(parse_recipe({"name": "x", "mod": settings}), layers)
 
 
 def decoder_tensors(prefix, layers, width, dtype):
@@ -101,7 +101,7 @@ def test_the_decoder_is_found_whatever_the_order_of_its_tensors(named, layers, w
     }  # fmt: skip
     layout = find_decoder(family, {"text_config": text}, tensors)
     assert layout == DecoderLayout(prefix, layers, width, dtype)
-    mod = schedule(parse_recipe({"name": "x"}), layers)
+    mod = mod_config(parse_recipe({"name": "x"}), layers)
     routers = router_tensors(mod, layout, {})
     names = [tensor.name for tensor in routers]
     assert len(set(names)) == len(names) == 2 * len(mod.mod_layers)
@@ -128,7 +128,7 @@ def test_the_decoder_is_found_whatever_the_order_of_its_tensors(named, layers, w
 
 def test_routers_of_the_source_are_all_there_or_refused():
     layout = DecoderLayout("model.language_model.layers.", 4, 3, "F32")
-    mod = schedule(parse_recipe({"name": "x", "mod": {"schedule": "interleaved"}}), 4)
+    mod = mod_config(parse_recipe({"name": "x", "mod": {"schedule": "interleaved"}}), 4)
     given_routers = {
         layer: {
             "weight": StoredTensor.zeros("w", "F16", (1, 3)),

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from pmod_cli.modeling.twin import meta_model
 from pmod_cli.profiling import closed_form
 from pmod_cli.profiling.closed_form import FULL, PAPER, TORCH
 from pmod_cli.profiling.prompt import Workload, default_image_size, image_tokens
@@ -36,9 +37,9 @@ def test_published_counts_of_7b(name, vision, crops, decoder, fvcore):
 
 def test_fvcore_counts_all_of_llava_next_7b():
     pytest.importorskip("fvcore")
-    from pmod_cli.profiling import paths, trace
+    from pmod_cli.profiling import trace
 
-    model = paths.meta_model(dense_config("llava-next-7b"), "bfloat16")
+    model = meta_model(dense_config("llava-next-7b"), "bfloat16")
     prefill, _ = trace.count(model, workload(geometry("llava-next-7b")))
     assert (language_model(prefill), prefill.macs) == (21_879_005_904_896, 22_855_182_775_296)
 
@@ -75,13 +76,13 @@ def test_what_the_two_counters_see_differently():
 )
 def test_three_counts_agree(name, layers, target, work, routed):
     pytest.importorskip("fvcore")
-    from pmod_cli.profiling import paths, torch_counter, trace
+    from pmod_cli.profiling import torch_counter, trace
 
     shape = geometry(name, layers)
     mod = paper_mod(layers, target_tokens=target) if routed else None
     config = pmod_config(name, mod) if mod else dense_config(name, layers)
     load = workload(shape, **work)
-    model = paths.meta_model(config, load.dtype)
+    model = meta_model(config, load.dtype)
     for counter, convention in ((trace, FULL), (torch_counter, TORCH)):
         prefill, step = counter.count(model, load)
         assert prefill == closed_form.prefill(shape, mod, load, convention)

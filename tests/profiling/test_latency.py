@@ -108,7 +108,7 @@ def test_too_big_for_this_machine(monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("quantum", "unknown device"), ("cuda:99", "no device cuda:99"), ("meta", "cannot measure")],
+    [("quantum", "no device quantum here"), ("cuda:99", "no device cuda:99"), ("meta", "cannot measure")],
 )
 def test_bad_devices(tmp_path, device, message):
     save_tiny(tmp_path)

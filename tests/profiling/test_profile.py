@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.modeling.twin import meta_model
 from pmod_cli.output.errors import GateError, MissingExtraError, PmodError
 from pmod_cli.profiling.compare import compare_files
 from pmod_cli.profiling.explain import notes, size
@@ -57,7 +58,7 @@ def test_layers_of_a_kind_are_counted_once_and_as_in_the_whole_model(tmp_path, c
     assert (short.mod.retention_ratios, places) == ([None, 0.5], [0, 1, 0, 1])
     assert short.config.text_config.num_hidden_layers == 2
     counted = profile(subject, Settings(counter=counter)).variants["pmod"]
-    whole = paths.meta_model(subject.pmod.config, "bfloat16")
+    whole = meta_model(subject.pmod.config, "bfloat16")
     by_name = {"fvcore": trace, "torch": torch_counter}
     assert (counted.prefill, counted.decode_step) == by_name[counter].count(whole, counted.work)
 

@@ -133,7 +133,7 @@ def _from_sentencepiece(folder: Path) -> Any:
         for name, value in settings.items()
         if name not in _UNUSED and value is not None
     }
-    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary), **settings)
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, None), **settings)
     if (folder / "added_tokens.json").is_file():
         added: dict[str, int] = json.loads((folder / "added_tokens.json").read_text(encoding="utf-8"))
         tokenizer.add_tokens(sorted(added, key=lambda token: added[token]))

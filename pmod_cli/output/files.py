@@ -1,0 +1,110 @@
+"""Files that are whole or not there: written beside their place and renamed into it. Read with one-line errors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.output.errors import PmodError, first_line
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file or folder to fill beside a place; it takes the place where the block ends without an error.
+
+    What killed processes left of the same place is removed first. A folder does not replace another: that needs an
+    exchange, which `pmod_cli.checkpoints.write` has.
+
+    Args:
+        path: The place. Its folder must exist.
+
+    Yields:
+        A path in the same folder, at which nothing is yet.
+
+    Raises:
+        PmodError: The folder of the place does not exist.
+    """
+    if not path.parent.is_dir():
+        raise PmodError(f"no folder {path.parent}")
+    _sweep(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        _remove(partial)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a file in one step, text as UTF-8.
+
+    Raises:
+        PmodError: Its folder does not exist.
+    """
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file in one step.
+
+    Raises:
+        PmodError: Its folder does not exist.
+    """
+    write_file(path, json.dumps(data, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that should hold an object.
+
+    Raises:
+        PmodError: It cannot be read, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise PmodError(f"cannot read {path}: {first_line(error)}") from error
+    if not isinstance(data, dict):
+        raise PmodError(f"cannot read {path}: not a JSON object")
+    return data
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a JSON Lines file that is written to as work goes on; a line cut off by a kill is left out."""
+    rows = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes that are gone left beside a place."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.partial")
+    for other in path.parent.iterdir():
+        if (match := name.fullmatch(other.name)) and not _alive(int(match[1])):
+            _remove(other)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return process != os.getpid()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""A table of text: for the terminal and as Markdown. What stands in its cells is never taken for markup."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table.
+
+    Attributes:
+        title: What it shows; may be empty.
+        header: Column names.
+        rows: One list of cells per row; a row of one cell is a heading.
+        left: How many columns are text, and stand on the left; the others are figures.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+    left: int = 1
+
+    def to_rich(self) -> RichTable:
+        """For the terminal."""
+        from rich.table import Table as RichTable
+        from rich.text import Text
+
+        table = RichTable(title=Text(self.title) if self.title else None, title_justify="left")
+        for index, name in enumerate(self.header):
+            # Where the terminal is narrow the header wraps, figures do not.
+            widest = max((len(row[index]) for row in self.rows if len(row) > index), default=0)
+            text = index < self.left
+            table.add_column(Text(name), justify="left" if text else "right", min_width=widest, no_wrap=text)
+        for row in self.rows:
+            if len(row) == 1 and len(self.header) > 1:
+                table.add_section()
+                table.add_row(Text(row[0], style="bold"))
+            else:
+                table.add_row(*map(Text, row))
+        return table
+
+    def to_markdown(self) -> str:
+        """For a README."""
+        width = len(self.header)
+        rule = ["---" if index < self.left else "---:" for index in range(width)]
+        lines = [f"**{markdown_text(self.title)}**", ""] if self.title else []
+        lines += [_line(list(map(markdown_text, self.header))), _line(rule)]
+        for row in self.rows:
+            cells = list(map(markdown_text, row))
+            cells = [f"**{cells[0]}**"] if len(row) == 1 and width > 1 else cells
+            lines.append(_line([*cells, *[""] * (width - len(cells))]))
+        return "\n".join(lines)
+
+
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is, in one line."""
+    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
