@@ -5,6 +5,7 @@ nor transformers is imported for that: the classes are registered as soon as tra
 at once if it already is.
 """
 
+import importlib
 import sys
 
 import wrapt
@@ -17,12 +18,18 @@ __version__ = "0.1.0"
 @wrapt.when_imported("transformers")
 def _register(_module: object) -> None:
     # One of our own modules may be what imports transformers. The families need it whole, so the half-made one is
-    # forgotten; the import system hands out what stands in sys.modules when it has finished.
-    for name, module in list(sys.modules.items()):
-        ours = name.startswith(("pmod_cli.modeling.", "pmod_cli.families."))
-        if ours and getattr(module.__spec__, "_initializing", False):
-            del sys.modules[name]
+    # forgotten and imported anew; the import system hands out what stands in sys.modules when it has finished.
+    forgotten = [
+        name
+        for name, module in sys.modules.items()
+        if name.startswith(("pmod_cli.modeling.", "pmod_cli.families."))
+        and getattr(module.__spec__, "_initializing", False)
+    ]
+    for name in forgotten:
+        del sys.modules[name]
 
     from pmod_cli.families import register_auto_classes
 
     register_auto_classes()
+    for name in forgotten:
+        importlib.import_module(name)
