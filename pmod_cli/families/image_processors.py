@@ -7,7 +7,6 @@ back end. An ordinary Hugging Face checkpoint names transformers' own classes an
 
 from __future__ import annotations
 
-from transformers import AutoImageProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -18,15 +17,3 @@ class PmodLlavaImageProcessor(LlavaImageProcessorPil):
 
 class PmodLlavaNextImageProcessor(LlavaNextImageProcessorPil):
     """LLaVA-NeXT's preprocessing; ``image_grid_pinpoints`` are (height, width)."""
-
-
-def register_image_processor(config: type, processor: type) -> None:
-    """Let `AutoImageProcessor` find a class by name, as what it takes for either back end.
-
-    Args:
-        config: A family's p-MoD config class.
-        processor: One of the classes above.
-    """
-    AutoImageProcessor.register(
-        config, image_processor_classes={"pil": processor, "torchvision": processor}, exist_ok=True
-    )

@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaModel, LlavaProcessor
 
-from transformers import (
+from pmod_cli.families.image_processors import PmodLlavaImageProcessor
+from pmod_cli.modeling.decoders import PmodLlamaModel, PmodMistralModel, PmodQwen2Model
+from pmod_cli.modeling.family import family_classes
+
+CLASSES = family_classes(
+    __name__,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaModel,
-    LlavaProcessor,
+    LlavaForConditionalGeneration,
+    decoders=(PmodLlamaModel, PmodMistralModel, PmodQwen2Model),
 )
-from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
-
-from pmod_cli.families.image_processors import PmodLlavaImageProcessor, register_image_processor
-from pmod_cli.modeling.model import (
-    MoDConfigMixin,
-    MoDForConditionalGeneration,
-    MoDMultimodalModel,
-    with_routing,
-)
-from pmod_cli.modeling.registration import register_classes
-
-
-class PmodLlavaConfig(MoDConfigMixin, LlavaConfig):
-    """`LlavaConfig` with a ``mod`` section (see `MoDConfig`)."""
-
-    model_type = "pmod_llava"
-    mod: dict[str, Any] | None = None
-
-
-class PmodLlavaModel(MoDMultimodalModel, LlavaModel):
-    """`LlavaModel` whose decoder has Mixture-of-Depths layers."""
-
-    config_class = PmodLlavaConfig
-    output_class = LlavaModelOutputWithPast
-
-
-class PmodLlavaForConditionalGeneration(MoDForConditionalGeneration, LlavaForConditionalGeneration):
-    """`LlavaForConditionalGeneration` whose decoder has Mixture-of-Depths layers."""
-
-    config_class = PmodLlavaConfig
-    inner_class = PmodLlavaModel
-    forward = with_routing(LlavaForConditionalGeneration.forward)
+PmodLlavaConfig, PmodLlavaModel, PmodLlavaForConditionalGeneration, PmodLlavaCausalLMOutputWithPast = CLASSES
 
 
 def register() -> None:
     """Register with transformers."""
-    register_classes(PmodLlavaConfig, PmodLlavaModel, PmodLlavaForConditionalGeneration, LlavaProcessor)
-    register_image_processor(PmodLlavaConfig, PmodLlavaImageProcessor)
+    CLASSES.register(LlavaProcessor, PmodLlavaImageProcessor)

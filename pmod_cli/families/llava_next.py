@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,24 +15,17 @@ from transformers import (
     LlavaNextModel,
     LlavaNextProcessor,
 )
-from transformers.models.llava_next.modeling_llava_next import (
-    LlavaNextModelOutputWithPast,
-    get_anyres_image_grid_shape,
-)
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 
 from pmod_cli.families.anyres import high_resolution_size, shrunk_size, unpadded_box
-from pmod_cli.families.image_processors import PmodLlavaNextImageProcessor, register_image_processor
-from pmod_cli.modeling.model import (
-    MoDConfigMixin,
-    MoDForConditionalGeneration,
-    MoDMultimodalModel,
-    with_routing,
-)
-from pmod_cli.modeling.registration import register_classes
+from pmod_cli.families.image_processors import PmodLlavaNextImageProcessor
+from pmod_cli.families.tiles import TiledVision
+from pmod_cli.modeling.decoders import PmodLlamaModel, PmodMistralModel, PmodQwen2Model
+from pmod_cli.modeling.family import family_classes
 
 
-class PmodLlavaNextConfig(MoDConfigMixin, LlavaNextConfig):
-    """`LlavaNextConfig` with a ``mod`` section (see `MoDConfig`).
+class AnyresConfig(LlavaNextConfig):
+    """`LlavaNextConfig` with the release's way of unpadding.
 
     Attributes:
         released_anyres: Unpad feature maps as the paper's release does (see `families.anyres`). Written by
@@ -39,8 +33,6 @@ class PmodLlavaNextConfig(MoDConfigMixin, LlavaNextConfig):
         max_num_patches: With ``released_anyres``: shrink feature maps of more than so many tiles.
     """
 
-    model_type = "pmod_llava_next"
-    mod: dict[str, Any] | None = None
     released_anyres: bool = False
     max_num_patches: int | None = None
 
@@ -56,8 +48,8 @@ class PmodLlavaNextProcessor(LlavaNextProcessor):
         chat_template: See there.
         image_token: See there.
         num_additional_image_tokens: See there.
-        released_anyres: See `PmodLlavaNextConfig`.
-        max_num_patches: See `PmodLlavaNextConfig`.
+        released_anyres: See `AnyresConfig`.
+        max_num_patches: See `AnyresConfig`.
     """
 
     def __init__(
@@ -105,13 +97,10 @@ class PmodLlavaNextProcessor(LlavaNextProcessor):
         return rows * columns, rows
 
 
-class PmodLlavaNextModel(MoDMultimodalModel, LlavaNextModel):
-    """`LlavaNextModel` whose decoder has Mixture-of-Depths layers."""
+class AnyresVision(TiledVision):
+    """What `LlavaNextModel` does not do: single tiles without sizes, and the release's way of unpadding."""
 
-    config_class = PmodLlavaNextConfig
-    output_class = LlavaNextModelOutputWithPast
-    tiled = True
-
+    @functools.wraps(LlavaNextModel.get_image_features)
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any
     ) -> Any:
@@ -124,7 +113,7 @@ class PmodLlavaNextModel(MoDMultimodalModel, LlavaNextModel):
         """
         if image_sizes is None and pixel_values.dim() == 4:
             return LlavaModel.get_image_features(self, pixel_values, **kwargs)
-        return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)
+        return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)  # type: ignore[misc]
 
     def pack_image_features(
         self,
@@ -144,9 +133,9 @@ class PmodLlavaNextModel(MoDMultimodalModel, LlavaNextModel):
         Returns:
             [vision tokens, hidden] for each image, and the numbers of vision tokens.
         """
-        config: Any = self.config
+        config: Any = self.config  # type: ignore[attr-defined]
         if not config.released_anyres or image_newline is None:
-            return super().pack_image_features(
+            return super().pack_image_features(  # type: ignore[misc]
                 image_features, image_sizes, vision_feature_select_strategy, image_newline
             )
         tile = config.vision_config.image_size
@@ -167,17 +156,22 @@ class PmodLlavaNextModel(MoDMultimodalModel, LlavaNextModel):
         return packed, torch.tensor([len(tokens) for tokens in packed], device=packed[0].device)
 
 
-class PmodLlavaNextForConditionalGeneration(MoDForConditionalGeneration, LlavaNextForConditionalGeneration):
-    """`LlavaNextForConditionalGeneration` whose decoder has Mixture-of-Depths layers."""
-
-    config_class = PmodLlavaNextConfig
-    inner_class = PmodLlavaNextModel
-    forward = with_routing(LlavaNextForConditionalGeneration.forward)
+CLASSES = family_classes(
+    __name__,
+    AnyresConfig,
+    LlavaNextModel,
+    LlavaNextForConditionalGeneration,
+    decoders=(PmodLlamaModel, PmodMistralModel, PmodQwen2Model),
+    vision=AnyresVision,
+)
+(
+    PmodLlavaNextConfig,
+    PmodLlavaNextModel,
+    PmodLlavaNextForConditionalGeneration,
+    PmodLlavaNextCausalLMOutputWithPast,
+) = CLASSES
 
 
 def register() -> None:
     """Register with transformers."""
-    register_classes(
-        PmodLlavaNextConfig, PmodLlavaNextModel, PmodLlavaNextForConditionalGeneration, PmodLlavaNextProcessor
-    )
-    register_image_processor(PmodLlavaNextConfig, PmodLlavaNextImageProcessor)
+    CLASSES.register(PmodLlavaNextProcessor, PmodLlavaNextImageProcessor)

@@ -1,29 +1,34 @@
 """Language models with Mixture-of-Depths layers: the transformers classes, subclassed.
 
-A decoder whose layers are pre-norm (``input_layernorm``, ``self_attn``, ``post_attention_layernorm``, ``mlp``) is
-two classes and one line in `DECODERS`.
+`mod_decoder` makes the class for any decoder whose layers are pre-norm (``input_layernorm``, ``self_attn``,
+``post_attention_layernorm``, ``mlp``). The routing plan of a forward pass is made here, at the language model's door:
+what comes before it, a family's own forward, stays as transformers wrote it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
+from torch import Tensor, nn
+from transformers import DynamicCache, LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
 from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
+from pmod_cli.modeling.cache import adopt_cache
+from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.layer import MoDDecoderLayer
+from pmod_cli.modeling.masks import causal_mask
+from pmod_cli.modeling.plan import RoutingRecord, plan_forward
 from pmod_cli.modeling.router import Router
 from pmod_cli.modeling.settings import MoDConfig
 
 
 def take_over(dense: nn.Module, build: Callable[[], Any]) -> Any:
-    """A new module of a subclass that holds the dense module's own children and parameters.
+    """A new module of a subclass that holds the dense module's own children, parameters and buffers.
 
     Args:
         dense: The module to take over; its tensors are shared, not copied.
@@ -31,23 +36,11 @@ def take_over(dense: nn.Module, build: Callable[[], Any]) -> Any:
     """
     with torch.device("meta"):
         module = build()
-    for name, child in dense.named_children():
-        setattr(module, name, child)
-    for name, parameter in dense.named_parameters(recurse=False):
-        setattr(module, name, parameter)
+    tensors = (dense.named_parameters(recurse=False), dense.named_buffers(recurse=False))
+    for part in (dense.named_children(), *tensors):
+        for name, value in part:
+            setattr(module, name, value)
     return module
-
-
-class MoDLlamaDecoderLayer(MoDDecoderLayer, LlamaDecoderLayer):
-    """Llama and Vicuna."""
-
-
-class MoDMistralDecoderLayer(MoDDecoderLayer, MistralDecoderLayer):
-    """Mistral."""
-
-
-class MoDQwen2DecoderLayer(MoDDecoderLayer, Qwen2DecoderLayer):
-    """Qwen2."""
 
 
 class MoDDecoder:
@@ -55,14 +48,82 @@ class MoDDecoder:
 
     Attributes:
         mod_layer_class: Class of those layers.
+        mod: Which layers, and how.
     """
 
     mod_layer_class: type[MoDDecoderLayer]
+    mod: MoDConfig
 
     @property
     def retention_ratios(self) -> list[float | None]:
         """What the layers keep now, one entry a layer, None for a dense one; a warm-up changes it."""
         return [getattr(layer, "retention_ratio", None) for layer in self.layers]  # type: ignore[attr-defined]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Plan the forward pass, then run it.
+
+        In front of ``forward``, so that ``compile()``, which compiles all behind this, meets no wait for the device.
+        A call without ``vision_mask`` is not planned: it has its ``routing_plan``, or runs dense.
+        """
+        if "vision_mask" in kwargs:
+            kwargs = self._plan(**kwargs)
+        return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _plan(
+        self,
+        *,
+        vision_mask: Tensor | None,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        routing_record: RoutingRecord | None = None,
+        vision_gradient: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The dense forward's arguments, and ``routing_plan``.
+
+        Args:
+            vision_mask: True for vision tokens, [batch, tokens]; None if there are none.
+            inputs_embeds: With the image features written in, [batch, tokens, hidden].
+            attention_mask: 1 for real tokens, [batch, past + tokens].
+            position_ids: See `plan_forward`.
+            use_cache: Whether to fill a cache; the config's by default.
+            routing_record: Filled with each Mixture-of-Depths layer's routing.
+            vision_gradient: A zero that the embeddings carry on; see `MoDMultimodalModel`.
+            **kwargs: The others; the cache is adopted in place.
+        """
+        config: Any = self.config  # type: ignore[attr-defined]
+        if vision_gradient is not None:
+            inputs_embeds = inputs_embeds + vision_gradient.to(inputs_embeds.dtype)
+        batch, length = inputs_embeds.shape[:2]
+        plan, mask = plan_forward(
+            (batch, length),
+            vision_mask,
+            attention_mask,
+            position_ids,
+            self.retention_ratios,
+            self.mod.target_tokens,
+            routing_record,
+        )
+        if mask is not None:
+            mask = causal_mask(config, inputs_embeds, mask.shape[1] - length, mask)
+        use_cache = config.use_cache if use_cache is None else use_cache
+        checkpointing = self.training and self.gradient_checkpointing  # type: ignore[attr-defined]
+        cache = kwargs.pop(CACHE_ARGUMENT, None)
+        if use_cache and cache is None and not checkpointing:
+            cache = DynamicCache(config=config)
+        if cache is not None:
+            adopt_cache(cache, self.mod.mod_layers, config.num_hidden_layers)
+        return {
+            **kwargs,
+            CACHE_ARGUMENT: cache,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": mask,
+            "position_ids": position_ids,
+            "use_cache": use_cache,
+            "routing_plan": plan,
+        }
 
     @classmethod
     def from_dense(cls, dense: PreTrainedModel, mod: MoDConfig) -> Any:
@@ -90,18 +151,17 @@ class MoDDecoder:
                 "a decoder with sliding-window attention is not supported: its window counts tokens"
             )
         decoder: Any = take_over(dense, lambda: cls(config))  # type: ignore[call-arg]
+        decoder.mod = mod
         layers = list(decoder.layers)
         for index in mod.mod_layers:
-            layers[index] = decoder._mod_layer(layers[index], index, mod)
+            layers[index] = decoder._mod_layer(layers[index], index)
         decoder.layers = nn.ModuleList(layers)
         return decoder
 
-    def _mod_layer(self, dense_layer: nn.Module, index: int, mod: MoDConfig) -> nn.Module:
-        config = self.config  # type: ignore[attr-defined]
+    def _mod_layer(self, dense_layer: nn.Module, index: int) -> nn.Module:
+        config: Any = self.config  # type: ignore[attr-defined]
         layer: Any = take_over(dense_layer, lambda: self.mod_layer_class(config, index))  # type: ignore[call-arg]
-        ratio = mod.retention_ratios[index]
-        assert ratio is not None
-        layer.add_router(config.hidden_size, mod, ratio)
+        layer.add_router(config.hidden_size, self.mod, self.mod.retention_ratios[index])
         return layer
 
     @torch.no_grad()
@@ -113,41 +173,45 @@ class MoDDecoder:
             super()._init_weights(module)  # type: ignore[misc]
 
 
-class PmodLlamaModel(MoDDecoder, LlamaModel):
-    """Llama and Vicuna."""
+def mod_decoder(text_model: type, layer: type, module: str) -> Any:
+    """The p-MoD class of a transformers decoder, e.g. `PmodLlamaModel`, with layers `MoDLlamaDecoderLayer`.
 
-    mod_layer_class = MoDLlamaDecoderLayer
-    _no_split_modules = ("LlamaDecoderLayer", "MoDLlamaDecoderLayer")
-
-
-class PmodMistralModel(MoDDecoder, MistralModel):
-    """Mistral."""
-
-    mod_layer_class = MoDMistralDecoderLayer
-    _no_split_modules = ("MistralDecoderLayer", "MoDMistralDecoderLayer")
-
-
-class PmodQwen2Model(MoDDecoder, Qwen2Model):
-    """Qwen2."""
-
-    mod_layer_class = MoDQwen2DecoderLayer
-    _no_split_modules = ("Qwen2DecoderLayer", "MoDQwen2DecoderLayer")
+    Args:
+        text_model: The decoder, e.g. `LlamaModel`.
+        layer: Its layers' class, pre-norm, with two residual branches that are added as they are.
+        module: Name of the module in which the class will stand; pass ``__name__``.
+    """
+    shared = {"__module__": module}
+    mod_layer = type(f"MoD{layer.__name__}", (MoDDecoderLayer, layer), {**shared, "__doc__": layer.__doc__})
+    attributes = {
+        "__doc__": f"`{text_model.__name__}` with Mixture-of-Depths layers.",
+        "mod_layer_class": mod_layer,
+        "_no_split_modules": (layer.__name__, mod_layer.__name__),
+    }
+    return type(f"Pmod{text_model.__name__}", (MoDDecoder, text_model), {**shared, **attributes})
 
 
-DECODERS: dict[str, type[MoDDecoder]] = {
-    "llama": PmodLlamaModel,
-    "mistral": PmodMistralModel,
-    "qwen2": PmodQwen2Model,
-}
+PmodLlamaModel = mod_decoder(LlamaModel, LlamaDecoderLayer, __name__)
+PmodMistralModel = mod_decoder(MistralModel, MistralDecoderLayer, __name__)
+PmodQwen2Model = mod_decoder(Qwen2Model, Qwen2DecoderLayer, __name__)
+MoDLlamaDecoderLayer = PmodLlamaModel.mod_layer_class
+MoDMistralDecoderLayer = PmodMistralModel.mod_layer_class
+MoDQwen2DecoderLayer = PmodQwen2Model.mod_layer_class
 
 
-def to_mod(dense: PreTrainedModel, mod: MoDConfig) -> Any:
+def to_mod(dense: PreTrainedModel, mod: MoDConfig, decoders: Sequence[type[MoDDecoder]]) -> Any:
     """The p-MoD counterpart of a dense decoder.
 
+    Args:
+        dense: The decoder; taken over, not copied.
+        mod: Which layers, and how.
+        decoders: The p-MoD decoders that a family can have.
+
     Raises:
-        ValueError: If the decoder's architecture is not supported.
+        ValueError: If the decoder is none of them.
     """
-    kind = dense.config.model_type
-    if kind not in DECODERS:
-        raise ValueError(f"language model {kind!r} is not supported; supported: {', '.join(DECODERS)}")
-    return DECODERS[kind].from_dense(dense, mod)
+    for decoder in decoders:
+        if type(dense) in decoder.__mro__:
+            return decoder.from_dense(dense, mod)
+    supported = ", ".join(decoder.config_class.model_type for decoder in decoders)  # type: ignore[attr-defined]
+    raise ValueError(f"language model {dense.config.model_type!r} is not supported; supported: {supported}")

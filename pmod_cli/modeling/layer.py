@@ -43,10 +43,7 @@ class MoDDecoderLayer:
         hidden_states: Tensor,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        past_key_values: Cache | None = None,
         routing_plan: RoutingPlan | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -57,19 +54,16 @@ class MoDDecoderLayer:
             attention_mask: The model's mask for dense layers; used as it is where this layer's cache is empty
                 and nothing is routed.
             position_ids: [1 or batch, tokens].
-            cache: The KV cache, adopted by `adopt_cache`, or None.
-            use_cache: Passed on.
             position_embeddings: RoPE tables (cos, sin), [1 or batch, tokens, head_dim] each.
-            past_key_values: Name of ``cache`` before transformers 5.24.
             routing_plan: Tokens of this forward pass; None is a chunk without routed tokens or padding.
-            **kwargs: Passed on to the attention.
+            **kwargs: Passed on to the attention, among them the KV cache, adopted by `adopt_cache`, under the name
+                that transformers gives it.
 
         Returns:
             Residual stream, [batch, tokens, hidden].
         """
-        cache = cache if cache is not None else past_key_values
+        cache: Cache | None = kwargs.get(CACHE_ARGUMENT)
         store = None if cache is None else cache.layers[self.self_attn.layer_idx]  # type: ignore[attr-defined]
-        shared = {CACHE_ARGUMENT: cache, "use_cache": use_cache, **kwargs}
         if routing_plan is None or routing_plan.target_mask is None:
             if store is not None and store.length:  # which may have left no slot in use
                 real = None if routing_plan is None else routing_plan.real_mask
@@ -81,10 +75,10 @@ class MoDDecoderLayer:
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
-                **shared,
+                **kwargs,
             )
             return self._with_router_gradient(hidden_states)
-        return self._routed(hidden_states, position_embeddings, store, routing_plan, shared)
+        return self._routed(hidden_states, position_embeddings, store, routing_plan, kwargs)
 
     def _routed(
         self,

@@ -36,6 +36,24 @@ class LayerRouting:
     kept_slots: Tensor | None
 
 
+class RoutingRecord:
+    """Where the layers of one forward pass leave their routing.
+
+    No dict and no dataclass: sharded training (FSDP2) and accelerate's hooks copy those among a module's arguments,
+    and what a layer writes into a copy is lost.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[int, LayerRouting] = {}
+
+    def __setitem__(self, layer: int, routing: LayerRouting) -> None:
+        self._layers[layer] = routing
+
+    def get(self, layer: int) -> LayerRouting | None:
+        """A layer's routing; None for a dense layer and for a pass without routed tokens."""
+        return self._layers.get(layer)
+
+
 @dataclass
 class RoutingPlan:
     """Tokens of one forward pass (a prefill, or a chunk that continues a cache).
@@ -54,7 +72,7 @@ class RoutingPlan:
     real_mask: Tensor | None
     kept_lengths: Sequence[list[int] | None] = ()
     rank: Tensor | None = None
-    record: dict[int, LayerRouting] | None = None
+    record: RoutingRecord | None = None
 
     @classmethod
     def from_counts(
@@ -64,7 +82,7 @@ class RoutingPlan:
         num_targets: list[int],
         num_real: list[int],
         ratios: Sequence[float | None],
-        record: dict[int, LayerRouting] | None = None,
+        record: RoutingRecord | None = None,
     ) -> RoutingPlan:
         """A plan from counts that the host already has; nothing is read from the device.
 
@@ -86,6 +104,67 @@ class RoutingPlan:
             for ratio in ratios
         ]
         return cls(target_mask, real_mask, lengths, spread_rank(target_mask), record)
+
+
+def plan_forward(
+    shape: tuple[int, int],
+    vision_mask: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    ratios: Sequence[float | None],
+    target_tokens: str,
+    record: RoutingRecord | None = None,
+) -> tuple[RoutingPlan | None, Tensor | None]:
+    """Count the tokens of a forward pass and plan it; the one time that the host waits for the device.
+
+    Args:
+        shape: (batch, tokens).
+        vision_mask: True for vision tokens, [batch, tokens], or None.
+        attention_mask: 1 for real tokens, [batch, past + tokens]; None if nothing is padded.
+        position_ids: As the caller gave them, or None.
+        ratios: Retention ratio of each decoder layer, None for a dense one.
+        target_tokens: See `MoDConfig`; what ``vision_hr`` leaves out is not in ``vision_mask``.
+        record: Where layers put their routing, or None.
+
+    Returns:
+        The plan, None if nothing is routed or padded; and the attention mask as booleans, None if it hides nothing.
+
+    Raises:
+        ValueError: If several sequences with vision tokens are packed into one.
+    """
+    batch, length = shape
+    whole_mask = None if attention_mask is None else attention_mask.bool()
+    real_mask = None if whole_mask is None else whole_mask[:, -length:]
+    restarts = None if vision_mask is None or whole_mask is not None else _restarts(position_ids, batch)
+    vision, real, whole, packed = count_tokens(vision_mask, real_mask, whole_mask, restarts)
+    if whole_mask is None or whole == [whole_mask.shape[1]] * batch:
+        whole_mask, real_mask, real = None, None, [length] * batch
+    if vision_mask is None or not any(vision):
+        return (None if real_mask is None else RoutingPlan(None, real_mask)), whole_mask
+    if any(packed):
+        raise ValueError(
+            "position_ids start anew within a sequence: several sequences packed into one are not supported, "
+            "since a layer keeps a share of each sequence's vision tokens; pad them into a batch"
+        )
+    if target_tokens == "all":
+        # A sample without vision tokens stays dense, as it is alone.
+        vision_mask = vision_mask.any(-1, keepdim=True).expand_as(vision_mask)
+        vision_mask = vision_mask if real_mask is None else vision_mask & real_mask
+        vision = [tokens if seen else 0 for tokens, seen in zip(real, vision, strict=True)]
+    return RoutingPlan.from_counts(vision_mask, real_mask, vision, real, ratios, record), whole_mask
+
+
+def _restarts(position_ids: Tensor | None, batch: int) -> Tensor | None:
+    """True where positions fall within a sequence, [batch, tokens - 1], as in packed sequences; None if not known.
+
+    Positions are [1 or batch, tokens], or for M-RoPE [4, batch, tokens] with the text's own first. Those of the
+    picture alone, [3, batch, tokens], fall within a picture too.
+    """
+    if position_ids is not None and position_ids.dim() == 3:
+        position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
+    if position_ids is None or position_ids.shape[-1] < 2:
+        return None
+    return (position_ids[..., 1:] < position_ids[..., :-1]).expand(batch, -1)
 
 
 def count_tokens(*masks: Tensor | None) -> list[list[int]]:

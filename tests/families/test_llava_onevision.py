@@ -124,7 +124,7 @@ def test_high_resolution_tokens_only():
 def test_wrong_numbers_are_told_by_kind():
     model, prompt = pmod_model(), inputs("both")
     prompt["input_ids"][0, -1] = VIDEO
-    with pytest.raises(ValueError, match="10 video tokens in the prompt for 9 video features"):
+    with pytest.raises(ValueError, match="Video features and video tokens do not match, tokens: 10"):
         model(**prompt)
 
 

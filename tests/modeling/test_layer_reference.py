@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from pmod_cli.modeling.cache import adopt_cache
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.decoders import MoDLlamaDecoderLayer
-from pmod_cli.modeling.plan import RoutingPlan, count_tokens
+from pmod_cli.modeling.plan import RoutingPlan, RoutingRecord, count_tokens
 from pmod_cli.modeling.settings import MoDConfig
 from tests.common.reference import load_case, norm_settings
 
@@ -67,7 +67,7 @@ def run(
         targets,
         counts or [hidden.shape[1]] * len(hidden),
         [layer.retention_ratio],
-        record={},
+        record=RoutingRecord(),
     )
     rope = LlamaRotaryEmbedding(config)(hidden, position_ids=tensors["position_ids"])
     output = layer(

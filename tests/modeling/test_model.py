@@ -219,9 +219,9 @@ def test_skipped_tokens_are_scaled_and_nothing_else():
 
 def test_counts_that_do_not_match_are_an_error():
     model = tiny_model()
-    with pytest.raises(ValueError, match="25 image tokens in the prompt for 50 image features"):
+    with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 25"):
         model(input_ids=IDS, pixel_values=pictures(2))
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="2-D attention mask"):
         model(input_ids=IDS, pixel_values=PIXELS, attention_mask=torch.ones(1, 1, 35, 35))
