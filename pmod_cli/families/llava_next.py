@@ -38,19 +38,7 @@ class AnyresConfig(LlavaNextConfig):
 
 
 class PmodLlavaNextProcessor(LlavaNextProcessor):
-    """`LlavaNextProcessor` that counts image tokens as `PmodLlavaNextModel` makes them.
-
-    Args:
-        image_processor: See `LlavaNextProcessor`, as for all up to ``num_additional_image_tokens``.
-        tokenizer: See there.
-        patch_size: See there.
-        vision_feature_select_strategy: See there.
-        chat_template: See there.
-        image_token: See there.
-        num_additional_image_tokens: See there.
-        released_anyres: See `AnyresConfig`.
-        max_num_patches: See `AnyresConfig`.
-    """
+    """`LlavaNextProcessor` that counts image tokens as `PmodLlavaNextModel` makes them (see `AnyresConfig`)."""
 
     def __init__(
         self,
@@ -104,13 +92,7 @@ class AnyresVision(TiledVision):
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """As in transformers; 4-D pixel values without sizes are one tile an image, as in LLaVA-1.5.
-
-        Args:
-            pixel_values: [images, tiles, 3, height, width], or [images, 3, height, width] without ``image_sizes``.
-            image_sizes: (height, width) of each image, [images, 2].
-            **kwargs: See `LlavaNextModel.get_image_features`.
-        """
+        """As in transformers; [images, 3, height, width] without sizes are one tile an image, as in LLaVA-1.5."""
         if image_sizes is None and pixel_values.dim() == 4:
             return LlavaModel.get_image_features(self, pixel_values, **kwargs)
         return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)  # type: ignore[misc]

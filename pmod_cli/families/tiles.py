@@ -23,10 +23,7 @@ class TiledVision(MoDMultimodalModel):
     ) -> Tensor | None:
         """For ``vision_hr``, vision tokens behind each image's base tile, and all of what is no image.
 
-        Args:
-            input_ids: See `MoDMultimodalModel.vision_tokens`.
-            inputs_embeds: See there.
-            inputs: See there; images are encoded here, since only their features tell how many each has.
+        Images are encoded here, since only their features tell how many each has.
 
         Raises:
             ValueError: If ``vision_hr`` gets parts of images.

@@ -7,13 +7,12 @@ what comes before it, a family's own forward, stays as transformers wrote it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
-from transformers import initialization as init
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -81,17 +80,9 @@ class MoDDecoder:
         vision_gradient: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The dense forward's arguments, and ``routing_plan``.
+        """The dense forward's arguments, and ``routing_plan``; the cache is made or adopted.
 
-        Args:
-            vision_mask: True for vision tokens, [batch, tokens]; None if there are none.
-            inputs_embeds: With the image features written in, [batch, tokens, hidden].
-            attention_mask: 1 for real tokens, [batch, past + tokens].
-            position_ids: See `plan_forward`.
-            use_cache: Whether to fill a cache; the config's by default.
-            routing_record: Filled with each Mixture-of-Depths layer's routing.
-            vision_gradient: A zero that the embeddings carry on; see `MoDMultimodalModel`.
-            **kwargs: The others; the cache is adopted in place.
+        The first arguments are `plan_forward`'s; ``vision_gradient`` is a zero that the embeddings carry on.
         """
         config: Any = self.config  # type: ignore[attr-defined]
         if vision_gradient is not None:
@@ -167,8 +158,7 @@ class MoDDecoder:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Router):
-            for parameter in module.parameters():
-                init.zeros_(parameter)
+            module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
@@ -197,21 +187,3 @@ PmodQwen2Model = mod_decoder(Qwen2Model, Qwen2DecoderLayer, __name__)
 MoDLlamaDecoderLayer = PmodLlamaModel.mod_layer_class
 MoDMistralDecoderLayer = PmodMistralModel.mod_layer_class
 MoDQwen2DecoderLayer = PmodQwen2Model.mod_layer_class
-
-
-def to_mod(dense: PreTrainedModel, mod: MoDConfig, decoders: Sequence[type[MoDDecoder]]) -> Any:
-    """The p-MoD counterpart of a dense decoder.
-
-    Args:
-        dense: The decoder; taken over, not copied.
-        mod: Which layers, and how.
-        decoders: The p-MoD decoders that a family can have.
-
-    Raises:
-        ValueError: If the decoder is none of them.
-    """
-    for decoder in decoders:
-        if type(dense) in decoder.__mro__:
-            return decoder.from_dense(dense, mod)
-    supported = ", ".join(decoder.config_class.model_type for decoder in decoders)  # type: ignore[attr-defined]
-    raise ValueError(f"language model {dense.config.model_type!r} is not supported; supported: {supported}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmod_cli.modeling.compat import PIXELS, encoded_inputs
-from pmod_cli.modeling.decoders import MoDDecoder, take_over, to_mod
+from pmod_cli.modeling.decoders import MoDDecoder, take_over
 from pmod_cli.modeling.plan import RoutingRecord
 from pmod_cli.modeling.settings import MoDConfig
 
@@ -67,8 +67,18 @@ class MoDMultimodalModel:
         return model
 
     def _route(self, dense: Any) -> None:
-        """Put the p-MoD counterpart of the dense model's language model in its place, whatever its name is."""
-        self.set_decoder(to_mod(dense.get_decoder(), self.mod, self.decoders))  # type: ignore[attr-defined]
+        """Put the p-MoD counterpart of the dense model's language model in its place, whatever its name is.
+
+        Raises:
+            ValueError: If the family has no such language model.
+        """
+        language_model = dense.get_decoder()
+        for decoder in self.decoders:
+            if type(language_model) in decoder.__mro__:
+                self.set_decoder(decoder.from_dense(language_model, self.mod))  # type: ignore[attr-defined]
+                return
+        kind, known = language_model.config.model_type, [cls.config_class.model_type for cls in self.decoders]  # type: ignore[attr-defined]
+        raise ValueError(f"language model {kind!r} is not supported; supported: {', '.join(known)}")
 
     def forward(
         self,
@@ -157,7 +167,7 @@ class MoDMultimodalModel:
             return None
         decoder = {id(parameter) for parameter in self.get_decoder().parameters()}  # type: ignore[attr-defined]
         trained = [p for p in self.parameters() if p.requires_grad and id(p) not in decoder]  # type: ignore[attr-defined]
-        return sum(0.0 * parameter.sum() for parameter in trained) if trained else None  # type: ignore[return-value]
+        return sum((0.0 * parameter.sum() for parameter in trained), torch.zeros(())) if trained else None
 
 
 class MoDForConditionalGeneration:
@@ -183,16 +193,7 @@ class MoDForConditionalGeneration:
         vision_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers; ``vision_mask`` goes where the pictures go, which is the prompt.
-
-        Args:
-            input_ids: See there, as for all but ``vision_mask``.
-            *args: See there.
-            inputs_embeds: See there.
-            is_first_iteration: See there.
-            vision_mask: True for the prompt's vision tokens, [batch, tokens]; see `MoDMultimodalModel.forward`.
-            **kwargs: See there.
-        """
+        """As in transformers; the prompt's ``vision_mask``, [batch, tokens], goes where pictures go: to the prefill."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )

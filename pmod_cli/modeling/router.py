@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
@@ -32,9 +33,8 @@ class Router(nn.Module):
 
     def reset_parameters(self) -> None:
         """Zero the router: the layer then starts as the baseline's."""
-        nn.init.zeros_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            init.zeros_(parameter)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Raw logits.

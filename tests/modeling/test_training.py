@@ -114,7 +114,7 @@ def scalar_reads(function):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_one_host_synchronisation_a_prefill(padded, monkeypatch):
-    """The tower and projector have none; transformers' own check of the placeholders, before the decoder, is its own."""
+    """The tower and projector have none; transformers' check of the placeholders, before the decoder, is its own."""
     model = tiny_model()
     ids, mask = pad(PROMPTS, "left") if padded else (torch.tensor([PROMPTS[2]]), None)
     images = 3 if padded else 2
