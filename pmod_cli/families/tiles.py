@@ -49,13 +49,12 @@ class TiledVision(MoDMultimodalModel):
     def _encode(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Encode what comes as pixels, with transformers' own methods; ``inputs`` then has it encoded."""
         encoded = dict(inputs.get("mm_encoder_outputs") or {})
-        for kind in PIXELS:
-            if inputs.get(PIXELS[kind]) is not None:
+        for kind, pixels in PIXELS.items():
+            if inputs.get(pixels) is not None:
                 encode = getattr(self, f"get_{kind}_features")
-                options = {name: inputs.get(name) for name in inspect.signature(encode).parameters}
-                options = {name: value for name, value in options.items() if value is not None}
-                encoded[kind] = encode(**options, return_dict=True)
-                del inputs[PIXELS[kind]]
+                names = inspect.signature(encode).parameters.keys() - PIXELS.values()
+                options = {name: inputs[name] for name in names if inputs.get(name) is not None}
+                encoded[kind] = encode(inputs.pop(pixels), **options, return_dict=True)
         inputs["mm_encoder_outputs"] = encoded
         return encoded
 

@@ -171,3 +171,40 @@ def test_image_token_made_by_the_model_itself_is_text(model):
         ).routing
     assert routed == (None,) * 8
     assert [layer.keys.shape[-2] for layer in cache.layers] == [slot + 1 for slot in slots]
+
+
+def merged(model, ids, pixels):
+    """Embeddings with the image features written in, as a caller may prepare them."""
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        features = torch.cat(list(model.model.get_image_features(pixels, return_dict=True).pooler_output))
+    return embeds.masked_scatter((ids == IMAGE)[..., None], features)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_merged_embeddings_are_routed_in_generate_too(model, beams):
+    """With ``vision_mask`` the prefill is the one of ids and pictures, left-padded and with beams too."""
+    ids, mask = pad([prompt(1, 5, seed=3), prompt(2, 4, seed=4), prompt(0, 6, seed=5)], "left")
+    pixels = pictures(3)
+    options = {**OPTIONS, "do_sample": False, "num_beams": beams, "return_dict_in_generate": True}
+    expected = model.generate(input_ids=ids, attention_mask=mask, pixel_values=pixels, **options)
+    inputs = {"inputs_embeds": merged(model, ids, pixels), "attention_mask": mask}
+    made = model.generate(**inputs, vision_mask=ids == IMAGE, **options)
+    assert torch.equal(made.sequences, expected.sequences[:, ids.shape[1] :])
+    slots = [[layer.keys.shape[-2] for layer in output[CACHE_ARGUMENT].layers] for output in (made, expected)]
+    assert slots[0] == slots[1]
+    assert slots[0][-1] < slots[0][0]
+    dense = model.generate(**inputs, **options)
+    assert len({layer.keys.shape[-2] for layer in dense[CACHE_ARGUMENT].layers}) == 1
+
+
+def test_a_vision_mask_of_other_tokens_is_an_error(model):
+    with pytest.raises(ValueError, match=r"vision_mask is \[1, 3\] for tokens \[1, \d+\]"):
+        model(input_ids=IDS, vision_mask=torch.zeros(1, 3, dtype=torch.bool))
+
+
+def test_a_vision_mask_without_a_cache(model):
+    """Every step is a full forward pass; what was generated is text."""
+    options = {**OPTIONS, "do_sample": False, "use_cache": False}
+    routed = model.generate(**INPUTS, **options)
+    assert torch.equal(model.generate(**INPUTS, vision_mask=IDS == IMAGE, **options), routed)

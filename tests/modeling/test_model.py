@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from pmod_cli.families.llava import PmodLlavaCausalLMOutputWithPast
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.modeling.plan import plan_forward
 from pmod_cli.modeling.schedule import kept_tokens
 from pmod_cli.modeling.settings import MoDConfig
 from tests.common.tiny import IMAGE, dense_counterpart, pad, pictures, prompt, tiny_config, tiny_model
@@ -331,3 +335,48 @@ def test_text_only_training_gives_every_router_a_zero_gradient():
     routers = [p for name, p in model.named_parameters() if ".router." in name]
     assert len(routers) == 12
     assert all(p.grad is not None and not p.grad.any() for p in routers)
+
+
+def test_embeddings_with_placeholders_are_found_by_equality():
+    model = tiny_model()
+    with torch.no_grad():
+        expected = model(input_ids=IDS, pixel_values=PIXELS, output_routing=True)
+        embeds = model.get_input_embeddings()(IDS)
+        output = model(inputs_embeds=embeds, pixel_values=PIXELS, output_routing=True)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.routing[-1].kept, expected.routing[-1].kept)
+
+
+@pytest.mark.parametrize(("axes", "packed"), [(3, False), (4, True)])
+def test_positions_of_pictures_fall_within_them(axes, packed):
+    """M-RoPE: only the text's own positions, the first of four, tell of packed sequences."""
+    length = IDS.shape[1]
+    positions = torch.arange(length).repeat(axes, 1, 1)
+    positions[0, 0, length // 2 :] = 0
+    arguments = ((1, length), IDS == IMAGE, None, positions, [0.5], "vision")
+    if packed:
+        with pytest.raises(ValueError, match="packed"):
+            plan_forward(*arguments)
+    else:
+        assert plan_forward(*arguments)[0] is not None
+
+
+def test_the_output_with_routing_is_a_class_with_that_field():
+    """What rebuilds outputs field by field (FSDP2), or pickles them, keeps the routing."""
+    model = tiny_model()
+    with torch.no_grad():
+        output = model(input_ids=IDS, pixel_values=PIXELS, output_routing=True, use_cache=False)
+    assert type(output) is PmodLlavaCausalLMOutputWithPast
+    copied = dataclasses.replace(output, loss=torch.zeros(()))
+    assert len(copied.routing) == 8
+    again = pickle.loads(pickle.dumps(output))
+    assert torch.equal(again.routing[-1].kept, output.routing[-1].kept)
+
+
+def test_a_whole_model_can_be_pickled():
+    model = tiny_model()
+    again = pickle.loads(pickle.dumps(model))
+    with torch.no_grad():
+        assert torch.equal(
+            again(input_ids=IDS, pixel_values=PIXELS).logits, model(input_ids=IDS, pixel_values=PIXELS).logits
+        )
