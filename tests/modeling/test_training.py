@@ -204,7 +204,7 @@ def test_routing_survives_sharding_in_mixed_precision():
         policy["mesh"] = init_device_mesh("cpu", (1,))
         for layer in model.model.language_model.layers:
             fully_shard(layer, **policy)
-        for module in (model.model.language_model, model.model, model):
+        for module in (model.model, model):
             fully_shard(module, **policy)
         with torch.no_grad():
             routing = model(**batch(), output_routing=True).routing
