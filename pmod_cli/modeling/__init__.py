@@ -5,5 +5,6 @@
 - ``plan``: what one forward pass knows of its tokens, found with one host synchronisation.
 - ``layer``: the Mixture-of-Depths decoder layer with symmetric token reweighting.
 - ``cache``: the KV cache that holds only kept tokens.
-- ``model``: what turns a transformers image-text-to-text class into its p-MoD counterpart.
+- ``decoders``: a language model with such layers, which plans each forward pass before it runs.
+- ``model``, ``family``: what turns a transformers image-text-to-text class into its p-MoD counterpart.
 """
