@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pmod_cli.modeling.compat import PIXELS, encoded_inputs
-from pmod_cli.modeling.decoders import MoDDecoder, take_over
+from pmod_cli.modeling.decoders import take_over
 from pmod_cli.modeling.plan import RoutingRecord
 from pmod_cli.modeling.settings import MoDConfig
 
@@ -51,7 +51,7 @@ class MoDMultimodalModel:
         decoders: The p-MoD language models that it can have.
     """
 
-    decoders: Sequence[type[MoDDecoder]]
+    decoders: Sequence[Any]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -73,12 +73,11 @@ class MoDMultimodalModel:
             ValueError: If the family has no such language model.
         """
         language_model = dense.get_decoder()
-        for decoder in self.decoders:
-            if type(language_model) in decoder.__mro__:
-                self.set_decoder(decoder.from_dense(language_model, self.mod))  # type: ignore[attr-defined]
-                return
-        kind, known = language_model.config.model_type, [cls.config_class.model_type for cls in self.decoders]  # type: ignore[attr-defined]
-        raise ValueError(f"language model {kind!r} is not supported; supported: {', '.join(known)}")
+        kind: str = language_model.config.model_type
+        known: dict[str, Any] = {cls.config_class.model_type: cls for cls in self.decoders}
+        if kind not in known:
+            raise ValueError(f"language model {kind!r} is not supported; supported: {', '.join(known)}")
+        self.set_decoder(known[kind].from_dense(language_model, self.mod))  # type: ignore[attr-defined]
 
     def forward(
         self,
@@ -109,9 +108,6 @@ class MoDMultimodalModel:
         """
         if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2:
             raise ValueError("a p-MoD model takes a 2-D attention mask (1 for real tokens)")
-        for pixels in PIXELS.values():
-            if inputs.get(pixels) is not None and not len(inputs[pixels]):
-                del inputs[pixels]  # a batch of no pictures
         if not self._kinds(inputs):
             inputs["vision_gradient"] = self._vision_gradient()
         if vision_mask is None:
@@ -154,8 +150,11 @@ class MoDMultimodalModel:
         return (inputs_embeds == embedded).all(-1)
 
     def _kinds(self, inputs: dict[str, Any]) -> list[str]:
-        """Kinds of vision input that a forward pass brings, as pixels or encoded."""
+        """Kinds of vision input that a forward pass brings, as pixels or encoded; pixels of no picture are left out."""
         encoded = inputs.get("mm_encoder_outputs") or {}
+        for pixels in PIXELS.values():
+            if inputs.get(pixels) is not None and not len(inputs[pixels]):
+                del inputs[pixels]
         return [k for k in PIXELS if inputs.get(PIXELS[k]) is not None or encoded.get(k) is not None]
 
     def _vision_gradient(self) -> Tensor | None:

@@ -65,7 +65,7 @@ class RoutingPlan:
         kept_lengths: For each decoder layer how many tokens each sample keeps, text included; None for a dense
             layer. Found here and not in the layers, so that a compiled layer sees plain numbers.
         rank: Tie-break, int64 [batch, tokens]; None if there are no routed tokens.
-        record: Filled with one `LayerRouting` a Mixture-of-Depths layer when the caller wants them.
+        record: Where Mixture-of-Depths layers leave their routing, if the caller wants it.
     """
 
     target_mask: Tensor | None
@@ -86,13 +86,8 @@ class RoutingPlan:
     ) -> RoutingPlan:
         """A plan from counts that the host already has; nothing is read from the device.
 
-        Args:
-            target_mask: True for routed tokens, [batch, tokens], or None.
-            real_mask: False for padding, [batch, tokens], or None.
-            num_targets: Routed tokens of each sample, as counted in ``target_mask``.
-            num_real: Real tokens of each sample, as counted in ``real_mask``.
-            ratios: Retention ratio of each decoder layer, None for a dense one.
-            record: Where layers put their routing, or None.
+        ``num_targets`` and ``num_real`` are each sample's in the two masks, ``ratios`` the retention ratios of the
+        decoder layers, None for a dense one.
         """
         if target_mask is None or not any(num_targets):
             return cls(None, real_mask, record=record)
