@@ -42,18 +42,12 @@ def _use_operators() -> None:
 
 
 def pair_remedy() -> str | None:
-    """The command that installs the torchvision of the installed torch; None if that is not known."""
+    """The command that installs a torchvision for the installed torch; None if there is no torch."""
     try:
-        major, minor = version("torch").split("+")[0].split(".")[:2]
-    except (PackageNotFoundError, ValueError):
+        torch = version("torch").split("+")[0]
+    except PackageNotFoundError:
         return None
-    if major != "2":  # 0.15 came with 2.0, and they have counted together since
-        return None
-    wanted = f"0.{int(minor) + 15}"
-    return (
-        f"torch {major}.{minor} goes with torchvision {wanted}: "
-        f"pip install --force-reinstall --no-deps 'torchvision=={wanted}.*', from the index that torch came from"
-    )
+    return f"pip install --force-reinstall 'torch=={torch}' torchvision, both from the index that torch came from"
 
 
 REQUIRED = {
