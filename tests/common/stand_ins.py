@@ -46,6 +46,7 @@ class StandIns:
             "llava-hf/llava-1.5-7b-hf": models / "baseline",
             "my-llava": models / "baseline",
             "pmod-llava-1.5-7b": models / "pmod",
+            "start": models / "pmod-start",
             "runs/dense": models / "dense-control",
             "runs/pmod": models / "pmod",
         }

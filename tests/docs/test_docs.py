@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,14 @@ import pytest
 import typer
 
 from pmod_cli.cli import app, main
-from tests.common.commands import Command, commands_of_help, commands_of_page, commands_of_recipes, pages
+from tests.common.commands import (
+    ROOT,
+    Command,
+    commands_of_help,
+    commands_of_page,
+    commands_of_recipes,
+    pages,
+)
 from tests.common.stand_ins import StandIns
 
 PAGES = {page.name: commands_of_page(page) for page in pages()}
@@ -79,6 +90,21 @@ def test_commands_of_pages_run(page, demo_folder, tmp_path, monkeypatch, capsys)
             if not any(part in command.line for part in NOT_RUN):
                 stand_ins.provide(command.arguments)
                 run(command, stand_ins.scaled_down(command.arguments), capsys)
+
+
+def test_files_of_pages_exist():
+    for page in pages():
+        for name in re.findall(
+            r"(?:pmod_cli|tests|tools|recipes)/[\w./-]*\w", page.read_text(encoding="utf-8")
+        ):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+
+
+def test_the_figure_of_the_readme_can_be_drawn(tmp_path):
+    picture = tmp_path / "accuracy-flops.png"
+    command = [sys.executable, str(ROOT / "tools" / "accuracy_figure.py"), str(picture)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert picture.stat().st_size > 10_000
 
 
 def run(command: Command, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
