@@ -24,7 +24,7 @@ def main(path: str) -> None:
     for number, (family, name) in enumerate(MODELS.items()):
         published = published_family(family)
         assert published is not None
-        scores = [average(PUBLISHED[family][role]) for role in ("baseline", "model")]
+        scores = [average(PUBLISHED[family][role]) or 0.0 for role in ("baseline", "model")]
         flops = [published.dense_tflops, published.pmod_tflops]
         axis.plot(flops, scores, color=plots.FAINT, linewidth=1, linestyle=":", zorder=1)
         for kind, x, y in zip(("dense", "pmod"), flops, scores, strict=True):
