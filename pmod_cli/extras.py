@@ -187,8 +187,7 @@ def import_remedy(package: Package, extra: str | None = None, error: BaseExcepti
         return f"{found} is imported in its place: rename it"
     if package.mend is not None and (better := package.mend()):
         return better
-    unfit = bounds.outside((None, extra) if extra else (None,))
-    if unfit:
+    if unfit := bounds.outside((extra,)):
         return f"{unfit[0]}: {unfit[0].remedy}"
     while error is not None and error.__cause__ is not None:
         error = error.__cause__
