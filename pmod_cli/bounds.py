@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING
@@ -41,14 +41,14 @@ def install_command(extra: str | None, *, upgrade: bool = False) -> str:
     return f"pip install {'--upgrade ' if upgrade else ''}{target}"
 
 
-def outside(extras: Iterable[str | None] = (None, *EXTRAS)) -> list[Outside]:
+def outside(extras: Sequence[str | None] = EXTRAS) -> list[Outside]:
     """Installed packages whose versions pmod-cli does not declare; what is not installed is left out.
 
     Args:
-        extras: Whose requirements; None is pmod-cli itself.
+        extras: Whose requirements to look at beside pmod-cli's own.
 
     Returns:
-        One a package, in the order of the metadata; none if pmod-cli's own metadata is not there (a source tree).
+        One for each package, in the order of the metadata; none in a source tree, which has no metadata.
     """
     found: dict[str, Outside] = {}
     for extra, requirement in _declared(extras):
@@ -58,36 +58,31 @@ def outside(extras: Iterable[str | None] = (None, *EXTRAS)) -> list[Outside]:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
             remedy = install_command(extra, upgrade=True)
-            found.setdefault(
-                requirement.name, Outside(requirement.name, installed, str(requirement.specifier), remedy)
-            )
+            wanted = str(requirement.specifier)
+            found.setdefault(requirement.name, Outside(requirement.name, installed, wanted, remedy))
     return list(found.values())
 
 
 def requirement_of(name: str) -> str:
     """How pmod-cli asks for a package, e.g. ``lmms-eval<0.8,>=0.7.3``; its name alone if it does not."""
-    for _, requirement in _declared((None, *EXTRAS)):
+    for _, requirement in _declared(EXTRAS):
         if requirement.name == name:
             return f"{name}{requirement.specifier}"
     return name
 
 
-def _declared(extras: Iterable[str | None]) -> Iterator[tuple[str | None, Requirement]]:
-    """The requirements that hold on this machine, each with the extra that brings it."""
+def _declared(extras: Sequence[str | None]) -> Iterator[tuple[str | None, Requirement]]:
+    """The requirements that hold on this machine, each with the extra that brings it, None for pmod-cli itself."""
     try:
         from packaging.requirements import Requirement
 
         lines = requires(DISTRIBUTION) or []
-    except (ImportError, PackageNotFoundError):  # in an environment that is broken, other checks say how
+    except (ImportError, PackageNotFoundError):  # a broken environment, which other checks report
         return
-    wanted = list(extras)
     for line in lines:
         requirement = Requirement(line)
-        for extra in wanted:
-            marker = requirement.marker
-            # Without an extra in its marker a requirement is pmod-cli's own, whatever extra is asked about.
-            if ("extra" in str(marker)) == (extra is not None) and (
-                marker is None or marker.evaluate({"extra": extra or ""})
-            ):
+        marker = requirement.marker
+        for extra in dict.fromkeys((None, *extras)):
+            if marker is None or marker.evaluate({"extra": extra or ""}):
                 yield extra, requirement
                 break

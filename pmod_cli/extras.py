@@ -1,7 +1,7 @@
-"""Packages that only some commands need: imported for real before the work, with one line where that fails.
+"""Optional packages: imported for real before the work, with a one-line error where that fails.
 
-Whether a package is on the disk says little: its import may still raise, because of a version that does not fit or of
-another package of its name. So every command that needs one imports it here first, and ``pmod doctor`` does the same.
+That a package is on the disk says little: its import may still raise, because a version does not fit or another module
+has its name. So every command that needs one imports it here first, and ``pmod doctor`` does the same.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Package:
 
 
 def _lock_files() -> None:
-    """What lmms-eval does first in every evaluation, and where it imports filelock's inside."""
+    """Do what lmms-eval does first in every evaluation: there it imports a private module of filelock."""
     from lmms_eval import evaluator
 
     prepare = getattr(evaluator, "_enable_reentrant_filelocks", None)  # 0.7.3 has it; private, so it may go
@@ -93,7 +93,7 @@ def require(root: str, extra: str | None = None) -> None:
 
 
 def require_if_installed(*roots: str) -> None:
-    """Import those of some optional packages that are there, because a library will do so unasked.
+    """Import those of the packages that are installed, because a library will do so unasked.
 
     Raises:
         BrokenPackageError: The import of one fails.
@@ -104,7 +104,7 @@ def require_if_installed(*roots: str) -> None:
 
 
 def installed(root: str) -> bool:
-    """Whether there is a module of that name; a folder that merely has it is none."""
+    """Whether there is a module of that name; a mere folder of that name does not count."""
     try:
         spec = importlib.util.find_spec(root)
     except (ImportError, ValueError):
@@ -121,7 +121,7 @@ def import_for_real(package: Package, extra: str | None = None) -> None:
 
     Raises:
         MissingExtraError: It is not installed.
-        BrokenPackageError: It is installed, and its import fails, whatever it raises.
+        BrokenPackageError: It is installed, but its import raises, whatever that is.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):
@@ -133,13 +133,13 @@ def import_for_real(package: Package, extra: str | None = None) -> None:
         if not installed(package.root):
             raise MissingExtraError(package.name, extra) from None
         raise BrokenPackageError(
-            installed_name(package), reason(error), import_remedy(package, extra, error)
+            _installed_name(package), reason(error), import_remedy(package, extra, error)
         ) from error
 
 
 @contextlib.contextmanager
 def starting(command: str) -> Iterator[None]:
-    """Around the imports of a command: what is broken among pmod's own requirements is one line as well.
+    """Around the imports of a command: a broken requirement of pmod itself is a one-line error, too.
 
     Args:
         command: The verb.
@@ -157,7 +157,7 @@ def starting(command: str) -> Iterator[None]:
         ) from error
 
 
-def installed_name(package: Package) -> str:
+def _installed_name(package: Package) -> str:
     """Name and version of a package, as far as its metadata is there."""
     try:
         return f"{package.name} {version(package.name)}"
@@ -166,15 +166,20 @@ def installed_name(package: Package) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an import raised, in one line: of a chain of errors the one that began it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """What an import raised, in one line; in a chain of errors, the first."""
+    error = _first_cause(error)
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
 
 
+def _first_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
 def import_remedy(package: Package, extra: str | None = None, error: BaseException | None = None) -> str:
-    """What really helps: reinstalling a package does not, if something else is in its way.
+    """What mends a failed import. Reinstalling a package does not, if something else is in its way.
 
     Args:
         package: Whose import failed.
@@ -182,23 +187,20 @@ def import_remedy(package: Package, extra: str | None = None, error: BaseExcepti
         error: What the import raised, if it came to that.
     """
     extra = extra or package.extra
-    found = hiding(package)
-    if found is not None:
-        return f"{found} is imported in its place: rename it"
+    if (other := _hiding(package)) is not None:
+        return f"{other} is imported in its place: rename it"
     if package.mend is not None and (better := package.mend()):
         return better
-    unfit = bounds.outside((None, extra) if extra else (None,))
-    if unfit:
+    if unfit := bounds.outside((extra,)):
         return f"{unfit[0]}: {unfit[0].remedy}"
-    while error is not None and error.__cause__ is not None:
-        error = error.__cause__
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] != package.root:
+    cause = _first_cause(error) if error else None
+    if isinstance(cause, ModuleNotFoundError) and (cause.name or "").split(".")[0] != package.root:
         return bounds.install_command(extra, upgrade=True)
     return f"pip install --force-reinstall --no-deps '{bounds.requirement_of(package.name)}'"
 
 
-def hiding(package: Package) -> Path | None:
-    """The folder or file that is imported instead of the installed package, if there is one."""
+def _hiding(package: Package) -> Path | None:
+    """The folder or file that is imported in place of the installed package, if there is one."""
     spec = importlib.util.find_spec(package.root)
     if spec is None or spec.origin is None:
         return None

@@ -130,7 +130,7 @@ class VisionLanguageModel:
         Args:
             source: A folder, or a hub id.
             dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the checkpoint's on a GPU, float32 on a CPU.
-            device: Where to put it; a GPU if there is one.
+            device: ``cpu``, ``cuda``, ``cuda:1`` ...; None or ``auto`` for a GPU if there is one.
             attn_implementation: As transformers calls it; its own choice by default.
             image_backend: ``pil`` or ``torchvision``.
 
@@ -161,7 +161,7 @@ class VisionLanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model's weights."""
         return self.model.device
 
     def render(self, prompt: Prompt) -> str:

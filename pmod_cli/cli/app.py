@@ -22,7 +22,7 @@ app = typer.Typer(
 
 
 def examples(*commands: str) -> str:
-    """A help text's end: commands that work, one a line."""
+    """The end of a help text: commands that work, one on each line."""
     return "\n\n".join(["Examples:", *(f"  {command}" for command in commands)]).replace("[", r"\[")
 
 
@@ -42,13 +42,15 @@ def _root(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a gate was not met, 2 bad input or environment, 130 Ctrl-C.
+    """Run the command line and exit.
+
+    The code is 0 if all is done, 1 if a gate was not met, 2 for bad input or environment, 130 after Ctrl-C.
 
     Args:
         argv: Arguments without the program's name; ``sys.argv[1:]`` by default.
     """
     buffer_stdout()
-    # It tells of a kernel that only 4-bit weights on a CPU would use, whenever PEFT is imported.
+    # Whenever PEFT is imported, it warns about a kernel that only 4-bit weights on a CPU would use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         # Not standalone: typer would answer a mistake with a box instead of a line. It then returns the exit code of

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.cli.options import AsJson
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stderr, stdout
-from pmod_cli.output.errors import GateError, PmodError
+from pmod_cli.output.errors import GateError
 
 
 @app.command(
@@ -33,36 +34,23 @@ def demo_command(
     heldout_images: Annotated[
         int, typer.Option("--heldout-images", min=2, help="Pictures to evaluate on.")
     ] = 120,
-    train_baseline: Annotated[
-        bool, typer.Option("--train-baseline", help="Only train the baseline anew, into OUTPUT/baseline.")
-    ] = False,
-    baseline_steps: Annotated[
-        int | None, typer.Option("--baseline-steps", min=2, help="With --train-baseline: fewer steps.")
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="With --train-baseline: the seed.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Turn a small trained LLaVA into a p-MoD model, fine-tune, profile and evaluate it. No GPU, no network.
 
     Exits 1 if a target of the example is missed. A second run reuses what is finished.
     """
-    if train_baseline:
-        result = _train_baseline(output, baseline_steps, seed)
-        if as_json:
-            emit_json("demo", result)
-        else:
-            stdout.print(f"held-out accuracy {100 * result['heldout']['overall']:.1f} %: {result['model']}")
-        return
-    # Nothing is downloaded: the libraries' own bars, for files that load in no time, would only hide ours. They
-    # read this when they are imported.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # Nothing is downloaded, and one progress bar is enough: the libraries' own would hide ours. They read this when
+    # they are imported.
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(name, "1")
     warnings.filterwarnings("ignore", "Cannot enable progress bars")
     with starting("demo"):
         from pmod_cli.demo.job import DemoSettings, run_demo
 
     settings = DemoSettings(train_images, heldout_images, steps)
-    report = run_demo(output, settings, lambda line: stderr.print(line, soft_wrap=True))
+    with _Bars() as bars:
+        report = run_demo(output, settings, lambda line: stderr.print(line, soft_wrap=True), bars.show)
     if as_json:
         emit_json("demo", report)
     else:
@@ -72,24 +60,36 @@ def demo_command(
         raise GateError(f"missed: {'; '.join(missed)}", "see the targets below the table")
 
 
-def _train_baseline(output: Path, steps: int | None, seed: int) -> dict[str, Any]:
-    from rich.progress import Progress
+class _Bars:
+    """One progress bar on stderr for each model that is trained or evaluated."""
 
-    with starting("demo"):
-        from pmod_cli.demo.baseline import train_baseline
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    folder = output / "baseline"
-    if folder.exists():
-        raise PmodError(f"{folder} exists", "remove it or choose another --output")
-    with Progress(console=stderr) as bars:
-        bar = bars.add_task("training the baseline")
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=stderr,
+            transient=True,
+            disable=not stderr.is_terminal,
+        )
 
-        def advance(done: int, total: int, figures: dict[str, float]) -> None:
-            text = f"training the baseline, loss {figures['loss']:.3f}"
-            bars.update(bar, completed=done, total=total, description=text)
+    def __enter__(self) -> _Bars:
+        return self
 
-        summary = train_baseline(folder, steps=steps, seed=seed, progress=advance)
-    return {"model": str(folder), **summary}
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def show(self, name: str, done: int, total: int) -> None:
+        """Move the bar of a step; the bar of the step before it goes."""
+        if not self.bars.tasks or self.bars.tasks[-1].description != name:
+            for task in self.bars.task_ids:
+                self.bars.remove_task(task)
+            self.bars.add_task(name, total=total)
+        self.bars.start()  # not before: an error found in time leaves no empty bar
+        self.bars.update(self.bars.task_ids[-1], completed=done)
 
 
 def _print(report: dict[str, Any]) -> None:

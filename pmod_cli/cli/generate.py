@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.cli.options import AsJson, Device, Dtype, MaxNewTokens, Prompt
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stdout
 
@@ -22,24 +23,23 @@ from pmod_cli.output.console import emit_json, stdout
 )
 def generate_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, dense or p-MoD.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="What to ask; the chat template is applied.")],
+    prompt: Prompt,
     image: Annotated[Path | None, typer.Option("--image", help="A picture; without one, text only.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 128,
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")
-    ] = "auto",
-    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Answer one prompt, greedily."""
     with starting("generate"):
-        from pmod_cli.generation import Prompt, VisionLanguageModel, check_source, open_image
+        from pmod_cli import generation
+        from pmod_cli.generation import VisionLanguageModel, check_source, open_image
 
     check_source(model)
     images = (open_image(image),) if image else ()
     loaded = VisionLanguageModel.load(model, dtype=dtype, device=device)
     started = time.perf_counter()
-    [answer] = loaded.generate([Prompt(prompt, images)], max_new_tokens=max_new_tokens)
+    [answer] = loaded.generate([generation.Prompt(prompt, images)], max_new_tokens=max_new_tokens)
     seconds = time.perf_counter() - started
     if not as_json:
         stdout.print(answer.text, markup=False, soft_wrap=True)

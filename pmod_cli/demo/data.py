@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +13,15 @@ from typing import Any
 
 from PIL import Image
 
-from . import world
+from pmod_cli.demo import world
+from pmod_cli.output.files import replacing
 
 TRAIN_SEED = 1
 HELDOUT_SEED = 2
 
 
 @dataclass(frozen=True)
-class Sample:
+class HeldoutQuestion:
     """One held-out question with the picture to answer it from."""
 
     image: Image.Image
@@ -32,10 +32,10 @@ class Sample:
 
 
 def write_training_data(folder: Path, n_images: int, seed: int = TRAIN_SEED) -> tuple[Path, Path]:
-    """Write conversations in the LLaVA format: one question of each kind a picture, in a random order.
+    """Write conversations in the LLaVA format: one question of each kind about each picture, in a random order.
 
     Args:
-        folder: Where to write `train.json` and `images/`; what is there already is replaced.
+        folder: Where to write `train.json` and `images/`; what is already there is replaced.
         n_images: How many pictures.
         seed: Seed of the pictures and the questions.
 
@@ -43,7 +43,7 @@ def write_training_data(folder: Path, n_images: int, seed: int = TRAIN_SEED) -> 
         The path of the JSON file and that of the folder of pictures.
     """
     rng = random.Random(seed)
-    with _replacing(folder) as temporary:
+    with replacing_folder(folder) as temporary:
         images = temporary / "images"
         images.mkdir()
         records: list[dict[str, Any]] = []
@@ -61,14 +61,16 @@ def write_training_data(folder: Path, n_images: int, seed: int = TRAIN_SEED) -> 
     return folder / "train.json", folder / "images"
 
 
-def heldout_samples(n_images: int, seed: int = HELDOUT_SEED, *, shuffle: bool = False) -> list[Sample]:
+def heldout_samples(
+    n_images: int, seed: int = HELDOUT_SEED, *, shuffle: bool = False
+) -> list[HeldoutQuestion]:
     """Draw held-out pictures and ask one question of each kind about each.
 
     Args:
-        n_images: How many pictures; `shuffle` needs two at least.
+        n_images: How many pictures; `shuffle` needs at least two.
         seed: Seed of the pictures and the questions.
-        shuffle: If true, the questions of each picture come with another one: a model that then answers
-            better than by guessing does so without looking. Questions and answers stay the same.
+        shuffle: Show each question with another picture than its own. A model that still answers better than
+            by guessing does not look at the picture. Questions and answers stay the same.
 
     Returns:
         The samples, picture by picture.
@@ -85,7 +87,7 @@ def heldout_samples(n_images: int, seed: int = HELDOUT_SEED, *, shuffle: bool = 
             shown[here] = there
     pictures = [world.render(scene) for scene in scenes]
     return [
-        Sample(pictures[shown[index]], each.text, each.answer, each.kind, f"{index:04d}-{each.kind}")
+        HeldoutQuestion(pictures[shown[index]], each.text, each.answer, each.kind, f"{index:04d}-{each.kind}")
         for index, questions in enumerate(asked)
         for each in questions
     ]
@@ -95,7 +97,7 @@ def write_heldout(folder: Path, n_images: int, seed: int = HELDOUT_SEED, shuffle
     """Write held-out questions so that `datasets.load_dataset(str(folder))` opens them as the split `test`.
 
     Args:
-        folder: Where to write `data/test-00000-of-00001.parquet`; what is there already is replaced.
+        folder: Where to write `data/test-00000-of-00001.parquet`; what is already there is replaced.
         n_images: How many pictures; each brings one row for each of `world.KINDS`.
         seed: Seed of the pictures and the questions.
         shuffle: Whether questions get each other's pictures, see `heldout_samples`.
@@ -111,7 +113,7 @@ def write_heldout(folder: Path, n_images: int, seed: int = HELDOUT_SEED, shuffle
         {"image": ImageFeature(), "question": text, "answer": text, "kind": text, "question_id": text}
     )
     rows = [vars(sample) for sample in heldout_samples(n_images, seed, shuffle=shuffle)]
-    with _replacing(folder) as temporary:
+    with replacing_folder(folder) as temporary:
         parquet = temporary / "data" / "test-00000-of-00001.parquet"
         parquet.parent.mkdir()
         Dataset.from_list(rows, features=features).to_parquet(parquet)
@@ -119,16 +121,10 @@ def write_heldout(folder: Path, n_images: int, seed: int = HELDOUT_SEED, shuffle
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder` that takes its place once the block has ended well."""
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` once the block has ended without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with replacing(folder) as partial:
+        partial.mkdir()
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)

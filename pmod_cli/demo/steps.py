@@ -1,10 +1,8 @@
-"""Run the demo's steps once: what is finished is kept, and reused as long as nothing before it changed."""
+"""Run each step of the demo once: what is finished is kept, and reused as long as nothing before it changed."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import shlex
 import time
@@ -13,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli import __version__
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import read_json, write_json
 
 
 class Steps:
@@ -46,48 +46,35 @@ class Steps:
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         self._digests[name] = digest
         path = self.folder / f"{name}.json"
-        finished = _read(path)
-        if finished is not None and finished["digest"] == digest:
+        try:
+            finished = read_json(path)
+        except PmodError:
+            finished = {}
+        if finished.get("digest") == digest:
             self.announce(f"[dim]{name}: finished before, reused[/dim]")
             self.seconds[name] = finished["seconds"]
             return finished["result"]
         started = time.perf_counter()
         result = action()
         self.seconds[name] = time.perf_counter() - started
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"digest": digest, "seconds": self.seconds[name], "result": result}))
-        temporary.replace(path)
-        return result
+        write_json(path, {"digest": digest, "seconds": self.seconds[name], "result": result})
+        return json.loads(json.dumps(result))  # as the next run will read it: no tuples, no integer keys
 
     def command(
-        self, name: str, arguments: Sequence[str | Path], needs: Sequence[str] = ()
-    ) -> dict[str, Any]:
-        """The result of a public command, run in this process as ``pmod ARGUMENTS --json``."""
-        words = [str(argument) for argument in arguments]
+        self, name: str, words: Sequence[str | Path], action: Callable[[], Any], needs: Sequence[str] = ()
+    ) -> Any:
+        """The result of a step that does what a public command does.
 
-        def call() -> dict[str, Any]:
-            self.announce(f"[bold cyan]$ pmod {shlex.join(words)}[/bold cyan]")
-            return run_command(words)
+        Args:
+            name: See `run`.
+            words: The command that a user would type, without ``pmod``; shown before the step.
+            action: See `run`.
+            needs: See `run`.
+        """
+        typed = [str(word) for word in words]
 
-        return self.run(name, words, call, needs)
+        def announced() -> Any:
+            self.announce(f"[bold cyan]$ pmod {shlex.join(typed)}[/bold cyan]")
+            return action()
 
-
-def run_command(words: Sequence[str]) -> dict[str, Any]:
-    """Run ``pmod WORDS --json`` in this process and return the result it prints.
-
-    Raises:
-        PmodError: Whatever the command raises.
-    """
-    from pmod_cli.cli import app
-
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        app(args=[*words, "--json"], prog_name="pmod", standalone_mode=False)
-    return json.loads(output.getvalue())["result"]
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+        return self.run(name, typed, announced, needs)

@@ -103,7 +103,7 @@ def _draw_item(rng: random.Random, shape: str, colour: str, place: str) -> Item:
     across, down = PLACES[place]
     radius = rng.randint(12, 16)
     middle = IMAGE_SIZE // 2
-    # Towards its place the centre varies a little, along the other axis more.
+    # The centre varies little towards its place, and more along the other axis.
     x = middle + across * 21 + rng.randint(-2, 2) if across else middle + rng.randint(-9, 9)
     y = middle + down * 21 + rng.randint(-2, 2) if down else middle + rng.randint(-9, 9)
     return Item(shape, colour, place, x, y, radius, rng.randint(-14, 14))
@@ -204,7 +204,7 @@ def ask_each(rng: random.Random, scene: Scene, kinds: tuple[str, ...] = KINDS) -
 
 
 def vocabulary() -> Iterator[str]:
-    """Every question and answer of the world, one a line, for a tokenizer to learn from."""
+    """Every question and answer of the world, one on each line, for a tokenizer to learn from."""
     yield from ("How many shapes are there?", "Describe the picture.", "List the shapes.")
     yield from ("yes", "no", *NUMBERS)
     for place, phrase in _PHRASES.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 _TINY: dict[str, Any] = {
@@ -31,27 +30,13 @@ def attention() -> dict[str, Any]:
     with torch.device("meta"):
         model: Any = PmodLlavaForConditionalGeneration(config)
     chosen = model.config.text_config._attn_implementation
-    further = ["flash_attention_2"] if is_flash_attn_2_available() else []
-    return {"implementation": chosen, "why": _why(chosen, further), "installed": further}
-
-
-def _why(chosen: str, further: list[str]) -> str:
-    if chosen == "sdpa":
-        why = "transformers' choice for p-MoD models; PyTorch picks the kernel"
-    else:
-        why = "transformers' choice, as SDPA is not to be had here"
-    if further:
-        return f"{why}; flash-attn is installed, and used where attn_implementation={further[0]} is asked for"
-    return f"{why}; flash-attn is not installed, or has no GPU here"
-
-
-def driver() -> str | None:
-    """The version of NVIDIA's driver, or None if there is none, or it does not answer within five seconds."""
-    import subprocess
-
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return next(iter(told.split(os.linesep)), "").strip() or None
+    flash = is_flash_attn_2_available()
+    why = "transformers' choice for p-MoD models; PyTorch picks the kernel"
+    if chosen != "sdpa":
+        why = "transformers' choice, as SDPA is not available here"
+    why += (
+        "; flash-attn is installed, and used if you ask for attn_implementation=flash_attention_2"
+        if flash
+        else "; flash-attn is not installed, or has no GPU here"
+    )
+    return {"implementation": chosen, "why": why, "installed": ["flash_attention_2"] if flash else []}

@@ -1,16 +1,17 @@
-"""The checks, one function each. They run in a child process (see `probe`), where an import may do what it likes."""
+"""The checks, one function each. They run in child processes (see `probe`)."""
 
 from __future__ import annotations
 
 import importlib
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.doctor.attention import attention, driver
+from pmod_cli.doctor.attention import attention
 from pmod_cli.doctor.commands import COMMANDS, Command
 from pmod_cli.doctor.packages import PACKAGES, version_of
 from pmod_cli.extras import Package, import_for_real, installed, require_if_installed, starting
@@ -52,13 +53,13 @@ def check_gpus() -> dict[str, Any]:
     """The GPUs as torch sees them, memory in bytes; and what the driver says where torch sees none."""
     import torch
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        there = torch.cuda.is_available()
-    facts: dict[str, Any] = {"driver": driver(), "cuda": torch.version.cuda, "gpus": [], "why_none": None}
-    if not there:
-        if told:  # e.g. that the driver is too old for this build of torch
-            facts["why_none"] = " ".join(str(told[0].message).split())[:300]
+        available = torch.cuda.is_available()
+    facts: dict[str, Any] = {"driver": _driver(), "cuda": torch.version.cuda, "gpus": [], "why_none": None}
+    if not available:
+        if warned:  # e.g. that the driver is too old for this build of torch
+            facts["why_none"] = " ".join(str(warned[0].message).split())[:300]
         elif facts["driver"]:
             facts["why_none"] = f"the driver is there, and torch {torch.__version__} does not use it"
         return result("works", **facts)
@@ -75,6 +76,16 @@ def check_gpus() -> dict[str, Any]:
             }
         )
     return result("works", **facts)
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver; None if there is none, or it does not answer within five seconds."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return next(iter(output.splitlines()), "").strip() or None
 
 
 def check_places() -> dict[str, Any]:
@@ -110,10 +121,10 @@ def _free(path: str | None) -> int | None:
     """Bytes that are free where a folder is, or would be made."""
     if path is None:
         return None
-    place = Path(path).expanduser().absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    folder = Path(path).expanduser().absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
@@ -123,4 +134,4 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "attention": lambda: result("works", **attention()),
     "places": check_places,
 }
-"""By name; what raises is broken."""
+"""By name; a check that raises is broken."""

@@ -12,14 +12,14 @@ from pmod_cli.doctor.packages import PACKAGES, REQUIRED
 
 @dataclass(frozen=True)
 class Command:
-    """A verb and what it takes.
+    """A verb and the packages that it takes.
 
     Attributes:
         name: The verb.
         modules: What it imports of pmod.
         needs: Optional packages without which it does not run.
         uses: Optional packages that it imports if they are there, asked or not.
-        without: Optional package -> what the verb does, or does not, without it.
+        without: Optional package -> what the verb does, or cannot do, without it.
         extras: Optional package -> the extra to install for this verb, where it is not the package's first.
     """
 
@@ -31,6 +31,15 @@ class Command:
     extras: Mapping[str, str] = field(default_factory=dict)
 
 
+_TRAINING = {
+    "peft": "no LoRA",
+    "datasets": "no parquet or hub data, only JSON",
+    "tensorboard": "no TensorBoard log",
+    "matplotlib": "no training.png",
+}
+_PROFILING = {"fvcore": "counts by formula", "matplotlib": "no --plot"}
+_DEMO = ("lmms_eval", "datasets", "fvcore", "matplotlib")
+
 COMMANDS = {
     command.name: command
     for command in (
@@ -39,19 +48,14 @@ COMMANDS = {
             "finetune",
             ("pmod_cli.training.finetune",),
             uses=("peft",),
-            without={
-                "peft": "no LoRA",
-                "datasets": "no parquet or hub data, only JSON",
-                "tensorboard": "no TensorBoard log",
-                "matplotlib": "no training.png",
-            },
+            without=_TRAINING,
             extras={"datasets": "train"},
         ),
         Command(
             "profile",
             ("pmod_cli.profiling.profile", "pmod_cli.profiling.latency"),
             uses=("fvcore",),
-            without={"fvcore": "counts by formula", "matplotlib": "no --plot"},
+            without=_PROFILING,
         ),
         Command("eval", ("pmod_cli.evaluation.evaluate",), needs=("lmms_eval", "datasets")),
         Command("generate", ("pmod_cli.generation",)),
@@ -60,9 +64,9 @@ COMMANDS = {
         Command(
             "demo",
             ("pmod_cli.demo.job", "pmod_cli.training.finetune", "pmod_cli.visualize.visualize"),
-            needs=("lmms_eval", "datasets", "fvcore", "matplotlib"),
+            needs=_DEMO,
             uses=("peft",),
-            extras=dict.fromkeys(("lmms_eval", "datasets", "fvcore", "matplotlib"), "all"),
+            extras=dict.fromkeys(_DEMO, "all"),
         ),
     )
 }
@@ -76,42 +80,46 @@ def verdict(command: Command, found: Mapping[str, Mapping[str, Any]]) -> dict[st
         found: Results of the checks, by their names (see `pmod_cli.doctor.checks`).
 
     Returns:
-        ``command``, ``works``; ``reason`` and ``remedy`` where it does not; ``limits``: what is missing from it
-        although it works, each with ``what`` and ``remedy``.
+        ``command``, ``works``; ``reason`` and ``remedy`` where it does not; ``limits``: what it cannot do although
+        it works, each with ``what`` and ``remedy``.
     """
-    told: dict[str, Any] = {
+    reason, remedy = _obstacle(command, found)
+    limits = []
+    for root, what in command.without.items() if reason is None else ():
+        if problem := _problem(root, found):
+            limits.append({"what": f"{what} ({problem})", "remedy": _remedy(command, root, found)})
+    return {
         "command": command.name,
-        "works": True,
-        "reason": None,
-        "remedy": None,
-        "limits": [],
+        "works": reason is None,
+        "reason": reason,
+        "remedy": remedy,
+        "limits": limits,
     }
+
+
+def _obstacle(command: Command, found: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, str | None]:
+    """The first reason why a verb does not work, and its remedy."""
     for root in (*REQUIRED, *command.needs, *command.uses):
-        result = found[f"package {root}"]
-        allowed = ("works", "missing") if root in command.uses and root not in command.needs else ("works",)
-        if result["status"] not in allowed:
-            return told | {
-                "works": False,
-                "reason": _problem(root, result),
-                "remedy": _remedy(command, root, result),
-            }
-    result = found[f"command {command.name}"]
-    if result["status"] != "works":
-        return told | {"works": False, "reason": result["error"], "remedy": result["remedy"]}
-    for root, what in command.without.items():
-        result = found[f"package {root}"]
-        if result["status"] != "works":
-            remedy = _remedy(command, root, result)
-            told["limits"].append({"what": f"{what} ({_problem(root, result)})", "remedy": remedy})
-    return told
+        optional = root not in REQUIRED and root not in command.needs
+        if optional and found[f"package {root}"]["status"] == "missing":
+            continue
+        if problem := _problem(root, found):
+            return problem, _remedy(command, root, found)
+    own = found[f"command {command.name}"]
+    return (None, None) if own["status"] == "works" else (own["error"], own["remedy"])
 
 
-def _problem(root: str, result: Mapping[str, Any]) -> str:
-    name = PACKAGES[root].name
-    return f"{name} is not installed" if result["status"] == "missing" else f"{name} is broken"
+def _problem(root: str, found: Mapping[str, Mapping[str, Any]]) -> str | None:
+    status = found[f"package {root}"]["status"]
+    problems = {
+        "missing": f"{PACKAGES[root].name} is not installed",
+        "broken": f"{PACKAGES[root].name} is broken",
+    }
+    return problems.get(status)
 
 
-def _remedy(command: Command, root: str, result: Mapping[str, Any]) -> str | None:
+def _remedy(command: Command, root: str, found: Mapping[str, Mapping[str, Any]]) -> str | None:
+    result = found[f"package {root}"]
     if result["status"] == "missing" and root in command.extras:
         return install_command(command.extras[root])
     remedy: str | None = result["remedy"]

@@ -1,4 +1,4 @@
-"""Everything that ``pmod doctor`` tells, as one object."""
+"""Everything that ``pmod doctor`` finds out, as one object."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from pmod_cli import __version__
+from pmod_cli import __version__, bounds
 from pmod_cli.doctor.commands import COMMANDS, verdict
-from pmod_cli.doctor.packages import PACKAGES, REQUIRED, unfit, version_of
+from pmod_cli.doctor.packages import PACKAGES, REQUIRED, version_of
 from pmod_cli.doctor.probe import LIMIT, run_chains
 from pmod_cli.extras import import_remedy
 
@@ -53,7 +53,7 @@ def examine(limit: float = LIMIT) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
-        "bounds": [asdict(outside) for outside in unfit()],
+        "bounds": [asdict(outside) for outside in bounds.outside()],
         "gpus": gpus.get("gpus", []),
         "driver": gpus.get("driver"),
         "cuda": gpus.get("cuda"),

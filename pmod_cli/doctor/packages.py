@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, requires, version
 
-from pmod_cli import bounds
 from pmod_cli.extras import OPTIONAL, Package
 
 
@@ -63,7 +62,7 @@ REQUIRED = {
 """By top-level module."""
 
 PACKAGES = REQUIRED | OPTIONAL
-"""All that are checked, by top-level module, in the order in which they are told."""
+"""All that are checked, by top-level module, in the order in which they are shown."""
 
 
 def version_of(root: str) -> str | None:
@@ -72,8 +71,3 @@ def version_of(root: str) -> str | None:
         return version(PACKAGES[root].name)
     except PackageNotFoundError:
         return None
-
-
-def unfit() -> list[bounds.Outside]:
-    """Installed packages outside the bounds that pmod-cli declares."""
-    return bounds.outside()

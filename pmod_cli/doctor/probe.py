@@ -1,7 +1,7 @@
-"""The parent's end: checks run in child processes, so that none of them takes the others down.
+"""Checks run in child processes, so that none of them takes the others down: an import can crash, exit or hang.
 
 A chain is a list of checks that one child runs in turn, since importing torch anew for each would take too long. A
-child that dies or hangs in a check is replaced by another, which goes on behind it.
+child that dies or hangs in a check is replaced by another, which goes on with the check after it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,15 @@ LIMIT = 30.0
 _FATAL = ("package torch", "package torchvision", "package transformers")
 """Where one of these kills or holds up the process, it would do the same to all that come after."""
 
+_MARK = b"\x1e"
+"""Stands in a child's log where a check begins."""
+
 _CODE = """
 import json, sys
 given = json.loads(sys.argv[1])
 sys.path[:] = given["path"]
-from pmod_cli.doctor.child import main
-main(given["checks"])
+from pmod_cli.doctor.probe import run_checks
+run_checks(given["checks"])
 """
 
 
@@ -42,106 +47,106 @@ def run_chains(chains: Sequence[Sequence[str]], limit: float = LIMIT) -> dict[st
     Returns:
         By name what `pmod_cli.doctor.checks.result` makes; ``broken`` too for a check that did not come back.
     """
-    runs = [_Chain(chain, limit) for chain in chains]
-    try:
-        while sum(run.advance() for run in runs):  # not any(), which would stop at the first
-            time.sleep(0.02)
-    finally:
-        for run in runs:
-            run.stop()
-    return {name: found for run in runs for name, found in run.found.items()}
+    interrupted = threading.Event()
+    with ThreadPoolExecutor(len(chains)) as pool:
+        runs = [pool.submit(_run_chain, chain, limit, interrupted) for chain in chains]
+        try:
+            results = [run.result() for run in runs]
+        finally:
+            interrupted.set()  # Ctrl-C: no child outlives this process
+    return {name: found for result in results for name, found in result.items()}
 
 
-class _Chain:
-    """One chain and the child that runs it."""
+def run_checks(names: Sequence[str]) -> None:
+    """Run checks and end the process: the child's side.
 
-    def __init__(self, names: Sequence[str], limit: float) -> None:
-        self.left, self.limit = list(names), limit
-        self.found: dict[str, dict[str, Any]] = {}
-        self.child: subprocess.Popen[bytes] | None = None
-        self._start()
+    Args:
+        names: Of `pmod_cli.doctor.checks.CHECKS`.
+    """
+    # What an import prints, from C too, must not get among the results.
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    from pmod_cli.doctor.checks import CHECKS, result
+    from pmod_cli.extras import reason
 
-    def advance(self) -> bool:
-        """Look at what the child has written; whether there is something left to wait for."""
-        if self.child is None:
-            return False
-        ended = self.child.poll()  # before reading: what it wrote last is then there
-        self._read()
-        if not self.left:
-            self.stop()
-        elif ended is not None:
-            words = (
-                f"the process died of signal {-ended}"
-                if ended < 0
-                else f"the process exited with code {ended}"
-            )
-            self._go_on(words + self._last_words())
-        elif time.monotonic() - self.since > self.limit:
-            self._go_on(f"did not finish within {self.limit:g} seconds")
-        return bool(self.left)
+    print(file=results, flush=True)  # ready: the first check's time counts from here
+    for name in names:
+        sys.stderr.flush()
+        os.write(2, _MARK)
+        try:
+            found = CHECKS[name]()
+        except (Exception, SystemExit) as error:
+            found = result("broken", error=reason(error), remedy="see the packages above")
+        print(json.dumps(found), file=results, flush=True)
+    sys.stderr.flush()
+    os._exit(0)  # torch takes its time to be taken down, and somebody's exit handlers could hang
 
-    def stop(self) -> None:
-        """End the child, and what it may have started."""
-        if self.child is None:
-            return
-        if self.child.poll() is None:
-            if hasattr(os, "killpg"):
-                os.killpg(self.child.pid, signal.SIGKILL)
-            else:
-                self.child.kill()
-            self.child.wait()
-        self.child = None
-        self.folder.cleanup()
 
-    def _start(self) -> None:
-        if not self.left:
-            return
-        # Files, not pipes: a grandchild that outlives the child would hold a pipe open. They have names because they
-        # are read through handles of our own: one that we shared with the child would be moved under its feet.
-        self.folder = tempfile.TemporaryDirectory(prefix="pmod-doctor-")
-        given = json.dumps({"path": sys.path, "checks": self.left})
-        with self._file("results").open("wb") as results, self._file("log").open("wb") as log:
-            self.child = subprocess.Popen(
+def _run_chain(names: Sequence[str], limit: float, interrupted: threading.Event) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    left = list(names)
+    while left and not interrupted.is_set():
+        results, problem = _run_child(left, limit, interrupted)
+        found |= zip(left, results, strict=False)
+        left = left[len(results) :]
+        if not left:
+            break
+        broke, *left = left
+        found[broke] = _broken(problem)
+        if broke in _FATAL:
+            found |= {name: _broken(f"not tried: {broke.split()[-1]} {problem}") for name in left}
+            left = []
+    return found
+
+
+def _run_child(
+    names: Sequence[str], limit: float, interrupted: threading.Event
+) -> tuple[list[dict[str, Any]], str]:
+    """Run checks in one child until it ends, or hangs in one of them.
+
+    Returns:
+        The results of those that it finished, and what became of it in the next one.
+    """
+    # Files, not pipes: a grandchild that outlives the child would hold a pipe open. They are read through handles of
+    # our own: one that we shared with the child would be moved under its feet.
+    with tempfile.TemporaryDirectory(prefix="pmod-doctor-") as folder:
+        output, log = Path(folder, "results"), Path(folder, "log")
+        given = json.dumps({"path": sys.path, "checks": list(names)})
+        with output.open("wb") as stdout, log.open("wb") as stderr:
+            child = subprocess.Popen(
                 [sys.executable, "-c", _CODE, given],
                 stdin=subprocess.DEVNULL,
-                stdout=results,
-                stderr=log,
+                stdout=stdout,
+                stderr=stderr,
                 start_new_session=True,
             )
-        self.since, self.position, self.log_position = time.monotonic(), 0, 0
+        lines, since = 0, time.monotonic()
+        try:
+            while child.poll() is None and time.monotonic() - since <= limit:
+                if interrupted.wait(0.02):
+                    break
+                if (now := output.read_bytes().count(b"\n")) > lines:
+                    lines, since = now, time.monotonic()
+            ended = child.returncode
+        finally:
+            _kill(child)
+        whole = output.read_bytes().rpartition(b"\n")[0]
+        results = [json.loads(line) for line in whole.splitlines() if line]
+        if ended is None:
+            return results, f"did not finish within {limit:g} seconds"
+        how = f"died of signal {-ended}" if ended < 0 else f"exited with code {ended}"
+        last = log.read_bytes().rpartition(_MARK)[2].decode(errors="replace").strip().splitlines()
+        return results, f"the process {how}" + (f": {last[-1][:200]}" if last else "")
 
-    def _file(self, name: str) -> Path:
-        return Path(self.folder.name, name)
 
-    def _read(self) -> None:
-        for line in self._file("results").read_bytes()[self.position :].splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                return
-            self.position += len(line)
-            self.since = time.monotonic()
-            told = json.loads(line)
-            if "begun" in told:
-                self.log_position = told["log"]
-            else:
-                name = told.pop("check")
-                self.found[name] = told
-                self.left.remove(name)
-
-    def _go_on(self, words: str) -> None:
-        """The first of what is left broke the child: say so, and begin anew behind it."""
-        self.stop()
-        name = self.left.pop(0)
-        self.found[name] = _broken(words)
-        if name in _FATAL:
-            for other in self.left:
-                self.found[other] = _broken(f"not tried: {name.split()[-1]} {words}")
-            self.left = []
-        self._start()
-
-    def _last_words(self) -> str:
-        log = self._file("log").read_bytes()[self.log_position :]
-        lines = log.decode(errors="replace").strip().splitlines()
-        return f": {lines[-1][:200]}" if lines else ""
+def _kill(child: subprocess.Popen[bytes]) -> None:
+    """End a child that still runs, and what it may have started."""
+    if child.poll() is None:
+        if hasattr(os, "killpg"):
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            child.kill()
+        child.wait()
 
 
 def _broken(error: str) -> dict[str, Any]:

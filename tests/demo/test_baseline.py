@@ -1,25 +1,26 @@
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pmod_cli.demo import baseline, data, lessons, world
-
-SHIPPED = Path(baseline.__file__).parent / "assets" / "baseline"
+import lessons
+import small_llava
+import train
+from pmod_cli.demo import data, world
+from pmod_cli.demo.job import BASELINE as SHIPPED
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return baseline.build_processor()
+    return small_llava.build_processor()
 
 
 @pytest.fixture(scope="module")
 def model(processor):
-    return baseline.build_model(processor).eval()
+    return small_llava.build_model(processor).eval()
 
 
 def turn(role, text, image=False):
@@ -58,7 +59,7 @@ def test_geometry(processor, model):
     image = world.render(world.draw_scene(random.Random(0), "train"))
     inputs = processor(images=[image], text=["USER: <image>\nWhat?"], return_tensors="pt")
     tokens = int((inputs["input_ids"] == model.config.image_token_id).sum())
-    assert tokens == baseline.VISION_TOKENS >= 100
+    assert tokens == small_llava.VISION_TOKENS >= 100
     assert model.config.text_config.num_hidden_layers >= 8
     assert model.config.text_config.vocab_size == len(processor.tokenizer)
 
@@ -97,23 +98,23 @@ def test_a_packed_conversation_is_the_chat_template(processor):
 
 def test_a_short_training_run_repeats_itself(tmp_path):
     seen = []
-    summary = baseline.train_baseline(
+    summary = train.train_baseline(
         tmp_path / "a", steps=3, progress=lambda done, total, now: seen.append((done, total, *sorted(now)))
     )
-    again = baseline.train_baseline(tmp_path / "b", steps=3)
+    again = train.train_baseline(tmp_path / "b", steps=3)
     assert seen == [(step, 3, "accuracy", "loss") for step in (1, 2, 3)]
     assert summary["log"] == again["log"]
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
     assert set(summary["heldout"]) == set(summary["shuffled"]) == {*world.KINDS, "overall"}
     json.dumps(summary)
     with pytest.raises(ValueError, match="two steps"):
-        baseline.train_baseline(tmp_path / "c", steps=1)
+        train.train_baseline(tmp_path / "c", steps=1)
 
 
 def test_training_learns_to_see(processor):
-    model = baseline.build_model(processor).train()
+    model = small_llava.build_model(processor).train()
     scenes = [world.draw_scene(random.Random(seed), "train") for seed in range(8)]
-    optimizers = baseline._optimizers(model)
+    optimizers = train._optimizers(model)
     losses = []
     for _ in range(12):
         loss, _ = lessons.patch_loss(model, processor, scenes)
@@ -137,7 +138,7 @@ def test_shipped_checkpoint_is_small_and_says_its_dtype():
 def test_shipped_checkpoint_answers_by_looking():
     model = AutoModelForImageTextToText.from_pretrained(SHIPPED, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(SHIPPED)
-    scores = baseline.evaluate_exact_match(model, processor, data.heldout_samples(24, seed=99))
-    guesses = baseline.evaluate_exact_match(model, processor, data.heldout_samples(24, seed=99, shuffle=True))
+    scores = train.evaluate_exact_match(model, processor, data.heldout_samples(24, seed=99))
+    guesses = train.evaluate_exact_match(model, processor, data.heldout_samples(24, seed=99, shuffle=True))
     assert scores["overall"] >= 0.9, scores
     assert guesses["overall"] <= 0.5, guesses

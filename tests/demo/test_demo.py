@@ -78,7 +78,7 @@ def test_a_second_run_reuses_and_repeats_what_is_lost(demo_folder, tmp_path, cap
 
 
 def test_a_missed_target_exits_1(demo_folder, capsys, monkeypatch):
-    monkeypatch.setattr("pmod_cli.demo.job.GUESSING_MARGIN", -100.0)
+    monkeypatch.setattr("pmod_cli.demo.summary.GUESSING_MARGIN", -100.0)
     with pytest.raises(SystemExit) as exit_code:
         main(["demo", "--output", str(demo_folder), *ARGUMENTS])
     assert exit_code.value.code == 1

@@ -8,6 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,12 +191,12 @@ def test_differences_computed_here_are_the_evaluation_s(evaluations):
     assert told.points == known["points"]
 
 
-def profile_json(folder: Path, *words: str) -> Path:
+def profile_json(folder: Path, model: str, **settings: Any) -> Path:
     """A file with what ``pmod profile --json`` prints."""
-    from pmod_cli.demo.steps import run_command
+    from pmod_cli.profiling.profile import profile_checkpoint
 
     path = folder / "profile.json"
-    result = run_command(["profile", *words])
+    result = profile_checkpoint(model, **settings).to_dict()
     path.write_text(json.dumps({"schema_version": 1, "command": "profile", "result": result}))
     return path
 
@@ -204,7 +205,7 @@ def profile_json(folder: Path, *words: str) -> Path:
 def paper_run(tmp_path_factory):
     """A profile of LLaVA-1.5-7B, and an evaluation on the paper's tasks, two points above the published."""
     folder = tmp_path_factory.mktemp("paper")
-    profile = profile_json(folder, "llava-1.5-7b", "--convention", "paper", "--counter", "formula")
+    profile = profile_json(folder, "llava-1.5-7b", convention="paper", counter="formula")
     ratios = json.loads(profile.read_text())["result"]["pmod"]["retention_ratios"]
     published = PUBLISHED["llava"]
 

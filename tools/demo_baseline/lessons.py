@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from . import world
+from pmod_cli.demo import world
 
 IGNORED = -100
 _EMPTY_WORD = "no"  # what an empty patch says

@@ -1,0 +1,139 @@
+"""What the demo found: the table's rows, the targets, and the picture of costs by layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.demo import world
+from pmod_cli.modeling.schedule import kept_tokens, mean_retention
+from pmod_cli.output import plots
+
+GUESSING_MARGIN = 5.0
+"""Points above text-only guessing that the shuffled baseline may score: two standard errors of the sample."""
+
+_BASELINE, _SHUFFLED = "baseline", "baseline, images shuffled"
+_CONTROL, _TUNED = "dense, fine-tuned (control)", "p-MoD, fine-tuned"
+
+
+def accuracy(evaluated: dict[str, Any]) -> dict[str, float]:
+    """Points by kind and overall (`exact_match`) of an `EvalResult` of the demo's task."""
+    (metrics,) = evaluated["tasks"][0]["model"]["metrics"].values()
+    # lmms-eval writes "metric,filter".
+    points = {name.split(",")[0]: 100 * value for name, value in metrics.items()}
+    return {kind: points[kind] for kind in ("exact_match", *world.KINDS)}
+
+
+def retention(seen: dict[str, Any]) -> dict[str, Any]:
+    """What each layer really kept of one picture, and what its schedule says.
+
+    Args:
+        seen: What `visualize` returns of the fine-tuned model.
+    """
+    number = seen["vision_tokens"]
+    ratios = [layer["ratio"] for layer in seen["layers"]]
+    return {
+        "vision_tokens": number,
+        "ratios": ratios,
+        "mean_ratio": mean_retention(ratios),
+        "scheduled": [number if ratio is None else kept_tokens(number, ratio) for ratio in ratios],
+        "kept": [len(layer["kept"]) for layer in seen["layers"]],
+    }
+
+
+def summarize(
+    accuracies: dict[str, dict[str, float]],
+    profiled: dict[str, Any],
+    kept: dict[str, Any],
+    guessing: float,
+    batch: int,
+) -> dict[str, Any]:
+    """The part of the report that is about the models.
+
+    Args:
+        accuracies: Of each row of the table, by its name (see `accuracy`).
+        profiled: The profile of the fine-tuned p-MoD model beside the dense control, with latency.
+        kept: See `retention`.
+        guessing: Accuracy of text-only guessing, in points.
+        batch: Samples of the batch that was profiled.
+    """
+    costs = {role: _cost(profiled, role, batch) for role in ("pmod", "dense")}
+    targets = _targets({name: each["exact_match"] for name, each in accuracies.items()}, kept, guessing)
+    return {
+        "rows": [
+            {"model": name, "accuracy": each, **costs["pmod" if name.startswith("p-MoD") else "dense"]}
+            for name, each in accuracies.items()
+        ],
+        "kinds": list(world.KINDS),
+        "guessing": guessing,
+        "ratios": profiled["ratios"],
+        "retention": {key: value for key, value in kept.items() if key != "kept"},
+        "targets": targets,
+        "met": all(target["met"] for target in targets),
+    }
+
+
+def _cost(profiled: dict[str, Any], role: str, batch: int) -> dict[str, Any]:
+    """FLOPs and cache of one sample; seconds of a batch's prefill and of one decode step of the batch."""
+    counted, measured = profiled[role], profiled["latency"]["models"][role]
+    return {
+        "prefill_flops": counted["prefill"]["flops"] / batch,
+        "kv_bytes": measured["kv_cache"]["prefill_bytes"] / batch,
+        "prefill_seconds": measured["seconds"]["prefill"]["median"],
+        "decode_seconds_per_token": batch / measured["decode_tokens_per_second"],
+        "parameters": counted["parameters"]["total"],
+    }
+
+
+def _targets(overall: dict[str, float], kept: dict[str, Any], guessing: float) -> list[dict[str, Any]]:
+    """What the example has to reach: accuracies in points, and the schedule's retention."""
+    difference = overall[_TUNED] - overall[_CONTROL]
+    tokens = kept["vision_tokens"] * len(kept["kept"])
+    most = guessing + GUESSING_MARGIN
+    rows = [
+        ("baseline on held-out pictures", overall[_BASELINE], "at least 90", overall[_BASELINE] >= 90),
+        (
+            "baseline with shuffled pictures",
+            overall[_SHUFFLED],
+            f"at most {most:.1f} (guessing {guessing:.1f})",
+            overall[_SHUFFLED] <= most,
+        ),
+        ("p-MoD against the dense control", difference, "at least -2", difference >= -2),
+        (
+            "mean vision-token retention, %",
+            100 * sum(kept["kept"]) / tokens,
+            f"the schedule's {100 * sum(kept['scheduled']) / tokens:.2f}",
+            kept["kept"] == kept["scheduled"],
+        ),
+    ]
+    return [dict(zip(("name", "value", "wanted", "met"), row, strict=True)) for row in rows]
+
+
+@plots.look()
+def draw_layers(path: Path, profiled: dict[str, Any], kept: dict[str, Any], batch: int) -> None:
+    """Draw retention by layer above prefill FLOPs by layer, dense beside p-MoD.
+
+    Args:
+        path: The PNG to write.
+        profiled: See `summarize`.
+        kept: See `retention`.
+        batch: Samples of the batch that was profiled.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    ratios = kept["ratios"]
+    figure, axes = plots.figure(2, 1, (6, 4.6), sharex=True)
+    above, below = axes[:, 0]
+    layers = range(len(ratios))
+    colours = [plots.DENSE if ratio is None else plots.PMOD for ratio in ratios]
+    above.bar(layers, [100 if ratio is None else 100 * ratio for ratio in ratios], 0.72, color=colours)
+    above.set(ylabel="vision tokens kept, %", ylim=(0, 105))
+    width = 0.38
+    for offset, role in ((-width / 2, "dense"), (width / 2, "pmod")):
+        heights = [layer["flops"] / batch / 1e6 for layer in profiled[role]["prefill"]["layers"]]
+        centres = [layer + offset for layer in layers]
+        below.bar(centres, heights, width, color=plots.COLOURS[role], label=plots.NAMES[role])
+    below.set(xlabel="decoder layer", ylabel="prefill MFLOPs per sample", xticks=layers)
+    below.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    plots.save(figure, path, title="Retention and prefill FLOPs by layer")
