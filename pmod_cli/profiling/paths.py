@@ -8,8 +8,7 @@ nothing is multiplied.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def distinct_layers(variant: Variant) -> tuple[Variant, list[int]]:
         variant: The whole model.
 
     Returns:
-        The model with the first layer of each kind only, and for each layer of the whole model its place there.
+        The model with the first layer of each kind only, and for each layer of the whole model its index there.
     """
     text = variant.config.text_config
     types = getattr(text, "layer_types", None)
@@ -49,31 +48,14 @@ def distinct_layers(variant: Variant) -> tuple[Variant, list[int]]:
     return dataclasses.replace(variant, raw=raw, mod=mod), [first.index(kind) for kind in kinds]
 
 
-def repeat_layers(count: PhaseCount, places: list[int]) -> PhaseCount:
+def repeat_layers(count: PhaseCount, indices: list[int]) -> PhaseCount:
     """The count of a whole model from that of its `distinct_layers`.
 
     Args:
         count: Of the model with one layer of each kind.
-        places: Where each layer of the whole model is among them.
+        indices: Where each layer of the whole model is among them.
     """
-    return dataclasses.replace(count, layers=tuple(count.layers[place] for place in places))
-
-
-@contextmanager
-def autocast_off() -> Iterator[None]:
-    """Lets a model ask on meta whether autocast is on, where torch raises instead of saying no."""
-    ask = torch.is_autocast_enabled
-
-    def answer(device_type: str | None = None) -> bool:
-        if device_type == "meta":
-            return False
-        return ask() if device_type is None else ask(device_type)
-
-    torch.is_autocast_enabled = answer
-    try:
-        yield
-    finally:
-        torch.is_autocast_enabled = ask
+    return dataclasses.replace(count, layers=tuple(count.layers[index] for index in indices))
 
 
 class VisionPath(nn.Module):

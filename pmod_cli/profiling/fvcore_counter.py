@@ -25,7 +25,6 @@ from pmod_cli.profiling.paths import (
     DecoderPath,
     VisionPath,
     assemble,
-    autocast_off,
     cache_lengths,
     decoder_input,
     empty_cache,
@@ -35,7 +34,24 @@ from pmod_cli.profiling.paths import (
 from pmod_cli.profiling.prompt import Workload
 
 
-@autocast_off()
+@contextmanager
+def _autocast_off() -> Iterator[None]:
+    """Answers a model that asks whether autocast is on for the meta device: torch raises instead of saying no."""
+    ask = torch.is_autocast_enabled
+
+    def answer(device_type: str | None = None) -> bool:
+        if device_type == "meta":
+            return False
+        return ask() if device_type is None else ask(device_type)
+
+    torch.is_autocast_enabled = answer
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = ask
+
+
+@_autocast_off()
 def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
     """Trace a prefill and the first decode step.
 
