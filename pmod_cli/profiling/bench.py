@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod_cli.profiling.paths import CACHE_ARGUMENT, cache_bytes, cache_lengths
+from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.result import kv_cache_dict
 
@@ -109,14 +109,15 @@ class Bench:
         token = output.logits[:, -1:].argmax(-1)
         seconds = {"prefill": self._clock() - start}
         cache = output[CACHE_ARGUMENT]
-        self.kept, measured.kv_prefill = cache_lengths(cache), cache_bytes(cache)
+        self.kept = [layer.keys.shape[-2] for layer in cache.layers]
+        measured.kv_prefill = _cache_bytes(cache)
         if measured.decoded:
             start = self._clock()
             for _ in range(measured.decoded):
                 step = {CACHE_ARGUMENT: cache, "use_cache": True, "logits_to_keep": 1}
                 token = self.model(input_ids=token, **step).logits[:, -1:].argmax(-1)
             seconds["decode"] = self._clock() - start
-        measured.kv_final = cache_bytes(cache)
+        measured.kv_final = _cache_bytes(cache)
         del cache, output
         length = {"min_new_tokens": self.work.new_tokens, "max_new_tokens": self.work.new_tokens}
         start = self._clock()
@@ -185,3 +186,11 @@ def make_inputs(model: Any, work: Workload) -> dict[str, Tensor]:
         pixels = torch.randn(work.batch, *shape, generator=generator)
         inputs["pixel_values"] = pixels.to(model.dtype)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _cache_bytes(cache: Any) -> list[int]:
+    """Bytes of keys and values of each layer of a KV cache, from the tensors themselves."""
+    return [
+        sum(tensor.numel() * tensor.element_size() for tensor in (layer.keys, layer.values))
+        for layer in cache.layers
+    ]

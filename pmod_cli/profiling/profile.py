@@ -151,12 +151,11 @@ def _trace(variant: Variant, settings: Settings) -> tuple[PhaseCount, PhaseCount
     """Prefill and first decode step by fvcore; of layers that do the same work one is traced."""
     from pmod_cli.modeling.twin import meta_model
     from pmod_cli.profiling import fvcore_counter
-    from pmod_cli.profiling.paths import distinct_layers, repeat_layers
 
     work = settings.workload(variant.geometry)
-    short, indices = distinct_layers(variant)
+    short, indices = fvcore_counter.distinct_layers(variant)
     prefill, step = fvcore_counter.count(meta_model(short.config, work.dtype), work)
-    return repeat_layers(prefill, indices), repeat_layers(step, indices)
+    return fvcore_counter.repeat_layers(prefill, indices), fvcore_counter.repeat_layers(step, indices)
 
 
 def _variant_profile(

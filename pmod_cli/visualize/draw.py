@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pmod_cli.output import plots as style
+from pmod_cli.output import plots
 from pmod_cli.visualize.layout import Layout, View
 from pmod_cli.visualize.trace import Trace
 
@@ -32,8 +32,8 @@ def dim_dropped(picture: np.ndarray, layout: Layout, view: View, kept: np.ndarra
         The same shape.
     """
     size = picture.shape[1], picture.shape[0]
-    share = layout.spread(view, np.where(kept, 0.0, style.DIM_SHARE), size, outside=0.95)[..., None]
-    return (1 - share) * picture + share * style.DIM
+    share = layout.spread(view, np.where(kept, 0.0, plots.DIM_SHARE), size, outside=0.95)[..., None]
+    return (1 - share) * picture + share * plots.DIM
 
 
 def default_layers(trace: Trace, most: int = 6) -> list[int]:
@@ -69,7 +69,7 @@ def draw_sheet(trace: Trace, image: Image.Image, layers: Sequence[int], heading:
         panels += block + [("", None, None)] * (-len(block) % _ACROSS)
     shape = min(max(picture.shape[0] / picture.shape[1], 0.4), 2.0)
     heights = [1.75 * shape + 0.32] * rows + [1.25]
-    with style.look():
+    with plots.look():
         from matplotlib.figure import Figure
 
         drawn = Figure(figsize=(7.2, sum(heights) + 0.5), layout="constrained")
@@ -102,7 +102,7 @@ def draw_animation(trace: Trace, image: Image.Image) -> bytes:
     views = trace.layout.views
     shape = min(max(picture.shape[0] / picture.shape[1], 0.4), 2.0)
     frames = []
-    with style.look():
+    with plots.look():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -156,7 +156,7 @@ def _heat(axis: Any, trace: Trace, picture: np.ndarray, view: View) -> None:
     size = picture.shape[1], picture.shape[0]
     counts = trace.layout.spread(view, trace.survived.astype(float), size, outside=np.nan)
     least = sum(ratio is None for ratio in trace.ratios)
-    image = axis.imshow(counts, cmap=style.HEAT, vmin=least, vmax=trace.layers)
+    image = axis.imshow(counts, cmap=plots.HEAT, vmin=least, vmax=trace.layers)
     axis.set_gid(f"heat-{trace.layout.views.index(view)}")
     where = "" if len(trace.layout.views) == 1 else f", {view.name.split(',')[0]}"
     axis.set_title(f"layers survived\nof {trace.layers}{where}")
@@ -168,9 +168,9 @@ def _heat(axis: Any, trace: Trace, picture: np.ndarray, view: View) -> None:
 def _retention(axis: Any, trace: Trace, chosen: Sequence[int]) -> Any:
     """Bars of the share of vision tokens that each layer keeps; chosen layers are marked."""
     shares = trace.kept.mean(1)
-    colours = [style.DENSE if ratio is None else style.PMOD for ratio in trace.ratios]
+    colours = [plots.DENSE if ratio is None else plots.PMOD for ratio in trace.ratios]
     bars = axis.bar(range(trace.layers), 100 * shares, 0.72, color=colours)
-    axis.scatter(chosen, [100 * shares[layer] + 6 for layer in chosen], marker="v", s=14, color=style.INK)
+    axis.scatter(chosen, [100 * shares[layer] + 6 for layer in chosen], marker="v", s=14, color=plots.INK)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y")
     step = max(1, math.ceil(trace.layers / 16))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pmod_cli.output import plots as style
+from pmod_cli.output import plots
 from pmod_cli.visualize.trace import Trace
 
 _LONG_SIDE = 1600
@@ -67,13 +67,13 @@ def build_page(
             }
             for view in layout.views
         ],
-        "dim": [round(255 * style.DIM), style.DIM_SHARE],
+        "dim": [round(255 * plots.DIM), plots.DIM_SHARE],
         "heat": _colours(),
     }
     # "<" could end the script element that holds the data.
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
     template = (files("pmod_cli.visualize") / "page.html").read_text(encoding="utf-8")
-    return template.replace("/*STYLE*/", style.CSS).replace("/*DATA*/", text)
+    return template.replace("/*STYLE*/", plots.CSS).replace("/*DATA*/", text)
 
 
 def _base64(values: np.ndarray) -> str:

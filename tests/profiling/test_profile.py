@@ -47,12 +47,12 @@ def test_fvcore_is_checked_against_the_formula(tmp_path):
 
 def test_layers_of_a_kind_are_counted_once_and_as_in_the_whole_model(tmp_path):
     pytest.importorskip("fvcore")
-    from pmod_cli.profiling import fvcore_counter, paths
+    from pmod_cli.profiling import fvcore_counter
 
     mod = MoDConfig([None, 0.5, None, 0.5])
     save_tiny(tmp_path, mod=mod)
     subject = find_subject(str(tmp_path))
-    short, places = paths.distinct_layers(subject.pmod)
+    short, places = fvcore_counter.distinct_layers(subject.pmod)
     assert (short.mod.retention_ratios, places) == ([None, 0.5], [0, 1, 0, 1])
     assert short.config.text_config.num_hidden_layers == 2
     counted = profile(subject, Settings(counter="fvcore")).variants["pmod"]
@@ -61,12 +61,12 @@ def test_layers_of_a_kind_are_counted_once_and_as_in_the_whole_model(tmp_path):
 
 
 def test_layers_differ_in_kind_if_their_attention_does(tmp_path):
-    from pmod_cli.profiling import paths
+    from pmod_cli.profiling import fvcore_counter
 
     text = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps(tiny_raw(text=text)), encoding="utf-8")
     subject = find_subject(str(tmp_path), baseline="none")
-    short, places = paths.distinct_layers(subject.dense)
+    short, places = fvcore_counter.distinct_layers(subject.dense)
     assert short.config.text_config.layer_types == ["full_attention", "sliding_attention"]
     assert places == [0, 0, 1, 1]
 
