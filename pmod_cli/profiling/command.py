@@ -14,7 +14,7 @@ from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.profile import Settings, profile_subject
 from pmod_cli.profiling.prompt import parse_size
 from pmod_cli.profiling.render import changes_table, profile_markdown, profile_tables, rows_table
-from pmod_cli.profiling.result import check_gates
+from pmod_cli.profiling.result import GATES, check_gates
 from pmod_cli.profiling.subject import Subject, find_subject
 
 
@@ -46,12 +46,18 @@ def run(options: ProfileOptions) -> None:
         _profile(options, subject, settings, measure_options)
 
 
+def _limits(options: ProfileOptions) -> dict[str, float]:
+    """The limits that are set, by name as in `GATES`."""
+    return {name: limit for name in GATES if (limit := getattr(options, name)) is not None}
+
+
 def _check(options: ProfileOptions) -> None:
     """Refuse what does not go together, before any work."""
     tables = bool(options.sweep) + options.schedules
-    if any(math.isnan(limit) for limit in options.limits.values()):
+    limits = _limits(options)
+    if any(math.isnan(limit) for limit in limits.values()):
         raise PmodError("a --max-... limit is no number: nothing would ever be above it")
-    if options.limits and tables:
+    if limits and tables:
         raise PmodError("--max-... limits hold for a single profile", "leave --sweep and --schedules out")
     if options.max_prefill_ratio is not None and not options.latency:
         raise PmodError("--max-prefill-ratio needs --latency")
@@ -109,7 +115,7 @@ def _profile(options: ProfileOptions, subject: Subject, settings: Settings, meas
         from pmod_cli.profiling.plots import plot_profile
 
         plot_profile(result, options.plot)
-    check_gates(result, options.limits)
+    check_gates(result, _limits(options))
 
 
 def _sweep(options: ProfileOptions, subject: Subject, settings: Settings, measure_options: Any) -> None:

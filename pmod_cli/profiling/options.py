@@ -46,13 +46,3 @@ class ProfileOptions:
     max_flops_ratio: float | None = None
     max_kv_ratio: float | None = None
     max_prefill_ratio: float | None = None
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """The limits that are set, by name as in `pmod_cli.profiling.result.GATES`."""
-        limits = {
-            "max_flops_ratio": self.max_flops_ratio,
-            "max_kv_ratio": self.max_kv_ratio,
-            "max_prefill_ratio": self.max_prefill_ratio,
-        }
-        return {name: limit for name, limit in limits.items() if limit is not None}
