@@ -11,7 +11,7 @@ from pmod_cli.output.errors import PmodError
 from pmod_cli.output.tables import Table
 from pmod_cli.profiling.explain import notes
 from pmod_cli.profiling.options import ProfileOptions
-from pmod_cli.profiling.profile import Settings, profile_subject
+from pmod_cli.profiling.profile import Settings, profile
 from pmod_cli.profiling.prompt import parse_size
 from pmod_cli.profiling.render import changes_table, profile_markdown, profile_tables, rows_table
 from pmod_cli.profiling.result import GATES, check_gates
@@ -101,7 +101,7 @@ def _picture_size(path: Path) -> tuple[int, int]:
 
 def _profile(options: ProfileOptions, subject: Subject, settings: Settings, measure_options: Any) -> None:
     with stderr.status("profiling") as status:
-        result = profile_subject(subject, settings, measure_options, status.update)
+        result = profile(subject, settings, measure_options, status.update)
     if options.as_json:
         emit_json("profile", result.to_dict())
     elif options.markdown:

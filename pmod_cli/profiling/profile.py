@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,35 +68,24 @@ class Settings:
         )
 
 
-def profile_subject(
+def profile(
     subject: Subject,
     settings: Settings,
     measure_options: dict[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ProfileResult:
-    """Count, and measure unless ``measure_options`` (see `pmod_cli.profiling.latency.measure`) is None."""
-    result = profile(subject, settings, progress)
-    if measure_options is None:
-        return result
-    from pmod_cli.profiling.latency import measure
-
-    works = {role: variant.work for role, variant in result.variants.items()}
-    return dataclasses.replace(result, latency=measure(subject, works, progress=progress, **measure_options))
-
-
-def profile(
-    subject: Subject, settings: Settings, progress: Callable[[str], None] | None = None
-) -> ProfileResult:
-    """Count a model and its baseline; nothing is loaded but configs.
+    """Count a model and its baseline, for which only configs are read; measure them if asked.
 
     Args:
         subject: What `find_subject` found.
         settings: The prompt, and how to count.
+        measure_options: Options of `pmod_cli.profiling.latency.measure`; None to count only.
         progress: Called with a short text at each step.
 
     Raises:
         MissingExtraError: fvcore was asked for by name and is not installed.
         BrokenPackageError: fvcore is installed and cannot be imported.
+        PmodError: See `pmod_cli.profiling.latency.measure`.
     """
     counter = _resolve_counter(settings)
     variants: dict[str, VariantProfile] = {}
@@ -111,6 +99,12 @@ def profile(
             checks["formula"] = checks.get("formula", True) and traced == phases
             phases = traced
         variants[role] = _variant_profile(variant, settings, *phases)
+    latency = None
+    if measure_options is not None:
+        from pmod_cli.profiling.latency import measure
+
+        works = {role: variant.work for role, variant in variants.items()}
+        latency = measure(subject, works, progress=progress, **measure_options)
     geometry = subject.main.geometry
     return ProfileResult(
         model=subject.name,
@@ -120,7 +114,7 @@ def profile(
         counted_by=counter,
         checks=checks,
         published=published_figures(geometry) if settings.convention == PAPER.name else None,
-        latency=None,
+        latency=latency,
         versions=versions("pmod-cli", "torch", "transformers", "fvcore"),
     )
 

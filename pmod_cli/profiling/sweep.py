@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from pmod_cli.modeling.schedule import SCHEDULES, Ratios, mean_retention
 from pmod_cli.output.errors import PmodError
-from pmod_cli.profiling.profile import Settings, profile_subject
+from pmod_cli.profiling.profile import Settings, profile
 from pmod_cli.profiling.result import FLOPS_PER_MAC
 from pmod_cli.profiling.subject import Subject
 
@@ -87,9 +86,7 @@ def compare_schedules(
     for name, schedule in SCHEDULES.items():
         accepted = inspect.signature(schedule).parameters
         parameter = next((each for each in ("shift", "ratio") if each in accepted), None)
-        if parameter and (
-            solved := _solve(partial(_schedule, name, parameter, len(own)), mean_retention(own))
-        ):
+        if parameter and (solved := _solve(name, parameter, len(own), mean_retention(own))):
             candidates.append((name, {parameter: solved[0]}, solved[1]))
     rows = []
     for name, setting, ratios in candidates:
@@ -124,7 +121,7 @@ def _own_ratios(subject: Subject) -> Ratios:
 def _row(subject: Subject, settings: Settings, measure_options: dict[str, Any] | None) -> dict[str, Any]:
     """The ratios, and each model's MACs, FLOPs and cache."""
     # The formula agrees with fvcore's trace (a test says so) and takes no time.
-    result = profile_subject(subject, dataclasses.replace(settings, counter="formula"), measure_options)
+    result = profile(subject, dataclasses.replace(settings, counter="formula"), measure_options)
     figures = {
         role: {
             "prefill_macs": variant.prefill.macs,
@@ -136,15 +133,15 @@ def _row(subject: Subject, settings: Settings, measure_options: dict[str, Any] |
     return {**result.ratios, **figures}
 
 
-def _schedule(name: str, parameter: str, layers: int, value: float) -> Ratios:
-    return SCHEDULES[name](layers, **{parameter: value})
-
-
-def _solve(schedule: Callable[[float], Ratios], target: float) -> tuple[float, Ratios] | None:
+def _solve(name: str, parameter: str, layers: int, target: float) -> tuple[float, Ratios] | None:
     """The parameter in (0, 1] whose schedule has this mean retention, by bisection; None if none has.
 
     The mean never falls as the parameter grows, but jumps where a layer turns dense, so it may be missed.
     """
+
+    def schedule(value: float) -> Ratios:
+        return SCHEDULES[name](layers, **{parameter: value})
+
     low, high = 1e-6, 1.0
     for _ in range(60):
         middle = (low + high) / 2

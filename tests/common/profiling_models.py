@@ -80,13 +80,11 @@ def profile_checkpoint(
     model, baseline="auto", *, latency=False, device="auto", repeats=5, progress=None, **settings
 ):
     """What ``pmod profile`` does with a checkpoint, a config.json or a name; ``settings`` are those of `Settings`."""
-    from pmod_cli.profiling.profile import Settings, profile_subject
+    from pmod_cli.profiling.profile import Settings, profile
     from pmod_cli.profiling.subject import find_subject
 
     options = {"device": device, "repeats": repeats} if latency else None
-    return profile_subject(
-        find_subject(str(model), baseline=baseline), Settings(**settings), options, progress
-    )
+    return profile(find_subject(str(model), baseline=baseline), Settings(**settings), options, progress)
 
 
 def save_tiny(folder, model_type="llava", mod=None, text=None):
