@@ -155,6 +155,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only be a repository on the hub: one slash, no path's beginning, and no path that exists."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
 def open_source(
     name: str | Path,
     *,

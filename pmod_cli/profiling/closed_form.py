@@ -1,7 +1,7 @@
 """Multiply-adds, KV cache, parameters and memory traffic by formula; every formula is in ``docs/profile.md``.
 
 One MAC is one multiply-add, which is two FLOPs. Attention is counted over all query-key pairs: kernels may skip
-masked ones, but neither fvcore nor torch's counter assumes so. Element-wise operations are not counted, except the
+masked ones, but fvcore does not assume so. Element-wise operations are not counted, except the
 tower's LayerNorms, at fvcore's 5 per value.
 """
 
@@ -25,7 +25,6 @@ class Convention:
     Attributes:
         name: Its name in output.
         scores: Score and value products of attention.
-        norms: The vision tower's LayerNorms (5 per value).
         unused_layers: Tower layers after the selected feature layer, which transformers runs all the same.
         one_crop: Only one crop goes through the vision tower, however many the image has.
         original_vocab: The LM head without the rows added for the image token.
@@ -33,17 +32,14 @@ class Convention:
 
     name: str
     scores: bool = True
-    norms: bool = True
     unused_layers: bool = False
     one_crop: bool = False
     original_vocab: bool = False
 
 
 FULL = Convention("full")
-# fvcore traces away what the output does not depend on; torch's counter sees what runs, and no LayerNorm.
-TORCH = Convention("torch", norms=False, unused_layers=True)
 PAPER = Convention("paper", scores=False, unused_layers=True, one_crop=True, original_vocab=True)
-CONVENTIONS = {convention.name: convention for convention in (FULL, TORCH, PAPER)}
+CONVENTIONS = {convention.name: convention for convention in (FULL, PAPER)}
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class LayerCount:
     """MACs of one decoder layer, over the whole batch.
 
     Attributes:
-        tokens: Tokens a sample that the layer processes.
+        tokens: Tokens per sample that the layer processes.
         attention_projections: Query, key, value and output projections.
         attention_scores: Score and value products.
         mlp: Gate, up and down projections.
@@ -93,7 +89,7 @@ class PhaseCount:
 
 
 def layer_tokens(geometry: Geometry, mod: MoDConfig | None, work: Workload) -> list[int]:
-    """Tokens a sample that each decoder layer processes and caches at prefill."""
+    """Tokens per sample that each decoder layer processes and caches at prefill."""
     if mod is None:
         return [work.prompt_tokens] * geometry.decoder.layers
     routed = work.routed_tokens(mod.target_tokens)
@@ -135,7 +131,7 @@ def prefill(
         layers=layers,
         lm_head=positions * _lm_head(geometry, convention),
         vision_tower=crops * _tower(geometry, convention),
-        vision_norms=crops * _tower_norms(geometry, convention) if convention.norms else 0,
+        vision_norms=crops * _tower_norms(geometry, convention),
         projector=crops * _projector(geometry),
     )
 
@@ -143,7 +139,7 @@ def prefill(
 def decode_step(
     geometry: Geometry, mod: MoDConfig | None, work: Workload, convention: Convention = FULL, step: int = 0
 ) -> PhaseCount:
-    """Count one new token a sample; every layer processes it, whatever its ratio.
+    """Count one new token per sample; every layer processes it, whatever its ratio.
 
     Args:
         geometry: The dense model.

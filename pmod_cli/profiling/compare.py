@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import read_json
 
 
-def compare_files(before: str | Path, after: str | Path) -> dict[str, Any]:
+def compare_files(before: Path, after: Path) -> dict[str, Any]:
     """Compare the output of two ``pmod profile --json`` runs.
 
     Args:
@@ -24,26 +24,23 @@ def compare_files(before: str | Path, after: str | Path) -> dict[str, Any]:
     Raises:
         PmodError: A file that is not such output.
     """
-    old, new = _read(before), _read(after)
+    old, new = _figures(before), _figures(after)
     changes = []
     for key in dict.fromkeys([*old, *new]):
         first, second = old.get(key), new.get(key)
-        if first == second:
-            continue
-        numbers = all(
-            isinstance(value, int | float) and not isinstance(value, bool) for value in (first, second)
-        )
-        ratio = second / first if numbers and first else None
-        changes.append({"key": key, "before": first, "after": second, "ratio": ratio})
+        if first != second:
+            ratio = second / first if _is_number(first) and _is_number(second) and first else None
+            changes.append({"key": key, "before": first, "after": second, "ratio": ratio})
     return {"before": str(before), "after": str(after), "changes": changes}
 
 
-def _read(path: str | Path) -> dict[str, Any]:
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PmodError(f"cannot read {path}: {error}") from error
-    result = document.get("result") if isinstance(document, dict) else None
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _figures(path: Path) -> dict[str, Any]:
+    document = read_json(path)
+    result = document.get("result")
     if not isinstance(result, dict) or document.get("command") != "profile":
         raise PmodError(f"{path} is not the output of pmod profile --json")
     return dict(_flatten(result))

@@ -1,4 +1,4 @@
-"""Real time and real memory: prefill, decode and end to end, dense and p-MoD by turns in one process.
+"""Real time and real memory: prefill, decode and end to end; dense and p-MoD alternate in one process.
 
 Every phase is warmed up, synchronised and repeated; a median comes with its spread. The KV cache's bytes are read
 from the cache object that a real prefill leaves.
@@ -7,81 +7,18 @@ from the cache object that a real prefill leaves.
 from __future__ import annotations
 
 import resource
-import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pmod_cli.devices import find_device
 from pmod_cli.output.errors import PmodError
-from pmod_cli.profiling.bench import Bench
-from pmod_cli.profiling.loading import load_models, quiet_transformers
+from pmod_cli.profiling.bench import Bench, Measured
+from pmod_cli.profiling.placement import load_models, quiet_transformers
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import Subject
-
-PHASES = ("prefill", "decode", "end_to_end")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one phase over the repeats."""
-
-    seconds: list[float]
-
-    @property
-    def median(self) -> float:
-        """Middle of the repeats."""
-        return statistics.median(self.seconds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: median, fastest, slowest, and every run in its order."""
-        return {
-            "median": self.median,
-            "min": min(self.seconds),
-            "max": max(self.seconds),
-            "runs": self.seconds,
-        }
-
-
-@dataclass
-class Measured:
-    """What was measured of one model.
-
-    Attributes:
-        seconds: By phase: ``prefill`` (time to first token, image included), ``decode`` (all further tokens),
-            ``end_to_end`` (``generate``).
-        decoded: Tokens a sample that ``decode`` made.
-        kv_prefill: Real bytes of KV cache by layer after the prompt.
-        kv_final: Real bytes of KV cache by layer when the last token was generated.
-        peak_memory: Most bytes allocated on the device in this model's turn, the other's weights included if they
-            are not shared; None on a CPU.
-        bound: Seconds of prefill if the layers ran on their kept tokens and did nothing else; p-MoD only.
-    """
-
-    decoded: int
-    seconds: dict[str, Timing] = field(default_factory=dict)
-    kv_prefill: list[int] = field(default_factory=list)
-    kv_final: list[int] = field(default_factory=list)
-    peak_memory: int | None = None
-    bound: Timing | None = None
-
-    def to_dict(self, batch: int) -> dict[str, Any]:
-        """For JSON."""
-        decode = self.seconds["decode"].median if self.decoded else None
-        return {
-            "seconds": {phase: timing.to_dict() for phase, timing in self.seconds.items()},
-            "decode_tokens_per_second": batch * self.decoded / decode if decode else None,
-            "kv_cache": {
-                "prefill_bytes": sum(self.kv_prefill),
-                "final_bytes": sum(self.kv_final),
-                "prefill_layers": self.kv_prefill,
-                "final_layers": self.kv_final,
-            },
-            "peak_memory_bytes": self.peak_memory,
-            "kept_tokens_bound": self.bound.to_dict() if self.bound else None,
-        }
 
 
 @dataclass(frozen=True)
@@ -147,7 +84,7 @@ def measure(
     warmup: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Latency:
-    """Measure a p-MoD model and its baseline by turns.
+    """Measure a p-MoD model and its baseline alternately.
 
     Args:
         subject: The models; weights are random where only a config is known.
@@ -162,47 +99,32 @@ def measure(
     """
     if repeats < 1:
         raise PmodError("--repeats must be at least 1")
-    place = find_device(device)
-    if place.type not in ("cpu", "cuda"):
+    target = find_device(device)
+    if target.type not in ("cpu", "cuda"):
         raise PmodError(f"cannot measure on {device!r}", "cpu or cuda")
     say = progress or (lambda _text: None)
     say("loading the models")
+    work = next(iter(works.values()))
     try:
-        models = load_models(subject, place, next(iter(works.values())).dtype)
-        found = {role: Measured(works[role].new_tokens - 1) for role in models}
+        models = load_models(subject, target, work.dtype)
         benches = {role: Bench(model, works[role]) for role, model in models.items()}
-        samples: dict[tuple[str, str], list[float]] = {}
         for index in range(-warmup, repeats):
             say(f"measuring: {'warm-up' if index < 0 else f'run {index + 1} of {repeats}'}")
-            # By turns, and in changing order, so that a drift of the machine's speed hits both alike.
+            # Alternately, and in changing order, so that a drift of the machine's speed affects both alike.
             for role, bench in list(benches.items())[:: 1 if index % 2 else -1]:
                 with quiet_transformers():
-                    turn = bench.run()
-                seconds = dict(turn.seconds)
-                if role == "pmod":
-                    seconds["bound"] = bench.bound()
-                found[role].kv_prefill, found[role].kv_final = turn.kv_prefill, turn.kv_final
-                found[role].peak_memory = turn.peak_memory
-                if index >= 0:
-                    for phase, value in seconds.items():
-                        samples.setdefault((role, phase), []).append(value)
+                    bench.run(count=index >= 0, bound=role == "pmod")
     except torch.OutOfMemoryError as error:
-        raise PmodError(
-            f"out of memory on {place}", "a smaller --batch or image, or --dtype bfloat16"
-        ) from error
-    for (role, phase), runs in samples.items():
-        if phase == "bound":
-            found[role].bound = Timing(runs)
-        else:
-            found[role].seconds[phase] = Timing(runs)
-    name = f"{place} ({torch.cuda.get_device_name(place)})" if place.type == "cuda" else str(place)
+        hint = "a smaller --batch or image, or --dtype bfloat16"
+        raise PmodError(f"out of memory on {target}", hint) from error
+    name = f"{target} ({torch.cuda.get_device_name(target)})" if target.type == "cuda" else str(target)
     return Latency(
         device=name,
-        dtype=next(iter(works.values())).dtype,
+        dtype=work.dtype,
         threads=torch.get_num_threads(),
         repeats=repeats,
         random_weights=any(variant.weights is None for variant in subject.variants.values()),
-        batch=next(iter(works.values())).batch,
-        models=found,
+        batch=work.batch,
+        models={role: bench.measured for role, bench in benches.items()},
         process_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )

@@ -1,26 +1,23 @@
-"""Puts a profile together: find the two models, count, and measure if asked."""
+"""Puts a profile together: count the two models, and measure them if asked."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-from pmod_cli import __version__
 from pmod_cli.extras import installed, require
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.versions import versions
 from pmod_cli.profiling import closed_form
-from pmod_cli.profiling.closed_form import CONVENTIONS, FULL, PAPER, TORCH, PhaseCount
+from pmod_cli.profiling.closed_form import CONVENTIONS, FULL, PAPER, PhaseCount
 from pmod_cli.profiling.geometry import Geometry
 from pmod_cli.profiling.prompt import DTYPE_BYTES, Workload, default_image_size, image_tokens
 from pmod_cli.profiling.published import published_figures
 from pmod_cli.profiling.result import ProfileResult, VariantProfile
-from pmod_cli.profiling.subject import Subject, Variant, find_subject
+from pmod_cli.profiling.subject import Subject, Variant
 
-COUNTERS = ("auto", "fvcore", "torch", "formula", "all")
+COUNTERS = ("auto", "fvcore", "formula")
 
 
 @dataclass(frozen=True)
@@ -30,14 +27,13 @@ class Settings:
     Attributes:
         image_size: (height, width) in pixels; None for the size with the most vision tokens.
         with_image: False for a prompt of text only.
-        text_tokens: Text tokens a sample; None for 35, or the paper's 30 under its convention.
-        new_tokens: Tokens generated a sample.
+        text_tokens: Text tokens per sample; None for 35, or the paper's 30 under its convention.
+        new_tokens: Tokens generated per sample.
         batch: Samples.
         dtype: One of `DTYPE_BYTES`.
         all_logits: See `Workload`.
         convention: ``full`` or ``paper``.
-        counter: ``fvcore``, ``torch``, ``formula``, ``all`` (fvcore, the others checked against it) or ``auto``
-            (fvcore where it is installed).
+        counter: ``fvcore`` (checked against the formula), ``formula``, or ``auto`` (fvcore where it is installed).
     """
 
     image_size: tuple[int, int] | None = None
@@ -51,12 +47,9 @@ class Settings:
     counter: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.convention not in CONVENTIONS:
-            raise PmodError(f"unknown convention {self.convention!r}", "full or paper")
-        if self.counter not in COUNTERS:
-            raise PmodError(f"unknown counter {self.counter!r}", f"one of {', '.join(COUNTERS)}")
-        if self.dtype not in DTYPE_BYTES:
-            raise PmodError(f"unknown dtype {self.dtype!r}", f"one of {', '.join(DTYPE_BYTES)}")
+        for name, known in (("convention", CONVENTIONS), ("counter", COUNTERS), ("dtype", DTYPE_BYTES)):
+            if getattr(self, name) not in known:
+                raise PmodError(f"unknown {name} {getattr(self, name)!r}", f"one of {', '.join(known)}")
         if self.batch < 1 or self.new_tokens < 1 or (self.text_tokens or 1) < 1:
             raise PmodError("batch, text tokens and new tokens must be at least 1")
 
@@ -75,68 +68,24 @@ class Settings:
         )
 
 
-def profile_checkpoint(
-    model_path: str | Path,
-    baseline: str | Path | None = "auto",
-    *,
-    recipe: str | None = None,
-    latency: bool = False,
-    device: str = "auto",
-    repeats: int = 5,
-    progress: Callable[[str], None] | None = None,
-    **settings: Any,
-) -> ProfileResult:
-    """Profile a checkpoint against its dense baseline.
-
-    Args:
-        model_path: Checkpoint folder, hub id, ``config.json``, or name of a recipe or geometry.
-        baseline: ``auto`` (the same model with every layer dense), another model, or None.
-        recipe: How a dense MODEL would become p-MoD; the paper's settings by default.
-        latency: Measure as well as count.
-        device: Where to measure; ``auto`` is a GPU if there is one.
-        repeats: Measured runs of each phase.
-        progress: Called with a short text at each step.
-        **settings: See `Settings`.
-
-    Raises:
-        PmodError: See `find_subject` and `Settings`.
-        MissingExtraError: fvcore was asked for by name and is not installed.
-        BrokenPackageError: fvcore is installed and cannot be imported.
-    """
-    subject = find_subject(str(model_path), recipe=recipe, baseline=str(baseline or "none"))
-    options = {"device": device, "repeats": repeats} if latency else None
-    return profile_subject(subject, Settings(**settings), options, progress)
-
-
-def profile_subject(
+def profile(
     subject: Subject,
     settings: Settings,
     measure_options: dict[str, Any] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ProfileResult:
-    """Count, and measure unless ``measure_options`` (see `pmod_cli.profiling.latency.measure`) is None."""
-    result = profile(subject, settings, progress)
-    if measure_options is None:
-        return result
-    from pmod_cli.profiling.latency import measure
-
-    works = {role: variant.work for role, variant in result.variants.items()}
-    return dataclasses.replace(result, latency=measure(subject, works, progress=progress, **measure_options))
-
-
-def profile(
-    subject: Subject, settings: Settings, progress: Callable[[str], None] | None = None
-) -> ProfileResult:
-    """Count a model and its baseline; nothing is loaded but configs.
+    """Count a model and its baseline, for which only configs are read; measure them if asked.
 
     Args:
         subject: What `find_subject` found.
         settings: The prompt, and how to count.
+        measure_options: Options of `pmod_cli.profiling.latency.measure`; None to count only.
         progress: Called with a short text at each step.
 
     Raises:
         MissingExtraError: fvcore was asked for by name and is not installed.
         BrokenPackageError: fvcore is installed and cannot be imported.
+        PmodError: See `pmod_cli.profiling.latency.measure`.
     """
     counter = _resolve_counter(settings)
     variants: dict[str, VariantProfile] = {}
@@ -144,86 +93,85 @@ def profile(
     for role, variant in subject.variants.items():
         if progress:
             progress(f"counting the {'p-MoD' if role == 'pmod' else 'dense'} model ({counter})")
-        variants[role], agreed = _count(variant, settings, counter)
-        for name, agrees in agreed.items():
-            checks[name] = agrees and checks.get(name, True)
+        phases = _formula(variant, settings)
+        if counter == "fvcore":
+            traced = _trace(variant, settings)
+            checks["formula"] = checks.get("formula", True) and traced == phases
+            phases = traced
+        variants[role] = _variant_profile(variant, settings, *phases)
+    latency = None
+    if measure_options is not None:
+        from pmod_cli.profiling.latency import measure
+
+        works = {role: variant.work for role, variant in variants.items()}
+        latency = measure(subject, works, progress=progress, **measure_options)
     geometry = subject.main.geometry
     return ProfileResult(
         model=subject.name,
         variants=variants,
         work=settings.workload(geometry),
         convention=settings.convention,
-        counted_by="fvcore" if counter == "all" else counter,
+        counted_by=counter,
         checks=checks,
         published=published_figures(geometry) if settings.convention == PAPER.name else None,
-        latency=None,
-        versions=_versions(),
+        latency=latency,
+        versions=versions("pmod-cli", "torch", "transformers", "fvcore"),
     )
 
 
 def _resolve_counter(settings: Settings) -> str:
     if settings.convention != FULL.name:
-        if settings.counter not in ("auto", "formula"):
+        if settings.counter == "fvcore":
             raise PmodError(f"the {settings.convention} convention is counted by formula only")
         return "formula"
-    if settings.counter == "auto" and not installed("fvcore"):
+    if settings.counter == "formula" or (settings.counter == "auto" and not installed("fvcore")):
         return "formula"
-    if settings.counter in ("auto", "fvcore", "all"):
-        require("fvcore")
-    return "fvcore" if settings.counter == "auto" else settings.counter
+    require("fvcore")
+    return "fvcore"
 
 
-def _count(variant: Variant, settings: Settings, counter: str) -> tuple[VariantProfile, dict[str, bool]]:
+def _formula(variant: Variant, settings: Settings) -> tuple[PhaseCount, PhaseCount]:
+    """Prefill and first decode step by the closed form."""
+    what = (
+        variant.geometry,
+        variant.mod,
+        settings.workload(variant.geometry),
+        CONVENTIONS[settings.convention],
+    )
+    return closed_form.prefill(*what), closed_form.decode_step(*what)
+
+
+def _trace(variant: Variant, settings: Settings) -> tuple[PhaseCount, PhaseCount]:
+    """Prefill and first decode step by fvcore; of layers that do the same work one is traced."""
+    from pmod_cli.modeling.twin import meta_model
+    from pmod_cli.profiling import fvcore_counter
+
+    work = settings.workload(variant.geometry)
+    short, indices = fvcore_counter.distinct_layers(variant)
+    prefill, step = fvcore_counter.count(meta_model(short.config, work.dtype), work)
+    return fvcore_counter.repeat_layers(prefill, indices), fvcore_counter.repeat_layers(step, indices)
+
+
+def _variant_profile(
+    variant: Variant, settings: Settings, prefill: PhaseCount, decode_step: PhaseCount
+) -> VariantProfile:
     geometry, mod = variant.geometry, variant.mod
     work = settings.workload(geometry)
-    convention = CONVENTIONS[settings.convention]
-    phases = _formula(variant, work, convention)
-    checks: dict[str, bool] = {}
-    if counter != "formula":
-        from pmod_cli.modeling.twin import meta_model
-        from pmod_cli.profiling.paths import distinct_layers, repeat_layers
-
-        short, places = distinct_layers(variant)
-        model = meta_model(short.config, work.dtype)
-        if counter in ("torch", "all"):
-            from pmod_cli.profiling import torch_counter
-
-            prefill, step = torch_counter.count(model, work)
-            phases = repeat_layers(prefill, places), repeat_layers(step, places)
-            checks["torch" if counter == "all" else "formula"] = phases == _formula(variant, work, TORCH)
-        if counter in ("fvcore", "all"):
-            from pmod_cli.profiling import trace
-
-            prefill, step = trace.count(model, work)
-            phases = repeat_layers(prefill, places), repeat_layers(step, places)
-            checks["formula"] = phases == _formula(variant, work, FULL)
     kept = closed_form.layer_tokens(geometry, mod, work)
-    used = TORCH if counter == "torch" else convention
-    profile = VariantProfile(
+    return VariantProfile(
         name=variant.name,
         model_type=variant.model_type,
         retention_ratios=mod.retention_ratios if mod else None,
         work=work,
         parameters=closed_form.parameters(geometry, mod),
-        prefill=phases[0],
-        decode_step=phases[1],
-        generation_macs=closed_form.generation_macs(geometry, mod, work, used),
+        prefill=prefill,
+        decode_step=decode_step,
+        generation_macs=closed_form.generation_macs(geometry, mod, work, CONVENTIONS[settings.convention]),
         kv_prefill=closed_form.kv_bytes(geometry, mod, work),
         kv_final=closed_form.kv_bytes(geometry, mod, work, decoded=work.new_tokens - 1),
         vision_retention=_vision_retention(variant, work, kept),
         token_retention=sum(kept) / len(kept) / work.prompt_tokens,
         traffic=closed_form.least_traffic(geometry, mod, work),
-    )
-    return profile, checks
-
-
-def _formula(
-    variant: Variant, work: Workload, convention: closed_form.Convention
-) -> tuple[PhaseCount, PhaseCount]:
-    geometry, mod = variant.geometry, variant.mod
-    return (
-        closed_form.prefill(geometry, mod, work, convention),
-        closed_form.decode_step(geometry, mod, work, convention),
     )
 
 
@@ -233,13 +181,3 @@ def _vision_retention(variant: Variant, work: Workload, kept: list[int]) -> floa
     if variant.mod and variant.mod.target_tokens == "all":
         return None  # which tokens go, text or vision, is the router's choice
     return sum(tokens - work.text_tokens for tokens in kept) / len(kept) / work.vision_tokens
-
-
-def _versions() -> dict[str, str]:
-    found = {"pmod-cli": __version__}
-    for package in ("torch", "transformers", "fvcore"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -33,13 +33,13 @@ class ImageTokens:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is profiled: one image and some text a sample.
+    """What is profiled: one image and some text per sample.
 
     Attributes:
         image: Tokens and crops of the image; None for a prompt of text only.
         image_size: (height, width) of the image in pixels.
-        text_tokens: Text tokens a sample, special tokens included.
-        new_tokens: Tokens generated a sample.
+        text_tokens: Text tokens per sample, special tokens included.
+        new_tokens: Tokens generated per sample.
         batch: Samples, all alike (no padding).
         dtype: Type of weights, activations and KV cache.
         all_logits: Whether prefill computes logits at every position (a plain ``forward``) or only at the last
@@ -56,12 +56,12 @@ class Workload:
 
     @property
     def vision_tokens(self) -> int:
-        """Vision tokens a sample."""
+        """Vision tokens per sample."""
         return self.image.tokens if self.image else 0
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens a sample before generation."""
+        """Tokens per sample before generation."""
         return self.vision_tokens + self.text_tokens
 
     @property
@@ -70,7 +70,7 @@ class Workload:
         return DTYPE_BYTES[self.dtype]
 
     def routed_tokens(self, target: str) -> int:
-        """Tokens a sample that an MoD layer chooses from; the others are always kept.
+        """Tokens per sample that an MoD layer chooses from; the others are always kept.
 
         Args:
             target: ``vision``, ``vision_hr`` or ``all``, as in the model's config. A prompt without an image is not

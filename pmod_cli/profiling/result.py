@@ -5,6 +5,7 @@ The JSON form is documented in ``docs/profile.md``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ class VariantProfile:
     Attributes:
         name: What was profiled.
         model_type: transformers' name.
-        retention_ratios: One a layer, None for dense layers; None for the dense model.
+        retention_ratios: One per layer, None for dense layers; None for the dense model.
         work: The prompt, in this model's tokens.
         parameters: By part.
         prefill: MACs of the prompt's forward pass.
@@ -66,12 +67,7 @@ class VariantProfile:
             "prefill": _phase(self.prefill),
             "decode_step": _phase(self.decode_step),
             "generation": _work(self.generation_macs),
-            "kv_cache": {
-                "prefill_bytes": sum(self.kv_prefill),
-                "final_bytes": sum(self.kv_final),
-                "prefill_layers": self.kv_prefill,
-                "final_layers": self.kv_final,
-            },
+            "kv_cache": kv_cache_dict(self.kv_prefill, self.kv_final),
             "retention": {"vision": self.vision_retention, "all": self.token_retention},
             "least_traffic_bytes": self.traffic,
         }
@@ -86,8 +82,8 @@ class ProfileResult:
         variants: Profiles by ``pmod`` and ``dense``; one of them may be missing.
         work: The prompt.
         convention: ``full`` or ``paper``.
-        counted_by: ``fvcore``, ``torch`` or ``formula``.
-        checks: Whether each other count that was made agrees, part by part and layer by layer.
+        counted_by: ``fvcore`` or ``formula``.
+        checks: Whether each other count that was made (``formula``) agrees, part by part and layer by layer.
         published: The paper's own figures, under its convention.
         latency: What was measured, or None.
         versions: Of the packages that took part.
@@ -154,12 +150,12 @@ GATES = {
 }
 
 
-def check_gates(result: ProfileResult, limits: dict[str, float | None]) -> None:
+def check_gates(result: ProfileResult, limits: Mapping[str, float]) -> None:
     """Hold the ratios of p-MoD to dense against limits.
 
     Args:
         result: A profile with both models.
-        limits: By name as in `GATES`; None for no limit.
+        limits: By name as in `GATES`.
 
     Raises:
         GateError: Names every ratio above its limit.
@@ -167,8 +163,6 @@ def check_gates(result: ProfileResult, limits: dict[str, float | None]) -> None:
     """
     failed = []
     for gate, limit in limits.items():
-        if limit is None:
-            continue
         key, what = GATES[gate]
         if key not in result.ratios:
             need = "--latency" if key == "prefill_seconds" else "a p-MoD model and its dense baseline"
@@ -177,6 +171,16 @@ def check_gates(result: ProfileResult, limits: dict[str, float | None]) -> None:
             failed.append(f"{what}: {result.ratios[key]:.4f} of dense, above {limit:g}")
     if failed:
         raise GateError("; ".join(failed))
+
+
+def kv_cache_dict(prefill: list[int], final: list[int]) -> dict[str, Any]:
+    """For JSON: bytes of KV cache by layer, and their sums."""
+    return {
+        "prefill_bytes": sum(prefill),
+        "final_bytes": sum(final),
+        "prefill_layers": prefill,
+        "final_layers": final,
+    }
 
 
 def _work(macs: int) -> dict[str, int]:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints.source import is_hub_id
 from pmod_cli.families import check_decoder, find_family
 from pmod_cli.families.defaults import transformers_config
 from pmod_cli.modeling.settings import MoDConfig
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import read_json
 from pmod_cli.profiling.geometries import find_geometry, shipped_geometries
 from pmod_cli.profiling.geometry import Geometry
 from pmod_cli.recipe import (
@@ -161,18 +162,18 @@ def _read(model: str) -> tuple[dict[str, Any], str | None, bool]:
     """Config, where weights are, and whether MODEL is the name of a recipe."""
     path = Path(model)
     if path.is_file():
-        return _read_json(path), None, False
+        return _read_config(path), None, False
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PmodError(f"{model} has no config.json", "give a checkpoint folder or a config.json")
         has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
-        return _read_json(path / "config.json"), model if has_weights else None, False
+        return _read_config(path / "config.json"), model if has_weights else None, False
     if model in shipped_recipes():
         return _config_of_recipe(load_recipe(model)), None, True
     shipped = find_geometry(model)
     if shipped is not None:
         return shipped, model if "/" in model else None, False
-    if model.count("/") == 1 and not model.startswith((".", "~")):
+    if is_hub_id(model):
         return _read_hub(model), model, False
     if path.suffix == ".json" or model.startswith((".", "/", "~")):
         raise PmodError(f"no file or folder {model}", "give a checkpoint folder, a config.json or a name")
@@ -183,12 +184,9 @@ def _read(model: str) -> tuple[dict[str, Any], str | None, bool]:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PmodError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict) or "model_type" not in data:
+def _read_config(path: Path) -> dict[str, Any]:
+    data = read_json(path)
+    if "model_type" not in data:
         raise PmodError(f"{path} is not a model's config.json", "it has no model_type")
     for part in ("text_config", "vision_config"):
         if not isinstance(data.get(part) or {}, dict):
@@ -202,9 +200,8 @@ def _read_hub(model: str) -> dict[str, Any]:
     try:
         return dict(PreTrainedConfig.get_config_dict(model)[0])
     except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
         raise PmodError(
-            f"no folder {model}, and its config cannot be had from the hub: {first_line}",
+            f"no folder {model}, and its config cannot be had from the hub: {first_line(error)}",
             f"offline by name: {', '.join(shipped_geometries())}",
         ) from error
 

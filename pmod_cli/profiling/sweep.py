@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from pmod_cli.modeling.schedule import SCHEDULES, Ratios, mean_retention
 from pmod_cli.output.errors import PmodError
-from pmod_cli.profiling.profile import Settings, profile_subject
-from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
+from pmod_cli.profiling.profile import Settings, profile
+from pmod_cli.profiling.result import FLOPS_PER_MAC
 from pmod_cli.profiling.subject import Subject
 
-RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-TEXT_TOKENS = (16, 32, 64, 128, 256, 512, 1024)
-BATCHES = (1, 2, 4, 8, 16)
+KNOBS: dict[str, tuple[float, ...]] = {
+    "ratio": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "tokens": (16, 32, 64, 128, 256, 512, 1024),
+    "batch": (1, 2, 4, 8, 16),
+}
+"""What can be swept, and over which values."""
 
 
 def sweep(
@@ -36,36 +38,24 @@ def sweep(
         progress: Called with a short text at each step.
 
     Returns:
-        One row a value: the value under the knob's name, the ratios of p-MoD to dense, and under ``pmod`` and
+        One row per value: the value under the knob's name, the ratios of p-MoD to dense, and under ``pmod`` and
         ``dense`` each model's ``prefill_macs``, ``prefill_flops`` and ``kv_prefill_bytes``.
 
     Raises:
-        PmodError: An unknown knob, or only one model.
+        PmodError: Only one model.
     """
-    subjects, settings_list = [subject], [settings]
-    if knob == "ratio":
-        subjects = [with_ratios(subject, _uniform(subject, ratio)) for ratio in RATIOS]
-        values: tuple[float, ...] = RATIOS
-        settings_list *= len(values)
-    elif knob in ("tokens", "batch"):
-        values = TEXT_TOKENS if knob == "tokens" else BATCHES
-        changes: list[dict[str, Any]] = [
-            {"text_tokens" if knob == "tokens" else "batch": value} for value in values
-        ]
-        settings_list = [dataclasses.replace(settings, **change) for change in changes]
-        subjects *= len(values)
-    else:
-        raise PmodError(f"cannot sweep {knob!r}", "one of ratio, tokens, batch")
+    own = _own_ratios(subject)
     rows = []
-    for value, one, chosen in zip(values, subjects, settings_list, strict=True):
-        # The formula agrees with fvcore's trace (a test says so) and takes no time.
-        quick = dataclasses.replace(chosen, counter="formula")
+    for value in KNOBS[knob]:
         if progress:
             progress(f"{knob} {value}")
-        result = profile_subject(one, quick, measure_options)
-        if not result.ratios:
-            raise PmodError("a sweep compares a p-MoD model with its dense baseline")
-        rows.append({knob: value, **result.ratios, **_work(result)})
+        if knob == "ratio":
+            varied = with_ratios(subject, [None if ratio is None else value for ratio in own])
+            row = _row(varied, settings, measure_options)
+        else:
+            change: dict[str, Any] = {"text_tokens" if knob == "tokens" else "batch": value}
+            row = _row(subject, dataclasses.replace(settings, **change), measure_options)
+        rows.append({knob: value, **row})
     return rows
 
 
@@ -84,56 +74,34 @@ def compare_schedules(
         progress: Called with a short text at each step.
 
     Returns:
-        One row a schedule: ``schedule``, ``setting`` (the parameter that was solved for),
+        One row per schedule: ``schedule``, ``setting`` (the parameter that was solved for),
         ``mean_retention``, ``mod_layers``, and what `sweep` gives; the subject's own first. A
         kind that cannot reach the mean is left out.
 
     Raises:
         PmodError: If there is only one model.
     """
-    if subject.pmod is None or subject.pmod.mod is None or subject.dense is None:
-        raise PmodError("comparing schedules needs a p-MoD model and its dense baseline")
-    own = subject.pmod.mod.retention_ratios
-    target = mean_retention(own)
+    own = _own_ratios(subject)
     candidates: list[tuple[str, dict[str, float], Ratios]] = [("this model", {}, own)]
-    layers = subject.pmod.geometry.decoder.layers
     for name, schedule in SCHEDULES.items():
-        parameter = next(
-            (each for each in ("shift", "ratio") if each in inspect.signature(schedule).parameters), None
-        )
-        if parameter is None:
-            continue
-        found = _solve(partial(_schedule, name, parameter, layers), target)
-        if found is not None:
-            candidates.append((name, {parameter: found[0]}, found[1]))
+        accepted = inspect.signature(schedule).parameters
+        parameter = next((each for each in ("shift", "ratio") if each in accepted), None)
+        if parameter and (solved := _solve(name, parameter, len(own), mean_retention(own))):
+            candidates.append((name, {parameter: solved[0]}, solved[1]))
     rows = []
     for name, setting, ratios in candidates:
         if progress:
             progress(name)
-        quick = dataclasses.replace(settings, counter="formula")
-        result = profile_subject(with_ratios(subject, ratios), quick, measure_options)
         rows.append(
             {
                 "schedule": name,
                 "setting": setting,
                 "mean_retention": mean_retention(ratios),
                 "mod_layers": sum(ratio is not None for ratio in ratios),
-                **result.ratios,
-                **_work(result),
+                **_row(with_ratios(subject, ratios), settings, measure_options),
             }
         )
     return rows
-
-
-def _work(result: ProfileResult) -> dict[str, dict[str, int]]:
-    return {
-        role: {
-            "prefill_macs": variant.prefill.macs,
-            "prefill_flops": FLOPS_PER_MAC * variant.prefill.macs,
-            "kv_prefill_bytes": sum(variant.kv_prefill),
-        }
-        for role, variant in result.variants.items()
-    }
 
 
 def with_ratios(subject: Subject, ratios: Ratios) -> Subject:
@@ -144,21 +112,36 @@ def with_ratios(subject: Subject, ratios: Ratios) -> Subject:
     return dataclasses.replace(subject, pmod=dataclasses.replace(subject.pmod, mod=mod))
 
 
-def _uniform(subject: Subject, ratio: float) -> Ratios:
-    if subject.pmod is None or subject.pmod.mod is None:
-        raise PmodError("a sweep compares a p-MoD model with its dense baseline")
-    return [None if own is None else ratio for own in subject.pmod.mod.retention_ratios]
+def _own_ratios(subject: Subject) -> Ratios:
+    if subject.pmod is None or subject.pmod.mod is None or subject.dense is None:
+        raise PmodError("--sweep and --schedules compare a p-MoD model with its dense baseline")
+    return subject.pmod.mod.retention_ratios
 
 
-def _schedule(name: str, parameter: str, layers: int, value: float) -> Ratios:
-    return SCHEDULES[name](layers, **{parameter: value})
+def _row(subject: Subject, settings: Settings, measure_options: dict[str, Any] | None) -> dict[str, Any]:
+    """The ratios, and each model's MACs, FLOPs and cache."""
+    # The formula agrees with fvcore's trace (a test says so) and takes no time.
+    result = profile(subject, dataclasses.replace(settings, counter="formula"), measure_options)
+    figures = {
+        role: {
+            "prefill_macs": variant.prefill.macs,
+            "prefill_flops": FLOPS_PER_MAC * variant.prefill.macs,
+            "kv_prefill_bytes": sum(variant.kv_prefill),
+        }
+        for role, variant in result.variants.items()
+    }
+    return {**result.ratios, **figures}
 
 
-def _solve(schedule: Callable[[float], Ratios], target: float) -> tuple[float, Ratios] | None:
+def _solve(name: str, parameter: str, layers: int, target: float) -> tuple[float, Ratios] | None:
     """The parameter in (0, 1] whose schedule has this mean retention, by bisection; None if none has.
 
     The mean never falls as the parameter grows, but jumps where a layer turns dense, so it may be missed.
     """
+
+    def schedule(value: float) -> Ratios:
+        return SCHEDULES[name](layers, **{parameter: value})
+
     low, high = 1e-6, 1.0
     for _ in range(60):
         middle = (low + high) / 2

@@ -8,7 +8,7 @@ from typing import Any
 
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.output import plots as style
-from pmod_cli.profiling.explain import size
+from pmod_cli.output.units import size
 from pmod_cli.report import figures
 from pmod_cli.report.collect import Found, Profile
 from pmod_cli.report.document import Block, Figure, Link, Notes, Section, Table, Text, Tiles, relative

@@ -1,1 +1,1 @@
-"""Pictures: where vision tokens lie on a picture, which of them each layer kept, and the look all pictures share."""
+"""``pmod visualize``: where vision tokens lie on a picture, and which of them each layer kept."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pmod_cli.output import plots as style
+from pmod_cli.output import plots
 from pmod_cli.visualize.layout import Layout, View
 from pmod_cli.visualize.trace import Trace
 
@@ -32,8 +33,8 @@ def dim_dropped(picture: np.ndarray, layout: Layout, view: View, kept: np.ndarra
         The same shape.
     """
     size = picture.shape[1], picture.shape[0]
-    share = layout.spread(view, np.where(kept, 0.0, style.DIM_SHARE), size, outside=0.95)[..., None]
-    return (1 - share) * picture + share * style.DIM
+    share = layout.spread(view, np.where(kept, 0.0, plots.DIM_SHARE), size, outside=0.95)[..., None]
+    return (1 - share) * picture + share * plots.DIM
 
 
 def default_layers(trace: Trace, most: int = 6) -> list[int]:
@@ -41,7 +42,7 @@ def default_layers(trace: Trace, most: int = 6) -> list[int]:
     routed = [index for index, ratio in enumerate(trace.ratios) if ratio is not None]
     if len(routed) <= most:
         return routed
-    return [routed[round(place)] for place in np.linspace(0, len(routed) - 1, most)]
+    return [routed[round(index)] for index in np.linspace(0, len(routed) - 1, most)]
 
 
 def draw_sheet(trace: Trace, image: Image.Image, layers: Sequence[int], heading: str) -> Any:
@@ -60,57 +61,51 @@ def draw_sheet(trace: Trace, image: Image.Image, layers: Sequence[int], heading:
         MissingExtraError: matplotlib is not installed.
     """
     picture = _pixels(image)
-    panels: list[tuple[str, int | None, View | None]] = []  # what, layer, view
-    rows = 0
-    for number, grid_view in enumerate(trace.layout.views):
-        first: list[tuple[str, int | None, View | None]] = [("picture", None, None)] if number == 0 else []
-        block = [*first, *(("layer", layer, grid_view) for layer in layers), ("heat", None, grid_view)]
-        rows += math.ceil(len(block) / _ACROSS)
-        panels += block + [("", None, None)] * (-len(block) % _ACROSS)
-    shape = min(max(picture.shape[0] / picture.shape[1], 0.4), 2.0)
-    heights = [1.75 * shape + 0.32] * rows + [1.25]
-    with style.look():
+    rows: list[list[Callable[[Any], None]]] = []
+    for view in trace.layout.views:
+        panels: list[Callable[[Any], None]] = [
+            partial(_draw_layer, trace, picture, view, layer) for layer in layers
+        ]
+        panels.append(partial(_draw_heat, trace, picture, view))
+        if not rows:
+            panels.insert(0, partial(_draw_picture, picture, image.size))
+        rows += [panels[start : start + _ACROSS] for start in range(0, len(panels), _ACROSS)]
+    heights = [1.75 * _shape(picture) + 0.32] * len(rows) + [1.25]
+    with plots.look():
         from matplotlib.figure import Figure
 
         drawn = Figure(figsize=(7.2, sum(heights) + 0.5), layout="constrained")
-        grid = drawn.add_gridspec(rows + 1, _ACROSS, height_ratios=heights)
-        for place, (what, layer, view) in enumerate(panels):
-            axis = drawn.add_subplot(grid[place // _ACROSS, place % _ACROSS])
-            axis.axis("off")
-            if what == "picture":
-                axis.imshow(picture)
-                axis.set_gid("picture")
-                axis.set_title(f"picture, {image.width} x {image.height}")
-            elif layer is not None and view is not None:
-                axis.imshow(dim_dropped(picture, trace.layout, view, trace.kept[layer]))
-                axis.set_gid(f"layer-{layer}-{trace.layout.views.index(view)}")
-                axis.set_title(_panel_title(trace, layer, view))
-            elif view is not None:
-                _heat(axis, trace, picture, view)
-        _retention(drawn.add_subplot(grid[rows, :]), trace, layers)
+        grid = drawn.add_gridspec(len(rows) + 1, _ACROSS, height_ratios=heights)
+        for row, row_panels in enumerate(rows):
+            for column, draw_panel in enumerate(row_panels):
+                axis = drawn.add_subplot(grid[row, column])
+                axis.axis("off")
+                draw_panel(axis)
+        _draw_retention(drawn.add_subplot(grid[len(rows), :]), trace, layers)
         drawn.suptitle(heading)
     return drawn
 
 
 def draw_animation(trace: Trace, image: Image.Image) -> bytes:
-    """A GIF with one frame a layer.
+    """A GIF with one frame per layer.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     picture = _pixels(image)
     views = trace.layout.views
-    shape = min(max(picture.shape[0] / picture.shape[1], 0.4), 2.0)
     frames = []
-    with style.look():
+    with plots.look():
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         width = 4.6 if len(views) == 1 else 7.2
         panel = width / len(views)
-        drawn = Figure(figsize=(width, panel * shape + 1.6), layout="constrained", facecolor="white")
+        drawn = Figure(
+            figsize=(width, panel * _shape(picture) + 1.6), layout="constrained", facecolor="white"
+        )
         canvas = FigureCanvasAgg(drawn)
-        grid = drawn.add_gridspec(2, len(views), height_ratios=(panel * shape, 1.1))
+        grid = drawn.add_gridspec(2, len(views), height_ratios=(panel * _shape(picture), 1.1))
         shown = []
         for column, view in enumerate(views):
             axis = drawn.add_subplot(grid[0, column])
@@ -118,7 +113,7 @@ def draw_animation(trace: Trace, image: Image.Image) -> bytes:
             if len(views) > 1:
                 axis.set_title(view.name)
             shown.append(axis.imshow(picture))
-        bars = _retention(drawn.add_subplot(grid[1, :]), trace, ())
+        bars = _draw_retention(drawn.add_subplot(grid[1, :]), trace, ())
         heading = drawn.suptitle("")
         for layer in range(trace.layers):
             for artist, view in zip(shown, views, strict=True):
@@ -145,32 +140,47 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), dtype=np.float32) / 255
 
 
-def _panel_title(trace: Trace, layer: int, view: View) -> str:
-    kept = int(trace.kept[layer][view.tokens].sum())
-    total = view.rows * view.columns
-    where = "" if len(trace.layout.views) == 1 else f", {view.name.split(',')[0]}"
-    return f"layer {layer}{where}\n{kept} of {total} ({100 * kept / total:.0f} %)"
+def _shape(picture: np.ndarray) -> float:
+    """Height of a panel over its width: the picture's, unless it is very thin."""
+    return min(max(picture.shape[0] / picture.shape[1], 0.4), 2.0)
 
 
-def _heat(axis: Any, trace: Trace, picture: np.ndarray, view: View) -> None:
+def _draw_picture(picture: np.ndarray, size: tuple[int, int], axis: Any) -> None:
+    axis.imshow(picture)
+    axis.set_gid("picture")
+    axis.set_title(f"picture, {size[0]} x {size[1]}")
+
+
+def _draw_layer(trace: Trace, picture: np.ndarray, view: View, layer: int, axis: Any) -> None:
+    axis.imshow(dim_dropped(picture, trace.layout, view, trace.kept[layer]))
+    axis.set_gid(f"layer-{layer}-{trace.layout.views.index(view)}")
+    kept, total = int(trace.kept[layer][view.tokens].sum()), view.rows * view.columns
+    axis.set_title(f"layer {layer}{_of_view(trace, view)}\n{kept} of {total} ({100 * kept / total:.0f} %)")
+
+
+def _draw_heat(trace: Trace, picture: np.ndarray, view: View, axis: Any) -> None:
     size = picture.shape[1], picture.shape[0]
     counts = trace.layout.spread(view, trace.survived.astype(float), size, outside=np.nan)
     least = sum(ratio is None for ratio in trace.ratios)
-    image = axis.imshow(counts, cmap=style.HEAT, vmin=least, vmax=trace.layers)
+    image = axis.imshow(counts, cmap=plots.HEAT, vmin=least, vmax=trace.layers)
     axis.set_gid(f"heat-{trace.layout.views.index(view)}")
-    where = "" if len(trace.layout.views) == 1 else f", {view.name.split(',')[0]}"
-    axis.set_title(f"layers survived\nof {trace.layers}{where}")
+    axis.set_title(f"layers survived\nof {trace.layers}{_of_view(trace, view)}")
     bar = axis.figure.colorbar(image, cax=axis.inset_axes((0.0, -0.1, 1.0, 0.05)), orientation="horizontal")
     bar.outline.set_visible(False)
     bar.ax.xaxis.get_major_locator().set_params(integer=True, nbins=5)
 
 
-def _retention(axis: Any, trace: Trace, chosen: Sequence[int]) -> Any:
+def _of_view(trace: Trace, view: View) -> str:
+    """Which view a panel shows, where there are several."""
+    return "" if len(trace.layout.views) == 1 else f", {view.name.split(',')[0]}"
+
+
+def _draw_retention(axis: Any, trace: Trace, chosen: Sequence[int]) -> Any:
     """Bars of the share of vision tokens that each layer keeps; chosen layers are marked."""
     shares = trace.kept.mean(1)
-    colours = [style.DENSE if ratio is None else style.PMOD for ratio in trace.ratios]
+    colours = [plots.DENSE if ratio is None else plots.PMOD for ratio in trace.ratios]
     bars = axis.bar(range(trace.layers), 100 * shares, 0.72, color=colours)
-    axis.scatter(chosen, [100 * shares[layer] + 6 for layer in chosen], marker="v", s=14, color=style.INK)
+    axis.scatter(chosen, [100 * shares[layer] + 6 for layer in chosen], marker="v", s=14, color=plots.INK)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y")
     step = max(1, math.ceil(trace.layers / 16))

@@ -77,7 +77,7 @@ class Layout:
         return self.tokens - sum(view.rows * view.columns for view in self.views)
 
     def spread(self, view: View, values: np.ndarray, size: tuple[int, int], outside: Any) -> np.ndarray:
-        """One value a pixel from one a token.
+        """One value per pixel from one value per token.
 
         Args:
             view: One of `views`.

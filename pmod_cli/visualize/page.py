@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from pmod_cli.output import plots as style
+from pmod_cli.output import plots
 from pmod_cli.visualize.trace import Trace
 
 _LONG_SIDE = 1600
@@ -54,7 +53,7 @@ def build_page(
         "tokens": layout.tokens,
         "newlines": layout.newlines,
         "ratios": trace.ratios,
-        # Row by row: a byte a token for "kept", a little-endian float32 for the weight (NaN: no router).
+        # Row by row: one byte per token for "kept", a little-endian float32 for the weight (NaN: no router).
         "kept": _base64(trace.kept.astype(np.uint8)),
         "weights": _base64(trace.weights.astype("<f4")),
         "views": [
@@ -67,13 +66,11 @@ def build_page(
             }
             for view in layout.views
         ],
-        "dim": [round(255 * style.DIM), style.DIM_SHARE],
+        "dim": [round(255 * plots.DIM), plots.DIM_SHARE],
         "heat": _colours(),
     }
-    # "<" could end the script element that holds the data.
-    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    template = (files("pmod_cli.visualize") / "page.html").read_text(encoding="utf-8")
-    return template.replace("/*STYLE*/", style.CSS).replace("/*DATA*/", text)
+    page = Environment(loader=PackageLoader("pmod_cli.visualize", "."), autoescape=True)
+    return page.get_template("page.html").render(css=plots.CSS, data=data)
 
 
 def _base64(values: np.ndarray) -> str:

@@ -25,7 +25,7 @@ from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling import closed_form, latency
 from pmod_cli.profiling.bench import make_inputs
-from pmod_cli.profiling.loading import load_models
+from pmod_cli.profiling.placement import load_models
 from pmod_cli.profiling.profile import Settings
 
 WAITS = (

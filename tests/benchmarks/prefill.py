@@ -24,7 +24,7 @@ import transformers
 from pmod_cli.devices import find_device
 from pmod_cli.profiling import closed_form
 from pmod_cli.profiling.bench import make_inputs
-from pmod_cli.profiling.loading import load_models
+from pmod_cli.profiling.placement import load_models
 from pmod_cli.profiling.profile import Settings
 from pmod_cli.profiling.subject import Subject, find_subject
 

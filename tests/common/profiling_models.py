@@ -76,6 +76,17 @@ def tiny_raw(model_type="llava", text=None):
 TINY_MOD = MoDConfig([None, 0.7, 0.5, 0.3])
 
 
+def profile_checkpoint(
+    model, baseline="auto", *, latency=False, device="auto", repeats=5, progress=None, **settings
+):
+    """What ``pmod profile`` does with a checkpoint, a config.json or a name; ``settings`` are those of `Settings`."""
+    from pmod_cli.profiling.profile import Settings, profile
+    from pmod_cli.profiling.subject import find_subject
+
+    options = {"device": device, "repeats": repeats} if latency else None
+    return profile(find_subject(str(model), baseline=baseline), Settings(**settings), options, progress)
+
+
 def save_tiny(folder, model_type="llava", mod=None, text=None):
     """A checkpoint folder with random weights; dense unless ``mod`` is given."""
     import torch

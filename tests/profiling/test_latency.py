@@ -6,11 +6,11 @@ import torch
 from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.bench import make_inputs
 from pmod_cli.profiling.latency import measure
-from pmod_cli.profiling.loading import load_models
-from pmod_cli.profiling.profile import Settings, profile, profile_checkpoint
+from pmod_cli.profiling.placement import load_models
+from pmod_cli.profiling.profile import Settings, profile
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import find_subject
-from tests.common.profiling_models import TINY_MOD, save_tiny
+from tests.common.profiling_models import TINY_MOD, profile_checkpoint, save_tiny
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_order_repeats_and_random_weights(tmp_path):
 def test_one_new_token_needs_no_decode(tmp_path):
     save_tiny(tmp_path)
     result = profile_checkpoint(
-        tmp_path, None, latency=True, repeats=1, new_tokens=1, counter="formula", dtype="float32"
+        tmp_path, "none", latency=True, repeats=1, new_tokens=1, counter="formula", dtype="float32"
     )
     measured = result.latency.models["dense"]
     assert set(measured.seconds) == {"prefill", "end_to_end"}
@@ -97,9 +97,9 @@ def test_one_new_token_needs_no_decode(tmp_path):
 
 
 def test_too_big_for_this_machine(monkeypatch):
-    import pmod_cli.profiling.loading as loading
+    import pmod_cli.profiling.placement as placement
 
-    monkeypatch.setattr(loading, "_free_memory", lambda: 10**9)
+    monkeypatch.setattr(placement, "_free_memory", lambda: 10**9)
     subject = find_subject("llava-1.5-7b")
     works = {role: v.work for role, v in profile(subject, Settings(counter="formula")).variants.items()}
     with pytest.raises(PmodError, match=r"14\.1 GB in bfloat16 and 1\.0 GB are free"):

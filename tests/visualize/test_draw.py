@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pmod_cli.generation import Prompt
-from pmod_cli.output import plots as style
+from pmod_cli.output import plots
 from pmod_cli.visualize import draw
 from pmod_cli.visualize.trace import trace
 from tests.common import visual_models
@@ -72,7 +72,7 @@ def test_sheet_shows_kept_patches(case, tmp_path):
     layers = draw.default_layers(traced, most=3)
     assert len(layers) == 3
     figure = draw.draw_sheet(traced, image, layers, "heading")
-    style.save(figure, tmp_path / "sheet.png", dpi=200)
+    plots.save(figure, tmp_path / "sheet.png", dpi=200)
     written = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB"), dtype=float) / 255
     panels = {axis.get_gid(): axis for axis in figure.axes if axis.get_gid()}
     assert set(panels) == {"picture"} | {
@@ -97,7 +97,7 @@ def test_sheet_shows_kept_patches(case, tmp_path):
             for row, column, x, y in visible(traced.layout, view):
                 token = int(view.tokens[row, column])
                 original, seen = pixel("picture", x, y), pixel(f"layer-{layer}-{number}", x, y)
-                dimmed = (1 - style.DIM_SHARE) * original + style.DIM_SHARE * style.DIM
+                dimmed = (1 - plots.DIM_SHARE) * original + plots.DIM_SHARE * plots.DIM
                 if np.abs(original - dimmed).max() < 0.1:
                     continue  # a grey patch: cannot be told
                 if np.abs(seen - original).max() < np.abs(seen - dimmed).max():
@@ -129,7 +129,7 @@ def test_animation_has_a_frame_a_layer(case):
         animation.seek(index)
         frames.append(np.asarray(animation.convert("L"), dtype=float))
     # The later the layer, the more of the picture is the grey of dropped patches.
-    grey = [float((np.abs(frame - 255 * style.DIM) < 40).mean()) for frame in frames]
+    grey = [float((np.abs(frame - 255 * plots.DIM) < 40).mean()) for frame in frames]
     assert grey[0] < grey[1] < grey[2] <= grey[3] + 0.05
 
 

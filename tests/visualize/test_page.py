@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pmod_cli.generation import Prompt
-from pmod_cli.output import plots as style
+from pmod_cli.output import plots
 from pmod_cli.visualize.page import build_page
 from pmod_cli.visualize.trace import trace
 from tests.common import browser, visual_models
@@ -98,8 +98,8 @@ def test_slider_changes_the_picture_to_the_layer_s_patches(window, page):
                         continue
                     place = int((top + bottom) / 2), int((left + right) / 2)
                     kept = traced.kept[layer, view.tokens[row, column]]
-                    share = 0 if kept else style.DIM_SHARE
-                    wanted = (1 - share) * before[place] + share * style.DIM
+                    share = 0 if kept else plots.DIM_SHARE
+                    wanted = (1 - share) * before[place] + share * plots.DIM
                     assert np.abs(after[place] - wanted).max() < 0.02
     status = window.find_element("id", "status").text
     kept = int(traced.kept[-1].sum())

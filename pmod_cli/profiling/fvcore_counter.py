@@ -1,21 +1,30 @@
-"""The two halves of a LLaVA in a form that can be counted on the meta device, and what their counts mean.
+"""Counting by fvcore: the real model's graph is traced on the meta device, and each operator of it counted.
 
 A whole LLaVA cannot run on meta (the placeholder check reads a value, ``unpad_image`` an image size), but its vision
 tower and projector can, and so can its language model with LM head given embeddings. Between the two halves
 nothing is multiplied.
+
+fvcore counts one per multiply-add, knows nothing of fused attention (hence our handle), and leaves out what the
+output does not depend on (the vision tower's layers after the selected one).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
+from pmod_cli.extras import require
 from pmod_cli.modeling.cache import adopt_cache
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.plan import RoutingPlan
@@ -34,7 +43,7 @@ def distinct_layers(variant: Variant) -> tuple[Variant, list[int]]:
         variant: The whole model.
 
     Returns:
-        The model with the first layer of each kind only, and for each layer of the whole model its place there.
+        The model with the first layer of each kind only, and for each layer of the whole model its index there.
     """
     text = variant.config.text_config
     types = getattr(text, "layer_types", None)
@@ -49,34 +58,46 @@ def distinct_layers(variant: Variant) -> tuple[Variant, list[int]]:
     return dataclasses.replace(variant, raw=raw, mod=mod), [first.index(kind) for kind in kinds]
 
 
-def repeat_layers(count: PhaseCount, places: list[int]) -> PhaseCount:
+def repeat_layers(count: PhaseCount, indices: list[int]) -> PhaseCount:
     """The count of a whole model from that of its `distinct_layers`.
 
     Args:
         count: Of the model with one layer of each kind.
-        places: Where each layer of the whole model is among them.
+        indices: Where each layer of the whole model is among them.
     """
-    return dataclasses.replace(count, layers=tuple(count.layers[place] for place in places))
+    return dataclasses.replace(count, layers=tuple(count.layers[index] for index in indices))
 
 
-@contextmanager
-def autocast_off() -> Iterator[None]:
-    """Lets a model ask on meta whether autocast is on, where torch raises instead of saying no."""
-    ask = torch.is_autocast_enabled
+def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
+    """Trace a prefill and the first decode step.
 
-    def answer(device_type: str | None = None) -> bool:
-        if device_type == "meta":
-            return False
-        return ask() if device_type is None else ask(device_type)
+    Args:
+        model: Dense or p-MoD, on the meta device.
+        work: Image, text and batch.
 
-    torch.is_autocast_enabled = answer
-    try:
-        yield
-    finally:
-        torch.is_autocast_enabled = ask
+    Returns:
+        MACs of prefill and of the decode step.
+
+    Raises:
+        MissingExtraError: If fvcore is not installed.
+    """
+    tokens = work.prompt_tokens
+    cache = _empty_cache(model)
+    with _autocast_off():
+        with _NoReinterpretation():
+            path = _DecoderPath(model, work, cache, _routing_plan(model, work))
+            prefill = _trace(path, *_decoder_input(model, work, tokens, tokens))
+        lengths = [layer.keys.shape[-2] for layer in cache.layers]
+        step = _trace(_DecoderPath(model, work, cache), *_decoder_input(model, work, 1, tokens + 1))
+        vision: Counts = {}
+        if work.image:
+            encoder = _VisionPath(model)
+            with _traceable_patches(encoder.tower):
+                vision = _trace(encoder, _pixels(model, work))
+    return _assemble(prefill, vision, lengths), _assemble(step, {}, [1] * len(lengths))
 
 
-class VisionPath(nn.Module):
+class _VisionPath(nn.Module):
     """Pixels to projected features: the tower, the selected layers, the projector."""
 
     def __init__(self, model: Any) -> None:
@@ -93,7 +114,7 @@ class VisionPath(nn.Module):
         return self.projector(features)
 
 
-class DecoderPath(nn.Module):
+class _DecoderPath(nn.Module):
     """Embeddings to logits: the language model and the LM head.
 
     Args:
@@ -117,7 +138,7 @@ class DecoderPath(nn.Module):
         return self.lm_head(output.last_hidden_state[:, self.first_logit :])
 
 
-def pixel_input(model: Any, work: Workload) -> Tensor:
+def _pixels(model: Any, work: Workload) -> Tensor:
     """Pixels of all crops of the batch, [crops, channels, height, width]."""
     assert work.image is not None
     vision = model.config.vision_config
@@ -125,7 +146,7 @@ def pixel_input(model: Any, work: Workload) -> Tensor:
     return torch.empty(shape, dtype=model.dtype, device=model.device)
 
 
-def decoder_input(model: Any, work: Workload, tokens: int, keys: int) -> tuple[Tensor, Tensor]:
+def _decoder_input(model: Any, work: Workload, tokens: int, keys: int) -> tuple[Tensor, Tensor]:
     """Embeddings [batch, tokens, hidden] and a 4-D mask, which keeps transformers from building one."""
     width = model.config.text_config.hidden_size
     embeddings = torch.empty(work.batch, tokens, width, dtype=model.dtype, device=model.device)
@@ -133,7 +154,7 @@ def decoder_input(model: Any, work: Workload, tokens: int, keys: int) -> tuple[T
     return embeddings, mask
 
 
-def routing_plan(model: Any, work: Workload) -> RoutingPlan | None:
+def _routing_plan(model: Any, work: Workload) -> RoutingPlan | None:
     """The plan of a prefill whose token counts the host knows; None for a dense model."""
     mod = getattr(model.model, "mod", None)
     routed = work.routed_tokens(mod.target_tokens) if mod else 0
@@ -144,7 +165,7 @@ def routing_plan(model: Any, work: Workload) -> RoutingPlan | None:
     return RoutingPlan.from_counts(mask, None, counts, lengths, model.model.language_model.retention_ratios)
 
 
-def empty_cache(model: Any) -> Any:
+def _empty_cache(model: Any) -> Any:
     """The KV cache that the model's own prefill starts with."""
     config = model.config.text_config
     cache = DynamicCache(config=config)
@@ -153,25 +174,12 @@ def empty_cache(model: Any) -> Any:
     return cache
 
 
-def cache_lengths(cache: Any) -> list[int]:
-    """Tokens that each layer of a KV cache holds, for the sample that has most."""
-    return [layer.keys.shape[-2] for layer in cache.layers]
-
-
-def cache_bytes(cache: Any) -> list[int]:
-    """Bytes of keys and values of each layer of a KV cache, from the tensors themselves."""
-    return [
-        sum(tensor.numel() * tensor.element_size() for tensor in (layer.keys, layer.values))
-        for layer in cache.layers
-    ]
-
-
-def assemble(decoder: Counts, vision: Counts, tokens: list[int]) -> PhaseCount:
+def _assemble(decoder: Counts, vision: Counts, tokens: list[int]) -> PhaseCount:
     """Sort counts by module into parts and layers.
 
     Args:
-        decoder: Counts of a `DecoderPath`.
-        vision: Counts of a `VisionPath`; empty if no image was encoded.
+        decoder: Counts of a `_DecoderPath`.
+        vision: Counts of a `_VisionPath`; empty if no image was encoded.
         tokens: Tokens that each decoder layer processed.
     """
 
@@ -197,3 +205,83 @@ def assemble(decoder: Counts, vision: Counts, tokens: list[int]) -> PhaseCount:
         vision_norms=norms,
         projector=total(vision, "projector"),
     )
+
+
+def _trace(module: nn.Module, *inputs: Tensor) -> Counts:
+    with torch.no_grad(), warnings.catch_warnings(), _collector_paused():
+        warnings.simplefilter("ignore")  # fvcore's use of torch.jit
+        require("fvcore")
+        from fvcore.nn import FlopCountAnalysis
+
+        analysis = FlopCountAnalysis(module, inputs)
+        analysis.set_op_handle("aten::scaled_dot_product_attention", _attention_macs)
+        analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        return analysis.by_module_and_operator()
+
+
+def _attention_macs(inputs: list[Any], _outputs: list[Any]) -> int:
+    """Score and value products: query [..., S, D] with key [..., S_k, D] and value [..., S_k, D_v]."""
+    query, key, value = (argument.type().sizes() for argument in inputs[:3])
+    return prod(query) * key[-2] + prod(query[:-1]) * key[-2] * value[-1]
+
+
+@contextmanager
+def _autocast_off() -> Iterator[None]:
+    """Answers a model that asks whether autocast is on for the meta device: torch raises instead of saying no."""
+    ask = torch.is_autocast_enabled
+
+    def answer(device_type: str | None = None) -> bool:
+        if device_type == "meta":
+            return False
+        return ask() if device_type is None else ask(device_type)
+
+    torch.is_autocast_enabled = answer
+    try:
+        yield
+    finally:
+        torch.is_autocast_enabled = ask
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Spares a fifth of the time: a trace makes many objects, and none of them is garbage before its end."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+class _NoReinterpretation(TorchFunctionMode):
+    """Casts where a model reinterprets bits (``view(dtype)``, which torch.jit cannot trace): shapes stay the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.view and len(args) == 2 and isinstance(args[1], torch.dtype):
+            func = Tensor.to
+        return func(*args, **(kwargs or {}))
+
+
+class _UnfoldedPatches(nn.Module):
+    """A patch convolution as unfold and linear, the same multiply-adds: on meta a convolution cannot be traced."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.convolution, self.weight = convolution, convolution.weight
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = F.unfold(pixels, self.convolution.kernel_size, stride=self.convolution.stride)
+        features = F.linear(patches.transpose(1, 2), self.weight.flatten(1), self.convolution.bias)
+        return features.transpose(1, 2)[..., None]
+
+
+@contextmanager
+def _traceable_patches(tower: Any) -> Iterator[None]:
+    embeddings = tower.embeddings
+    convolution = embeddings.patch_embedding
+    embeddings.patch_embedding = _UnfoldedPatches(convolution)
+    try:
+        yield
+    finally:
+        embeddings.patch_embedding = convolution
