@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.shards import StoredTensor
-from pmod_cli.checkpoints.source import INDEX, SINGLE, WeightFile
-from pmod_cli.output.errors import PmodError
+from pmod_cli.checkpoints.shards import INDEX, SINGLE, StoredTensor, WeightFile
+from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import read_json
 
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
 
@@ -24,9 +24,8 @@ def _one_line_errors(what: str) -> Iterator[None]:
     except Exception as error:  # the client's HTTP library, and so its errors, change between versions
         from huggingface_hub import constants
 
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PmodError(
-            f"{what}: {why}",
+            f"{what}: {first_line(error)}",
             "HF_HUB_OFFLINE is set"
             if constants.HF_HUB_OFFLINE
             else "check name and network; hf auth login where it is private",
@@ -85,8 +84,6 @@ def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:
     if (folder / SINGLE).is_file():
         return ()
     if (folder / INDEX).is_file():
-        from pmod_cli.checkpoints.source import read_json
-
         names = set((read_json(folder / INDEX).get("weight_map") or {}).values())
         if all((folder / str(name)).is_file() for name in names):
             return ()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.shards import CHUNK, StoredTensor
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
 
 
 def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
@@ -29,9 +29,8 @@ def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         raise PmodError(f"no file {path}") from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PmodError(
-            f"{path} is corrupt or holds more than weights: {first_line}", "download it again"
+            f"{path} is corrupt or holds more than weights: {first_line(error)}", "download it again"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise PmodError(f"{path} is not a state dict of tensors")

@@ -15,6 +15,9 @@ from pathlib import Path
 
 from pmod_cli.output.errors import PmodError
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
 CHUNK = 1 << 24
 """Bytes held at once while tensors are copied."""
 
@@ -66,6 +69,26 @@ class StoredTensor:
     def zeros(cls, name: str, dtype: str, shape: Sequence[int]) -> StoredTensor:
         """A tensor of zeros (which are zero bytes in every dtype)."""
         return cls.from_bytes(name, dtype, shape, bytes(math.prod(shape) * DTYPE_BYTES[dtype]))
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a checkpoint's weights.
+
+    Attributes:
+        path: The file.
+        tensors: What is in it, by name.
+        safe: Whether it is a safetensors file (else a pickle).
+    """
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    safe: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        return self.path.name
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

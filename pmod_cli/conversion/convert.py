@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.hub import download_files
-from pmod_cli.checkpoints.shards import StoredTensor, shard_bytes
-from pmod_cli.checkpoints.source import INDEX, Source, open_source
+from pmod_cli.checkpoints.shards import INDEX, StoredTensor, shard_bytes
+from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.checkpoints.write import (
     Progress,
     Staging,

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from pmod_cli.checkpoints.load import refuse_unconverted
 from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.checkpoints.source import open_source
 from pmod_cli.conversion.convert import layer_table
-from pmod_cli.conversion.formats import refuse_unconverted
 from pmod_cli.families import find_family
 from pmod_cli.modeling.names import is_router
 from pmod_cli.modeling.schedule import mean_retention

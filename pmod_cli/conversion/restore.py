@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.source import INDEX, SINGLE, Source
+from pmod_cli.checkpoints.shards import INDEX, SINGLE
+from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats import Shard, Translation
 from pmod_cli.families import Family, find_family
 from pmod_cli.modeling.names import is_router

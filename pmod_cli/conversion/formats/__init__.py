@@ -132,16 +132,5 @@ def find_format(source: Source, name: str | None = None) -> tuple[str, Format]:
     )
 
 
-def refuse_unconverted(source: Source) -> None:
-    """Refuse a checkpoint that nothing but conversion can read.
-
-    Raises:
-        PmodError: It is in the paper's released or in the original LLaVA format.
-    """
-    for module in map(_module, ("released", "original")):
-        if module.matches(source):
-            raise PmodError(f"{source.name} is in {module.SUMMARY}", "pmod convert it first")
-
-
 def _module(name: str) -> Format:
     return cast(Format, importlib.import_module(f"{__name__}.{name}"))

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pmod_cli.checkpoints.source import INDEX, SINGLE, Source, WeightFile
+from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile
+from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats import Options, Shard, Translation
 from pmod_cli.families import FAMILIES
 from pmod_cli.output.errors import PmodError

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.source import Source, read_json
+from pmod_cli.checkpoints.source import Source
 from pmod_cli.families.chat_templates import choose_template, fit_template
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import read_json
 
 IMAGE_TOKEN = "<image>"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -106,8 +107,7 @@ def _load(source: Source) -> Any:
                     (Path(alone) / name).write_bytes((folder / name).read_bytes())
             return AutoTokenizer.from_pretrained(alone)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PmodError(f"{folder} holds no usable tokenizer: {first_line}") from error
+        raise PmodError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
 
 
 def _from_sentencepiece(folder: Path) -> Any:

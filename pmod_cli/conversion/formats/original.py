@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from pmod_cli.checkpoints.load import ORIGINAL_DECODERS, is_original
 from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats import Options, Translation
 from pmod_cli.conversion.formats.llava_checkpoint import translate_llava
 
 SUMMARY = "the original LLaVA format (llava_llama, llava_mistral, llava_qwen)"
-_DECODERS = {"llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2", "llava": "llama"}
 
 
 def matches(source: Source) -> bool:
     """Whether ``model_type`` is one of the original code's; its first release called it ``llava``, as transformers."""
-    return source.model_type in _DECODERS and "mm_vision_tower" in source.config
+    return is_original(source.config)
 
 
 def translate(source: Source, options: Options) -> Translation:
@@ -21,4 +21,4 @@ def translate(source: Source, options: Options) -> Translation:
     Raises:
         PmodError: See `translate_llava`.
     """
-    return translate_llava(source, options, _DECODERS.get(source.model_type, "llama"))
+    return translate_llava(source, options, ORIGINAL_DECODERS.get(source.model_type, "llama"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pmod_cli.checkpoints.load import is_released
 from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats import Options, Translation
 from pmod_cli.conversion.formats.llava_checkpoint import translate_llava
@@ -12,7 +13,7 @@ SUMMARY = "the paper's released p-MoD format (pmod_llava_llama)"
 
 def matches(source: Source) -> bool:
     """Whether ``model_type`` is the release's."""
-    return source.model_type == "pmod_llava_llama"
+    return is_released(source.config)
 
 
 def translate(source: Source, options: Options) -> Translation:
