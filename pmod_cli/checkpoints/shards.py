@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from pmod_cli.output.errors import PmodError
 
 INDEX = "model.safetensors.index.json"
@@ -160,6 +162,31 @@ def _read_range(path: Path, start: int, end: int) -> Iterator[bytes]:
                 raise _corrupt(path, "it became shorter while it was read")
             start += len(data)
             yield data
+
+
+def decode(data: bytes, dtype: str) -> np.ndarray:
+    """Floating-point numbers of a safetensors type, flat; BF16 as float32.
+
+    Args:
+        data: Their bytes.
+        dtype: ``F64``, ``F32``, ``F16`` or ``BF16``.
+    """
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
+
+
+def encode(values: np.ndarray, dtype: str) -> bytes:
+    """fp32 numbers as the bytes of a safetensors type, rounded to the nearest.
+
+    Args:
+        values: fp32, any shape.
+        dtype: ``F32``, ``F16`` or ``BF16``.
+    """
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        return ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).astype("<u2").tobytes()
+    return values.astype("<f4" if dtype == "F32" else "<f2").tobytes()
 
 
 def shard_bytes(tensors: Sequence[StoredTensor]) -> int:

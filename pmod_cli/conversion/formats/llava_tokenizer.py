@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.source import Source
+from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.families.chat_templates import choose_template, fit_template
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import read_json
@@ -48,11 +48,25 @@ class TokenizerFiles:
     pad_token: int | None
 
 
-def find_tokenizer(*sources: Source) -> Source | None:
-    """The first source that has a tokenizer."""
-    for source in sources:
-        if any((source.folder / name).is_file() for name in _VOCABULARIES):
-            return source
+def find_tokenizer(
+    source: Source, chosen: str | None, decoder: str, max_length: int | None
+) -> TokenizerFiles | None:
+    """The tokenizer that the user names, or the source's own; None if there is neither.
+
+    Args:
+        source: The checkpoint.
+        chosen: Folder or hub id that the user names, or None.
+        decoder: See `build_tokenizer`.
+        max_length: Likewise; of the source's own tokenizer or the user's.
+
+    Raises:
+        PmodError: The user's has no tokenizer, or one cannot be read.
+    """
+    place = open_source(chosen, near=source.folder) if chosen else source
+    if any((place.folder / name).is_file() for name in _VOCABULARIES):
+        return build_tokenizer(place, decoder, max_length)
+    if chosen:
+        raise PmodError(f"{chosen} has no tokenizer", "tokenizer.json or tokenizer.model")
     return None
 
 
