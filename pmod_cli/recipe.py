@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,9 +55,9 @@ class ModSettings(_Section):
     def _known(cls, value: str, info: ValidationInfo) -> str:
         known = SCHEDULES if info.field_name == "schedule" else WEIGHT_NORMS
         if value not in known:
-            near = nearest(value, known)
-            hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"unknown {str(info.field_name).replace('_', ' ')} {value!r}, {hint}")
+            raise ValueError(
+                f"unknown {str(info.field_name).replace('_', ' ')} {value!r}, {_suggestion(value, known)}"
+            )
         return value
 
     @model_validator(mode="after")
@@ -171,13 +172,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     if path.suffix not in {".yaml", ".yml"}:
         shipped = recipe_dir() / f"{name_or_path}.yaml"
         if not shipped.is_file():
-            near = nearest(str(name_or_path), shipped_recipes())
-            raise PmodError(
-                f"no recipe named {str(name_or_path)!r}",
-                f"did you mean {near}?"
-                if near
-                else f"shipped: {', '.join(shipped_recipes())}; or give a .yaml file",
-            )
+            hint = _suggestion(str(name_or_path), shipped_recipes())
+            raise PmodError(f"no recipe named {str(name_or_path)!r}, and it is no .yaml file", hint)
         path = shipped
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -205,23 +201,26 @@ def parse_recipe(data: dict[str, Any], overrides: Sequence[str] = (), where: str
         PmodError: Unknown key (the nearest known one is named) or bad value.
     """
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise PmodError(f"--set {override}: expected key=value", "e.g. --set mod.floor=0.1")
-        *sections, last = key.strip().split(".")
-        target = data
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise PmodError(f"--set {override}: {section} is not a section")
-        try:
-            target[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise PmodError(f"--set {override}: {value!r} is not a YAML value") from error
+        _override(data, override)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise PmodError(f"{where}: {_explain(error)}") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise PmodError(f"--set {override}: expected key=value", "e.g. --set mod.floor=0.1")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise PmodError(f"--set {override}: {section} is not a section")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise PmodError(f"--set {override}: {value!r} is not a YAML value") from error
 
 
 def check_recipe(recipe: Recipe, family: str) -> None:
@@ -243,8 +242,7 @@ def mod_config(recipe: Recipe, layers: int) -> MoDConfig:
     Raises:
         PmodError: The schedule does not fit, gives a ratio outside (0, 1], or leaves every layer dense.
     """
-    settings = recipe.mod
-    ratios = settings.retention_ratios(layers)
+    ratios = recipe.mod.retention_ratios(layers)
     for layer, ratio in enumerate(ratios):
         if ratio is not None and not 0 < ratio <= 1:
             raise PmodError(
@@ -253,20 +251,18 @@ def mod_config(recipe: Recipe, layers: int) -> MoDConfig:
             )
     if all(ratio is None for ratio in ratios):
         raise PmodError(f"recipe {recipe.name} leaves all {layers} decoder layers dense")
-    return MoDConfig(
-        ratios,
-        weight_norm=settings.weight_norm,
-        weight_scale=settings.weight_scale,
-        weight_bias=settings.weight_bias,
-        router_bias=settings.router_bias,
-        target_tokens=settings.target_tokens,
-    )
+    return MoDConfig(ratios, **recipe.mod.model_dump(include={field.name for field in fields(MoDConfig)}))
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word most like ``word``, or None if nothing is near."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None
+
+
+def _suggestion(word: str, known: Iterable[str]) -> str:
+    near = nearest(word, known)
+    return f"did you mean {near}?" if near else f"known: {', '.join(known)}"
 
 
 _SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
@@ -286,8 +282,7 @@ def _explain(error: ValidationError) -> str:
         section = _SECTIONS.get(tuple(parents))
         known = list(section.model_fields) if section else []
         near = nearest(key, known)
-        return f"unknown key {dotted}" + (
-            f", did you mean {'.'.join([*parents, near])}?" if near else f"; known: {', '.join(known)}"
-        )
+        hint = f"did you mean {'.'.join([*parents, near])}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {dotted}, {hint}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if dotted else message

@@ -14,48 +14,18 @@ from pmod_cli.modeling.settings import WEIGHT_NORMS, MoDConfig
 from pmod_cli.output.errors import PmodError
 
 _DECODER_FIELDS = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "attention_bias",
-    "attention_dropout",
-    "mlp_bias",
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-    "layer_types",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "use_cache",
-]
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout",
+    "hidden_act", "mlp_bias", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters",
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
+]  # fmt: skip
 _TOWER_FIELDS = [
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "attention_dropout",
-    "initializer_range",
-    "initializer_factor",
-    "projection_dim",
-]
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
+    "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
+    "initializer_range", "initializer_factor", "projection_dim",
+]  # fmt: skip
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _BICUBIC = 3

@@ -189,25 +189,14 @@ def check_tower(config: dict[str, Any], tensors: Iterable[StoredTensor]) -> None
 
 def _tower_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter of a CLIP vision tower, by its name without prefix."""
-    width, inner = config["hidden_size"], config.get("intermediate_size", 4 * config["hidden_size"])
-    patch, channels = config["patch_size"], config.get("num_channels", 3)
-    matrices = {f"self_attn.{side}_proj": (width, width) for side in ("q", "k", "v", "out")}
-    matrices |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
-    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in matrices.items()}
-    layer |= {f"{name}.bias": shape[:1] for name, shape in matrices.items()}
-    norms = [f"{norm}.{part}" for norm in ("layer_norm1", "layer_norm2") for part in ("weight", "bias")]
-    layer |= dict.fromkeys(norms, (width,))
-    ends = [f"{norm}.{part}" for norm in ("pre_layrnorm", "post_layernorm") for part in ("weight", "bias")]
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    with torch.device("meta"):
+        model = CLIPVisionModel(CLIPVisionConfig(**config))
     return {
-        "embeddings.class_embedding": (width,),
-        "embeddings.patch_embedding.weight": (width, channels, patch, patch),
-        "embeddings.position_embedding.weight": ((config["image_size"] // patch) ** 2 + 1, width),
-        **dict.fromkeys(ends, (width,)),
-        **{
-            f"encoder.layers.{number}.{name}": shape
-            for number in range(config.get("num_hidden_layers", 12))
-            for name, shape in layer.items()
-        },
+        name.removeprefix("vision_model."): tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
     }
 
 
