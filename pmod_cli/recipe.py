@@ -55,9 +55,9 @@ class ModSettings(_Section):
     def _known(cls, value: str, info: ValidationInfo) -> str:
         known = SCHEDULES if info.field_name == "schedule" else WEIGHT_NORMS
         if value not in known:
-            raise ValueError(
-                f"unknown {str(info.field_name).replace('_', ' ')} {value!r}, {_suggestion(value, known)}"
-            )
+            near = nearest(value, known)
+            hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"unknown {str(info.field_name).replace('_', ' ')} {value!r}, {hint}")
         return value
 
     @model_validator(mode="after")
@@ -72,7 +72,7 @@ class ModSettings(_Section):
         return self
 
     def retention_ratios(self, num_layers: int) -> Ratios:
-        """Apply the schedule to a decoder of ``num_layers`` layers: one ratio a layer, None for dense.
+        """Apply the schedule to a decoder of ``num_layers`` layers: one ratio per layer, None for a dense one.
 
         Raises:
             PmodError: If the schedule does not fit that number of layers.
@@ -172,8 +172,11 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     if path.suffix not in {".yaml", ".yml"}:
         shipped = recipe_dir() / f"{name_or_path}.yaml"
         if not shipped.is_file():
-            hint = _suggestion(str(name_or_path), shipped_recipes())
-            raise PmodError(f"no recipe named {str(name_or_path)!r}, and it is no .yaml file", hint)
+            near = nearest(str(name_or_path), shipped_recipes())
+            known = f"shipped: {', '.join(shipped_recipes())}; or give a .yaml file"
+            raise PmodError(
+                f"no recipe named {str(name_or_path)!r}", f"did you mean {near}?" if near else known
+            )
         path = shipped
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -258,11 +261,6 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word most like ``word``, or None if nothing is near."""
     matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return matches[0] if matches else None
-
-
-def _suggestion(word: str, known: Iterable[str]) -> str:
-    near = nearest(word, known)
-    return f"did you mean {near}?" if near else f"known: {', '.join(known)}"
 
 
 _SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints import hub
-from pmod_cli.checkpoints.pickles import check_allowed, read_pickle
+from pmod_cli.checkpoints.pickles import read_pickle
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import read_json
@@ -74,8 +74,6 @@ class Source:
                 names = sorted(set(weight_map.values()))
             else:
                 continue
-            if not safe:
-                check_allowed(names[0], allow_pickle)
             for name in names:
                 if not (self.folder / name).is_file():
                     raise PmodError(f"{index} names {name}, which is not in {self.name}", "download it again")
@@ -83,7 +81,12 @@ class Source:
                 WeightFile(path, read_header(path) if safe else read_pickle(path, allow_pickle), safe)
                 for path in (self.folder / name for name in names)
             ]
-            _check_index(files, weight_map or {}, index)
+            tensors = {file.name: file.tensors for file in files}
+            for tensor, name in (weight_map or {}).items():
+                if tensor not in tensors[name]:
+                    raise PmodError(
+                        f"{index} says that {tensor} is in {name}, and it is not", "download both again"
+                    )
             return files
         pickled = self.revision is not None and not allow_pickle
         raise PmodError(
@@ -110,13 +113,6 @@ class Source:
             and not path.name.startswith(".")
             and not path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
         }
-
-
-def _check_index(files: list[WeightFile], weight_map: dict[str, str], index: str) -> None:
-    by_name = {file.name: file for file in files}
-    for tensor, name in weight_map.items():
-        if tensor not in by_name[name].tensors:
-            raise PmodError(f"{index} says that {tensor} is in {name}, and it is not", "download both again")
 
 
 def is_hub_id(name: str | Path) -> bool:
@@ -177,7 +173,7 @@ def open_source(
     source = Source(name, folder, _config(folder), folder.name)
     if only is not None and (folder / INDEX).is_file():
         files = {file for tensor, file in source._weight_map(INDEX).items() if only(tensor)}
-        hub.download_files(name, folder.name, sorted(files))
+        hub.download(name, folder.name, sorted(files))
     elif headers and (remote := hub.missing_headers(name, folder)):
         return replace(source, remote=remote)
     else:

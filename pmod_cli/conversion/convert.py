@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.hub import download_files
+from pmod_cli.checkpoints.hub import download
 from pmod_cli.checkpoints.shards import shard_bytes
 from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.checkpoints.write import (
@@ -131,7 +131,7 @@ def convert_back(
     started = time.perf_counter()
     opened = open_source(source, revision=revision)
     if opened.revision is not None:
-        download_files(opened.name, opened.revision, [f"{FOLDER}/*"])
+        download(opened.name, opened.revision, [f"{FOLDER}/*"])
     dense = plan_baseline(opened)
     methods = _write(opened, dense, destination, force, copy, progress)
     routers = [t for file in opened.weight_files() for t in file.tensors.values() if is_router(t.name)]
