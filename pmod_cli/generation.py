@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
-from pmod_cli.checkpoints.source import open_source
-from pmod_cli.conversion.formats import refuse_unconverted
+from pmod_cli.checkpoints.load import check_source as check_source
+from pmod_cli.checkpoints.load import check_tokenizer
+from pmod_cli.checkpoints.load import read_config as read_config
 from pmod_cli.devices import check_dtype, find_device
-from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, first_line
 
 IMAGE_BACKEND = "pil"
@@ -139,7 +139,7 @@ class VisionLanguageModel:
                 such device or dtype.
         """
         read_config(source)
-        _check_tokenizer(Path(source))
+        check_tokenizer(source)
         device = find_device(device)
         check_dtype(dtype)
         if dtype == "auto" and device.type == "cpu":
@@ -224,48 +224,3 @@ class VisionLanguageModel:
         ended = torch.isin(ids, torch.as_tensor(eos, device=ids.device)).int()
         before = (ended.cumsum(1) - ended == 0).sum(1)
         return before.tolist()
-
-
-def check_source(source: str | Path) -> None:
-    """Refuse what is plainly not a checkpoint, before anything is loaded or the network is asked.
-
-    Raises:
-        PmodError: If the folder does not exist, is a file, has no config, or has to be converted first.
-    """
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise PmodError(f"{path} is not a checkpoint: it has no config.json")
-        refuse_unconverted(open_source(path))
-    elif path.exists():
-        raise PmodError(f"{path} is a file, not the folder of a checkpoint")
-    elif isinstance(source, Path) or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
-        raise PmodError(
-            f"no checkpoint folder {source}", "give a folder or a hub id such as llava-hf/llava-1.5-7b-hf"
-        )
-
-
-def read_config(source: str | Path) -> Any:
-    """The config of a checkpoint of a family that is supported; no weights are read.
-
-    Args:
-        source: A folder, or a hub id.
-
-    Raises:
-        PmodError: If the source is missing or its config cannot be read, or is of another model type.
-    """
-    check_source(source)
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        where = "cannot load" if Path(source).is_dir() else "no such folder, nor to be had from the hub:"
-        raise PmodError(f"{where} {source}: {first_line(error)}") from error
-    find_family(config.model_type)
-    return config
-
-
-def _check_tokenizer(folder: Path) -> None:
-    # transformers' own error is a list of ways to make a tokenizer.
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    if folder.is_dir() and not any((folder / name).is_file() for name in names):
-        raise PmodError(f"{folder} has no tokenizer", "pmod convert --tokenizer names one")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ class ModSettings(_Section):
         return self
 
     def retention_ratios(self, num_layers: int) -> Ratios:
-        """Apply the schedule to a decoder of ``num_layers`` layers: one ratio a layer, None for dense.
+        """Apply the schedule to a decoder of ``num_layers`` layers: one ratio per layer, None for a dense one.
 
         Raises:
             PmodError: If the schedule does not fit that number of layers.
@@ -172,11 +173,9 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
         shipped = recipe_dir() / f"{name_or_path}.yaml"
         if not shipped.is_file():
             near = nearest(str(name_or_path), shipped_recipes())
+            known = f"shipped: {', '.join(shipped_recipes())}; or give a .yaml file"
             raise PmodError(
-                f"no recipe named {str(name_or_path)!r}",
-                f"did you mean {near}?"
-                if near
-                else f"shipped: {', '.join(shipped_recipes())}; or give a .yaml file",
+                f"no recipe named {str(name_or_path)!r}", f"did you mean {near}?" if near else known
             )
         path = shipped
     try:
@@ -205,23 +204,26 @@ def parse_recipe(data: dict[str, Any], overrides: Sequence[str] = (), where: str
         PmodError: Unknown key (the nearest known one is named) or bad value.
     """
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise PmodError(f"--set {override}: expected key=value", "e.g. --set mod.floor=0.1")
-        *sections, last = key.strip().split(".")
-        target = data
-        for section in sections:
-            target = target.setdefault(section, {})
-            if not isinstance(target, dict):
-                raise PmodError(f"--set {override}: {section} is not a section")
-        try:
-            target[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise PmodError(f"--set {override}: {value!r} is not a YAML value") from error
+        _override(data, override)
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
         raise PmodError(f"{where}: {_explain(error)}") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator:
+        raise PmodError(f"--set {override}: expected key=value", "e.g. --set mod.floor=0.1")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise PmodError(f"--set {override}: {section} is not a section")
+    try:
+        data[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise PmodError(f"--set {override}: {value!r} is not a YAML value") from error
 
 
 def check_recipe(recipe: Recipe, family: str) -> None:
@@ -243,8 +245,7 @@ def mod_config(recipe: Recipe, layers: int) -> MoDConfig:
     Raises:
         PmodError: The schedule does not fit, gives a ratio outside (0, 1], or leaves every layer dense.
     """
-    settings = recipe.mod
-    ratios = settings.retention_ratios(layers)
+    ratios = recipe.mod.retention_ratios(layers)
     for layer, ratio in enumerate(ratios):
         if ratio is not None and not 0 < ratio <= 1:
             raise PmodError(
@@ -253,14 +254,7 @@ def mod_config(recipe: Recipe, layers: int) -> MoDConfig:
             )
     if all(ratio is None for ratio in ratios):
         raise PmodError(f"recipe {recipe.name} leaves all {layers} decoder layers dense")
-    return MoDConfig(
-        ratios,
-        weight_norm=settings.weight_norm,
-        weight_scale=settings.weight_scale,
-        weight_bias=settings.weight_bias,
-        router_bias=settings.router_bias,
-        target_tokens=settings.target_tokens,
-    )
+    return MoDConfig(ratios, **recipe.mod.model_dump(include={field.name for field in fields(MoDConfig)}))
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -286,8 +280,7 @@ def _explain(error: ValidationError) -> str:
         section = _SECTIONS.get(tuple(parents))
         known = list(section.model_fields) if section else []
         near = nearest(key, known)
-        return f"unknown key {dotted}" + (
-            f", did you mean {'.'.join([*parents, near])}?" if near else f"; known: {', '.join(known)}"
-        )
+        hint = f"did you mean {'.'.join([*parents, near])}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {dotted}, {hint}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if dotted else message

@@ -18,12 +18,17 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 
 import torch
+from hypothesis import settings
 
 from pmod_cli.demo import data
 from pmod_cli.demo.job import BASELINE
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.recipe import Recipe, parse_recipe
 from tests.common.small_demo import small_demo
+
+
+settings.register_profile("pmod", deadline=None)  # time says nothing on a machine that does other work too
+settings.load_profile("pmod")
 
 
 @pytest.fixture(scope="session")

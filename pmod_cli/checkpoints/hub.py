@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.shards import StoredTensor
-from pmod_cli.checkpoints.source import INDEX, SINGLE, WeightFile
-from pmod_cli.output.errors import PmodError
+from pmod_cli.checkpoints.shards import INDEX, SINGLE, StoredTensor, WeightFile
+from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import read_json
 
 _SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
 
@@ -24,52 +24,52 @@ def _one_line_errors(what: str) -> Iterator[None]:
     except Exception as error:  # the client's HTTP library, and so its errors, change between versions
         from huggingface_hub import constants
 
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PmodError(
-            f"{what}: {why}",
+            f"{what}: {first_line(error)}",
             "HF_HUB_OFFLINE is set"
             if constants.HF_HUB_OFFLINE
             else "check name and network; hf auth login where it is private",
         ) from error
 
 
-def _fetch(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    """Fetch the files whose names match; returns the folder in the cache, which has the commit's name.
+
+    Only files at the top level match, unless a pattern has a slash: some repositories keep the weights in a second
+    format in sub-folders, and a converted checkpoint keeps its baseline's files in one.
+
+    Raises:
+        PmodError: The repository does not exist, is closed to the user, or the hub cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
+    ignored = None if any("/" in pattern for pattern in patterns) else ["*/*"]
     with _one_line_errors(f"no folder {repo}, and it cannot be had from the hub"):
-        # Only the top level: some repositories keep the weights in a second format in sub-folders, and a converted
-        # checkpoint its baseline's files.
-        ignored = [pattern for pattern in ("*/*",) if not any("/" in wanted for wanted in patterns)]
         return Path(
             snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
         )
 
 
 def download_small_files(repo: str, revision: str | None) -> Path:
-    """Fetch everything but weights; returns the folder in the cache, which has the commit's name.
+    """Fetch everything but weights; returns the folder in the cache.
 
     Raises:
-        PmodError: The repository does not exist, is closed to the user, or the hub cannot be reached.
+        PmodError: See `download`; or there are no such files.
     """
-    folder = _fetch(repo, revision, list(_SMALL_FILES))
-    if (folder / "config.json").is_file() or any(folder.iterdir()):
-        return folder
-    raise PmodError(f"{repo} has no files at its top level")
-
-
-def download_files(repo: str, revision: str, names: list[str]) -> None:
-    """Fetch files by name."""
-    _fetch(repo, revision, names)
+    folder = download(repo, revision, list(_SMALL_FILES))
+    if not any(folder.iterdir()):
+        raise PmodError(f"{repo} has no files at its top level")
+    return folder
 
 
 def download_weights(repo: str, revision: str, allow_pickle: bool) -> None:
     """Fetch the safetensors files, or the pickled ones if there are no others and the user allows them."""
-    folder = _fetch(repo, revision, ["*.safetensors"])
+    folder = download(repo, revision, ["*.safetensors"])
     if not any(folder.glob("*.safetensors")) and allow_pickle:
-        _fetch(repo, revision, ["*.bin"])
+        download(repo, revision, ["*.bin"])
 
 
 def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:
@@ -85,8 +85,6 @@ def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:
     if (folder / SINGLE).is_file():
         return ()
     if (folder / INDEX).is_file():
-        from pmod_cli.checkpoints.source import read_json
-
         names = set((read_json(folder / INDEX).get("weight_map") or {}).values())
         if all((folder / str(name)).is_file() for name in names):
             return ()
@@ -105,10 +103,10 @@ def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:
 
 
 def _remote_tensor(name: str, entry: Any) -> StoredTensor:
-    def chunks() -> Iterator[bytes]:
+    def not_here() -> list[bytes]:
         raise PmodError(f"{name} was not downloaded")
 
-    return StoredTensor(name, entry.dtype, tuple(entry.shape), chunks)
+    return StoredTensor(name, entry.dtype, tuple(entry.shape), not_here)
 
 
 def check_login() -> None:

@@ -1,4 +1,4 @@
-"""Pickled weights (``.bin``), for who allows them: loaded by ``torch.load(weights_only=True)``, memory-mapped."""
+"""Pickled weights (``.bin``), where the user allows them: ``torch.load(weights_only=True)``, memory-mapped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.shards import CHUNK, StoredTensor
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
+
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+"""safetensors' names of torch's types."""
 
 
 def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
@@ -21,7 +27,11 @@ def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
     Raises:
         PmodError: Pickles are not allowed, or the file cannot be read as weights alone.
     """
-    check_allowed(path.name, allow)
+    if not allow:
+        raise PmodError(
+            f"{path.name} holds pickled weights, which can run code when they are loaded",
+            "--allow-pickle loads them with torch's weights_only reader",
+        )
     import torch
 
     try:
@@ -29,26 +39,12 @@ def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         raise PmodError(f"no file {path}") from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PmodError(
-            f"{path} is corrupt or holds more than weights: {first_line}", "download it again"
+            f"{path} is corrupt or holds more than weights: {first_line(error)}", "download it again"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise PmodError(f"{path} is not a state dict of tensors")
     return {name: _stored(path, name, tensor) for name, tensor in state.items()}
-
-
-def check_allowed(name: str, allow: bool) -> None:
-    """Refuse a pickled file unless the user allows it.
-
-    Raises:
-        PmodError: The user does not.
-    """
-    if not allow:
-        raise PmodError(
-            f"{name} holds pickled weights, which can run code when they are loaded",
-            "--allow-pickle loads them with torch's weights_only reader",
-        )
 
 
 def _is_zip(path: Path) -> bool:
@@ -60,17 +56,8 @@ def _is_zip(path: Path) -> bool:
 def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
     import torch
 
-    names = {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.int64: "I64",
-        torch.int32: "I32",
-        torch.uint8: "U8",
-        torch.bool: "BOOL",
-    }
-    if tensor.dtype not in names:
+    dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None:
         raise PmodError(f"{path}: {name} has type {tensor.dtype}, which is not supported")
 
     def chunks() -> Iterator[memoryview]:
@@ -78,4 +65,4 @@ def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
         for start in range(0, flat.numel(), CHUNK):
             yield memoryview(flat[start : start + CHUNK].numpy())
 
-    return StoredTensor(name, names[tensor.dtype], tuple(tensor.shape), chunks)
+    return StoredTensor(name, dtype, tuple(tensor.shape), chunks)

@@ -13,7 +13,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from pmod_cli.output.errors import PmodError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 CHUNK = 1 << 24
 """Bytes held at once while tensors are copied."""
@@ -66,6 +71,26 @@ class StoredTensor:
     def zeros(cls, name: str, dtype: str, shape: Sequence[int]) -> StoredTensor:
         """A tensor of zeros (which are zero bytes in every dtype)."""
         return cls.from_bytes(name, dtype, shape, bytes(math.prod(shape) * DTYPE_BYTES[dtype]))
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a checkpoint's weights.
+
+    Attributes:
+        path: The file.
+        tensors: What is in it, by name.
+        safe: Whether it is a safetensors file (else a pickle).
+    """
+
+    path: Path
+    tensors: dict[str, StoredTensor]
+    safe: bool = True
+
+    @property
+    def name(self) -> str:
+        """Its file name."""
+        return self.path.name
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -137,6 +162,31 @@ def _read_range(path: Path, start: int, end: int) -> Iterator[bytes]:
                 raise _corrupt(path, "it became shorter while it was read")
             start += len(data)
             yield data
+
+
+def decode(data: bytes, dtype: str) -> np.ndarray:
+    """Floating-point numbers of a safetensors type, flat; BF16 as float32.
+
+    Args:
+        data: Their bytes.
+        dtype: ``F64``, ``F32``, ``F16`` or ``BF16``.
+    """
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
+
+
+def encode(values: np.ndarray, dtype: str) -> bytes:
+    """fp32 numbers as the bytes of a safetensors type, rounded to the nearest.
+
+    Args:
+        values: fp32, any shape.
+        dtype: ``F32``, ``F16`` or ``BF16``.
+    """
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        return ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).astype("<u2").tobytes()
+    return values.astype("<f4" if dtype == "F32" else "<f2").tobytes()
 
 
 def shard_bytes(tensors: Sequence[StoredTensor]) -> int:

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.pickles import check_allowed, read_pickle
-from pmod_cli.checkpoints.shards import StoredTensor, read_header
+from pmod_cli.checkpoints import hub
+from pmod_cli.checkpoints.pickles import read_pickle
+from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import read_json
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _PICKLED_INDEX, _PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """One file of a checkpoint's weights.
-
-    Attributes:
-        path: The file.
-        tensors: What is in it, by name.
-        safe: Whether it is a safetensors file (else a pickle).
-    """
-
-    path: Path
-    tensors: dict[str, StoredTensor]
-    safe: bool = True
-
-    @property
-    def name(self) -> str:
-        """Its file name."""
-        return self.path.name
 
 
 @dataclass(frozen=True)
@@ -95,8 +74,6 @@ class Source:
                 names = sorted(set(weight_map.values()))
             else:
                 continue
-            if not safe:
-                check_allowed(names[0], allow_pickle)
             for name in names:
                 if not (self.folder / name).is_file():
                     raise PmodError(f"{index} names {name}, which is not in {self.name}", "download it again")
@@ -104,7 +81,12 @@ class Source:
                 WeightFile(path, read_header(path) if safe else read_pickle(path, allow_pickle), safe)
                 for path in (self.folder / name for name in names)
             ]
-            _check_index(files, weight_map or {}, index)
+            tensors = {file.name: file.tensors for file in files}
+            for tensor, name in (weight_map or {}).items():
+                if tensor not in tensors[name]:
+                    raise PmodError(
+                        f"{index} says that {tensor} is in {name}, and it is not", "download both again"
+                    )
             return files
         pickled = self.revision is not None and not allow_pickle
         raise PmodError(
@@ -133,26 +115,31 @@ class Source:
         }
 
 
-def _check_index(files: list[WeightFile], weight_map: dict[str, str], index: str) -> None:
-    by_name = {file.name: file for file in files}
-    for tensor, name in weight_map.items():
-        if tensor not in by_name[name].tensors:
-            raise PmodError(f"{index} says that {tensor} is in {name}, and it is not", "download both again")
+def is_hub_id(name: str | Path) -> bool:
+    """Whether a name is meant for the hub: ``user/name``, where no such path exists."""
+    return (
+        isinstance(name, str)
+        and name.count("/") == 1
+        and not name.startswith((".", "/", "~"))
+        and not Path(name).exists()
+    )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def check_exists(name: str | Path, what: str = "folder") -> None:
+    """Refuse what is neither a folder nor a hub id; the hub is not asked.
+
+    Args:
+        name: Folder or hub id.
+        what: How the error calls the folder that is missing.
 
     Raises:
-        PmodError: The file cannot be read, or holds no JSON object.
+        PmodError: It is a file, or nothing.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise PmodError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise PmodError(f"{path} is not a JSON object")
-    return data
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise PmodError(f"{path} is a file, not the folder of a checkpoint")
+    if not path.is_dir() and not is_hub_id(name):
+        raise PmodError(f"no {what} {name}", "give a folder or a hub id such as llava-hf/llava-1.5-7b-hf")
 
 
 def is_hub_id(name: str) -> bool:
@@ -184,22 +171,21 @@ def open_source(
     """
     for path in ([near / name] if near else []) + [Path(name).expanduser()]:
         if path.is_dir():
-            config = path / "config.json"
-            return Source(str(name), path, read_json(config) if config.is_file() else {})
-        if path.exists():
-            raise PmodError(f"{path} is a file, not the folder of a checkpoint")
-    if isinstance(name, Path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise PmodError(f"no folder {name}", "give a folder or a hub id such as llava-hf/llava-1.5-7b-hf")
-    from pmod_cli.checkpoints import hub
-
+            return Source(str(name), path, _config(path))
+    check_exists(name)
+    name = str(name)
     folder = hub.download_small_files(name, revision)
-    config = folder / "config.json"
-    source = Source(name, folder, read_json(config) if config.is_file() else {}, folder.name)
+    source = Source(name, folder, _config(folder), folder.name)
     if only is not None and (folder / INDEX).is_file():
         files = {file for tensor, file in source._weight_map(INDEX).items() if only(tensor)}
-        hub.download_files(name, folder.name, sorted(files))
+        hub.download(name, folder.name, sorted(files))
     elif headers and (remote := hub.missing_headers(name, folder)):
         return replace(source, remote=remote)
     else:
         hub.download_weights(name, folder.name, allow_pickle)
     return source
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else {}

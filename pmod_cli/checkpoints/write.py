@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -107,14 +107,13 @@ class Staging:
         parent = self.destination.parent
         parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{self.destination.name}.pmod-"
-        for stale in parent.glob(f"{_literal(prefix)}*"):
+        for stale in parent.glob(glob.escape(prefix) + "*"):
             with contextlib.suppress(OSError), _lock(stale):
                 shutil.rmtree(stale)
         self.folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
         self._open = contextlib.ExitStack()
-        with contextlib.suppress(
-            OSError
-        ):  # without locks, what a killed run leaves has to be removed by hand
+        # Where the file system has no locks, what a killed run leaves has to be removed by hand.
+        with contextlib.suppress(OSError):
             self._open.enter_context(_lock(self.folder))
         umask = os.umask(0)
         os.umask(umask)
@@ -170,10 +169,6 @@ class Staging:
             self.folder.rename(self.destination)
 
 
-def _literal(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     """Hold a folder: the lock goes when the process does, however it ends.
@@ -193,16 +188,9 @@ def _lock(folder: Path) -> Iterator[None]:
 def _hard_link(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
-    except OSError as error:
-        if error.errno not in (
-            errno.EXDEV,
-            errno.EPERM,
-            errno.EACCES,
-            errno.EMLINK,
-            errno.ENOTSUP,
-            errno.ENOSYS,
-        ):
-            raise
+    except (
+        OSError
+    ):  # another file system, or one without links; whatever else is wrong shows when it is copied
         return False
     return True
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.cli.options import AsJson, Revision
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, stdout
+from pmod_cli.output.console import emit_json, show_lines, stdout
+from pmod_cli.output.tables import Table
+from pmod_cli.output.units import share
 
 if TYPE_CHECKING:
     from pmod_cli.conversion.inspection import Inspection
@@ -23,8 +27,8 @@ if TYPE_CHECKING:
 )
 def inspect_command(
     model: Annotated[str, typer.Argument(help="p-MoD checkpoint: a folder or hub id.")],
-    revision: Annotated[str | None, typer.Option("--revision", help="Hub branch, tag or commit.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    revision: Revision = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show a p-MoD checkpoint's layers, routers and origin. Only the routers are read."""
     with starting("inspect"):
@@ -38,50 +42,49 @@ def inspect_command(
 
 
 def _show(inspection: Inspection) -> None:
-    from rich.table import Table
-
-    table = Table("layer", "kind", "retention", "|weight|", "max", "bias", "router")
-    for column in table.columns[2:6]:
-        column.justify = "right"
+    rows: list[Sequence[str]] = []
     for row in inspection.layers:
         router = row.get("router")
         if router is None:
-            table.add_row(str(row["layer"]), "dense", "", "", "", "", "")
+            rows.append([str(row["layer"]), "dense", "", "", "", "", ""])
             continue
-        table.add_row(
-            str(row["layer"]),
-            "MoD",
-            f"{row['retention_ratio']:.4f}",
-            _number(router["weight_norm"]),
-            _number(router["weight_max"]),
-            _number(router["bias"]) if inspection.mod["router_bias"] else "",
-            "initial" if router["initial"] else "trained",
+        rows.append(
+            [
+                str(row["layer"]),
+                "MoD",
+                f"{row['retention_ratio']:.4f}",
+                _number(router["weight_norm"]),
+                _number(router["weight_max"]),
+                _number(router["bias"]) if inspection.mod["router_bias"] else "",
+                "initial" if router["initial"] else "trained",
+            ]
         )
-    stdout.print(f"{inspection.model}", markup=False, soft_wrap=True)
-    stdout.print(table)
+    header = ["layer", "kind", "retention", "|weight|", "max", "bias", "router"]
+    show_lines(inspection.model)
+    stdout.print(Table("", header, rows, left=2).to_rich())
     routers = sum("router" in row for row in inspection.layers)
-    origin, training = inspection.provenance, inspection.training
-    lines = [
-        f"family {inspection.family}, mean retention {100 * inspection.mean_retention:.2f} %",
+    show_lines(
+        f"family {inspection.family}, mean retention {share(inspection.mean_retention)}",
         f"{routers} routers, {inspection.router_parameters:,} parameters ({inspection.router_dtype}), "
         f"{inspection.initial_routers} still at their initial value ({100 * inspection.initial_share:.0f} %)",
-    ]
-    if origin:
-        recipe = (origin.get("recipe") or {}).get("name")
-        commit = f" at {origin['revision']}" if origin.get("revision") else ""
-        how = f"recipe {recipe}" if recipe else "its own routers and ratios"
-        lines.append(
-            f"from {origin.get('source')}{commit} ({origin.get('format')}), {how}, pmod {origin.get('version')}"
-        )
-    else:
-        lines.append("its config does not say where it comes from")
-    if training:
-        lines.append(
+        _origin(inspection.provenance),
+    )
+    if training := inspection.training:
+        show_lines(
             f"fine-tuned from {training['model']}: {training['steps']} steps, "
             f"final loss {_number(training['final_loss'])}"
         )
-    for line in lines:
-        stdout.print(line, markup=False, soft_wrap=True)
+
+
+def _origin(origin: dict[str, Any] | None) -> str:
+    if not origin:
+        return "its config does not say where it comes from"
+    recipe = (origin.get("recipe") or {}).get("name")
+    commit = f" at {origin['revision']}" if origin.get("revision") else ""
+    how = f"recipe {recipe}" if recipe else "its own routers and ratios"
+    return (
+        f"from {origin.get('source')}{commit} ({origin.get('format')}), {how}, pmod {origin.get('version')}"
+    )
 
 
 def _number(value: float | None) -> str:

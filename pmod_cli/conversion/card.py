@@ -96,7 +96,7 @@ Routers that were not trained keep tokens spread evenly over the image; `pmod in
 ## Recipe
 
 ```yaml
-{yaml.safe_dump(_plain(settings), sort_keys=False).strip()}
+{yaml.safe_dump(settings, sort_keys=False).strip()}
 ```
 
 ## Citation
@@ -114,10 +114,3 @@ def _front_matter(card: str | None) -> dict[str, Any]:
     except yaml.YAMLError:
         found = None
     return found if isinstance(found, dict) else {}
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, which YAML knows."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

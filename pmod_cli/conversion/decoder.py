@@ -1,15 +1,16 @@
-"""Finds the decoder in a checkpoint's tensors, and holds every shape against the config and against the others."""
+"""Finds the decoder in a checkpoint's tensors, checks every shape, and makes the routers."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.families import Family
 from pmod_cli.families.defaults import PARTS
+from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
 
 _LAYER = {
@@ -76,7 +77,7 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
 
     Args:
         family: Says how the layers may be called.
-        config: The dense config; the sizes that it gives, or takes by default, have to be so.
+        config: The dense config; the sizes that it gives, or leaves to transformers' defaults, have to be so.
         tensors: All of the checkpoint's.
 
     Raises:
@@ -85,47 +86,84 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
     if "quantization_config" in config:
         raise _quantised()
     by_name = {tensor.name: tensor for tensor in tensors}
-    prefix = next(
-        (prefix for prefix in family.layer_prefixes if any(name.startswith(prefix) for name in by_name)), None
-    )
+    prefix = next((p for p in family.layer_prefixes if any(name.startswith(p) for name in by_name)), None)
     if prefix is None:
         raise PmodError(
             "the weights have no decoder layers",
             f"expected names that begin with {' or '.join(family.layer_prefixes)}",
         )
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.(.+)")
-    found = [match for match in map(pattern.fullmatch, by_name) if match]
-    layers = 1 + max((int(match[1]) for match in found), default=-1)
+    layers = 1 + max((int(match[2]) for match in _stacked(by_name) if match[1] == prefix), default=-1)
     text = _completed(config.get("text_config") or {}, family.decoders[0])
     expected = text.get("num_hidden_layers", layers)
     if expected != layers:
         raise PmodError(f"the weights have {layers} decoder layers, and {_CONFIG} says {expected}")
-    missing = [
-        name
-        for layer in range(layers)
-        for name in (f"{prefix}{layer}.{end}" for end in _LAYER)
-        if name not in by_name
-    ]
-    missing += [end for end in _REQUIRED if not any(name.endswith(end) for name in by_name)]
-    if config.get("tie_word_embeddings") is False and not any(n.endswith("lm_head.weight") for n in by_name):
-        missing.append("lm_head.weight")
-    missing = missing or _gaps(by_name)
-    if missing:
-        raise PmodError(
-            f"the weights lack {missing[0]}" + (f" and {len(missing) - 1} more" * (len(missing) > 1))
-        )
+    needs_head = config.get("tie_word_embeddings") is False
+    _check_complete(by_name, prefix, layers, (*_REQUIRED, "lm_head.weight") if needs_head else _REQUIRED)
     sample = by_name[f"{prefix}0.self_attn.q_proj.weight"]
     if sample.dtype not in ROUTER_DTYPES:
         raise _quantised()
-    inside = {match[0]: _LAYER[match[2]] for match in found if match[2] in _LAYER}
-    _check_shapes(by_name, inside, _sides_of(text, config))
+    _check_shapes(by_name, prefix, _sides_of(text, config))
     return DecoderLayout(prefix, layers, sample.shape[1], sample.dtype)
+
+
+def router_tensors(
+    mod: MoDConfig, layout: DecoderLayout, given: dict[str, StoredTensor]
+) -> list[StoredTensor]:
+    """The routers of every Mixture-of-Depths layer: those given, or zeros in the decoder's dtype.
+
+    Args:
+        mod: Which layers, and whether routers have a bias.
+        layout: Names, width and dtype.
+        given: Routers that the source has, by name; all of them, or none.
+
+    Raises:
+        PmodError: A router is missing or has the wrong shape.
+    """
+    shapes = {"weight": (1, layout.hidden)} | ({"bias": (1,)} if mod.router_bias else {})
+    tensors = []
+    for layer in mod.mod_layers:
+        for part, shape in shapes.items():
+            name = layout.router_name(layer, part)
+            if not given:
+                tensors.append(StoredTensor.zeros(name, layout.dtype, shape))
+                continue
+            tensor = given.get(name)
+            if tensor is None or tensor.shape != shape:
+                what = (
+                    "is missing" if tensor is None else f"has shape {list(tensor.shape)}, not {list(shape)}"
+                )
+                raise PmodError(f"the {part} of layer {layer}'s router {what} in the source")
+            tensors.append(tensor)
+    return tensors
+
+
+def _quantised() -> PmodError:
+    hint = "convert the unquantised checkpoint and quantise when it is loaded"
+    return PmodError("the weights are quantised", hint)
+
+
+def _stacked(names: Iterable[str]) -> Iterator[re.Match[str]]:
+    """Names inside a stack of layers: what stands before the layer's number, the number, the rest."""
+    return filter(None, map(_STACKED.fullmatch, names))
+
+
+def _check_complete(
+    tensors: dict[str, StoredTensor], prefix: str, layers: int, others: Iterable[str]
+) -> None:
+    """Refuse weights that lack a tensor of a decoder layer, one that ends in one of ``others``, or see `_gaps`."""
+    inside = [f"{prefix}{layer}.{end}" for layer in range(layers) for end in _LAYER]
+    missing = [name for name in inside if name not in tensors]
+    missing += [end for end in others if not any(name.endswith(end) for name in tensors)]
+    missing = missing or _gaps(tensors)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise PmodError(f"the weights lack {missing[0]}{more}")
 
 
 def _gaps(names: Iterable[str]) -> list[str]:
     """Names that a layer lacks and others of its stack have: for the vision tower, whose names differ by its kind."""
     stacks: dict[str, dict[str, set[int]]] = {}
-    for match in filter(None, map(_STACKED.fullmatch, names)):
+    for match in _stacked(names):
         stacks.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
     return [
         f"{stack}{layer}.{end}"
@@ -136,23 +174,17 @@ def _gaps(names: Iterable[str]) -> list[str]:
     ]
 
 
-def _quantised() -> PmodError:
-    return PmodError(
-        "the weights are quantised", "convert the unquantised checkpoint and quantise when it is loaded"
-    )
+def _check_shapes(tensors: dict[str, StoredTensor], prefix: str, known: dict[str, tuple[int, str]]) -> None:
+    """Compare every side with the config, or the first tensor that has it; and layers with each other.
 
-
-def _check_shapes(
-    tensors: dict[str, StoredTensor],
-    layer_sides: dict[str, tuple[str, ...]],
-    known: dict[str, tuple[int, str]],
-) -> None:
-    """Hold every side against what is known, or the first tensor that has it; and layers against each other."""
+    Args:
+        tensors: All of them.
+        prefix: Of the decoder layers.
+        known: Sides that the config gives, each with where it stands; those of tensors are added.
+    """
     first_layers: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
-        sides = layer_sides.get(name) or next(
-            (shape for end, shape in _OUTSIDE.items() if name.endswith(end)), None
-        )
+        sides = _sides_by_name(name, prefix)
         if sides is not None and len(sides) != len(tensor.shape):
             raise PmodError(f"{name} has shape {list(tensor.shape)}, and {len(sides)} sides are expected")
         for length, side in zip(tensor.shape, sides or (), strict=False):
@@ -165,6 +197,14 @@ def _check_shapes(
         like = first_layers.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", name), tensor)
         if like.shape != tensor.shape:
             raise PmodError(f"{name} has shape {list(tensor.shape)}, and {like.name} has {list(like.shape)}")
+
+
+def _sides_by_name(name: str, prefix: str) -> tuple[str, ...] | None:
+    """What the sides of a tensor are called; None if it is not one of those that are checked."""
+    match = _STACKED.fullmatch(name)
+    if match and match[1] == prefix:
+        return _LAYER.get(match[3])
+    return next((sides for end, sides in _OUTSIDE.items() if name.endswith(end)), None)
 
 
 def _sides_of(text: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[int, str]]:

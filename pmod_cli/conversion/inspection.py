@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from pmod_cli.checkpoints.shards import StoredTensor
+from pmod_cli.checkpoints.load import refuse_unconverted
+from pmod_cli.checkpoints.shards import StoredTensor, decode
 from pmod_cli.checkpoints.source import open_source
-from pmod_cli.conversion.convert import layer_table
-from pmod_cli.conversion.formats import refuse_unconverted
+from pmod_cli.conversion.decoder import ROUTER_DTYPES
+from pmod_cli.conversion.plan import layer_table
 from pmod_cli.families import find_family
 from pmod_cli.modeling.names import is_router
 from pmod_cli.modeling.schedule import mean_retention
@@ -126,13 +127,9 @@ def _finite(value: Any) -> float | None:
 
 def _values(tensor: StoredTensor) -> np.ndarray:
     """A tensor's values, flat, as float64."""
-    data = tensor.read()
-    if tensor.dtype == "BF16":  # the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
-    types = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-    if tensor.dtype not in types:
+    if tensor.dtype not in (*ROUTER_DTYPES, "F64"):
         raise PmodError(f"{tensor.name} has type {tensor.dtype}, which is not a router's")
-    return np.frombuffer(data, types[tensor.dtype]).astype(np.float64)
+    return decode(tensor.read(), tensor.dtype).astype(np.float64)
 
 
 def _training(summary: dict[str, Any] | None) -> dict[str, Any] | None:

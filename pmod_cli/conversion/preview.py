@@ -2,57 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.write import free_space
-from pmod_cli.conversion.convert import Plan, bytes_needed, layer_table
-from pmod_cli.modeling.schedule import mean_retention
+from pmod_cli.conversion.convert import Conversion, bytes_needed
+from pmod_cli.conversion.plan import Plan
 from pmod_cli.output.errors import PmodError
 
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-@dataclass(frozen=True)
-class Preview:
+@dataclass(frozen=True, kw_only=True)
+class Preview(Conversion):
     """What a conversion would do.
 
     Attributes:
-        source: As the user named it.
-        destination: Where the checkpoint would go, or None.
-        format: Format of the source.
-        family: Its family.
-        recipe: Name of the recipe, or None.
-        layers: See `layer_table`.
-        mean_retention: Mean share of vision tokens over all layers.
-        router_parameters: Parameters added.
-        weight_bytes: Size of the baseline's weights.
-        download_bytes: What of them has to be downloaded first.
+        dry_run: Tells a preview from a result.
+        download_bytes: What of the weights has to be downloaded first.
         disk_needed_bytes: Disk space the new checkpoint takes; links take none.
         disk_free_bytes: What is free there.
         expected: See `expected_savings`; None where the model cannot be counted.
-        notes: What the user should know.
     """
 
-    source: str
-    destination: str | None
-    format: str
-    family: str
-    recipe: str | None
-    layers: list[dict[str, Any]]
-    mean_retention: float
-    router_parameters: int
-    weight_bytes: int
+    dry_run: bool = True
     download_bytes: int
     disk_needed_bytes: int
     disk_free_bytes: int
     expected: dict[str, Any] | None
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, in what JSON can write."""
-        return {"dry_run": True, **asdict(self)}
 
 
 def preview(plan: Plan, destination: Path | None = None, copy: bool = False) -> Preview:
@@ -74,15 +52,8 @@ def preview(plan: Plan, destination: Path | None = None, copy: bool = False) -> 
     if needed > free:
         notes.append("it does not fit on that disk")
     return Preview(
-        source=plan.source.name,
+        **plan.description(),
         destination=str(destination) if destination else None,
-        format=plan.format,
-        family=plan.family.name,
-        recipe=plan.recipe.name if plan.recipe else None,
-        layers=layer_table(plan.mod),
-        mean_retention=mean_retention(plan.mod.retention_ratios),
-        router_parameters=plan.router_parameters,
-        weight_bytes=plan.weight_bytes,
         download_bytes=plan.weight_bytes if plan.source.remote else 0,
         disk_needed_bytes=needed,
         disk_free_bytes=free,

@@ -7,13 +7,13 @@ folder; its routers are then taken out of its shards and its config.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.source import INDEX, SINGLE, Source
-from pmod_cli.conversion.formats import Shard, Translation
+from pmod_cli.checkpoints.shards import INDEX, SINGLE
+from pmod_cli.checkpoints.source import Source
+from pmod_cli.conversion.formats.translation import Shard, Translation, to_json
 from pmod_cli.families import Family, find_family
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError
@@ -46,11 +46,6 @@ def baseline_files(translation: Translation) -> dict[str, Path | bytes]:
         **{f"{FOLDER}/{name}": file for name, file in kept.items()},
         f"{FOLDER}/{_MANIFEST}": to_json({"files": files}),
     }
-
-
-def to_json(data: Any) -> bytes:
-    """JSON as it is written to a checkpoint."""
-    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def plan_baseline(source: Source) -> Translation:

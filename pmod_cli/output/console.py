@@ -42,6 +42,12 @@ def buffer_stdout() -> None:
     )
 
 
+def show_lines(*lines: str) -> None:
+    """Print lines on stdout as they are: nothing in them is markup, and none is wrapped."""
+    for line in lines:
+        stdout.print(line, markup=False, soft_wrap=True)
+
+
 def emit_json(command: str, result: Any) -> None:
     """Print the one JSON object that ``--json`` promises (see ``docs/json.md``).
 

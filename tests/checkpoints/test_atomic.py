@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pmod_cli.checkpoints.write import Staging, _lock
-from pmod_cli.conversion.convert import convert, plan_conversion
+from pmod_cli.conversion.convert import convert
+from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.recipe import default_recipe
 from tests.common.checkpoints import contents, make_checkpoint
 

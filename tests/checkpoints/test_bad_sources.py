@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pmod_cli.checkpoints.shards import StoredTensor
-from pmod_cli.conversion.convert import plan_conversion
+from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.demo.job import BASELINE
 from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import load_recipe, parse_recipe

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pmod_cli.conversion.convert import convert, plan_conversion
+from pmod_cli.conversion.convert import convert
+from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.demo.job import BASELINE
 from tests.common.checkpoints import contents, make_checkpoint
 from tests.common.hub_server import COMMIT, serve
@@ -80,7 +81,8 @@ def test_from_the_hub_and_back(hub, tmp_path):
 
 def test_a_dry_run_downloads_headers_only(hub, tmp_path):
     code = (
-        "from pmod_cli.conversion.convert import plan_conversion, bytes_needed; from pathlib import Path;"
+        "from pmod_cli.conversion.convert import bytes_needed; from pathlib import Path;"
+        "from pmod_cli.conversion.plan import plan_conversion;"
         "plan = plan_conversion('some/llava', headers=True);"
         "print(len(plan.routers), plan.weight_bytes, bytes_needed(plan.checkpoint(), Path('x')))"
     )

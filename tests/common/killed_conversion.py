@@ -14,7 +14,8 @@ import signal
 import sys
 from pathlib import Path
 
-from pmod_cli.conversion.convert import convert, plan_conversion
+from pmod_cli.conversion.convert import convert
+from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.recipe import default_recipe
 
 STEPS = ("os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym")

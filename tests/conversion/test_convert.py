@@ -14,8 +14,9 @@ import pytest
 
 from pmod_cli.checkpoints import write
 from pmod_cli.checkpoints.shards import read_header
-from pmod_cli.conversion.convert import ROUTERS, bytes_needed, convert, convert_back, plan_conversion
+from pmod_cli.conversion.convert import bytes_needed, convert, convert_back
 from pmod_cli.conversion.formats import Options
+from pmod_cli.conversion.plan import ROUTERS, plan_conversion
 from pmod_cli.demo.job import BASELINE
 from pmod_cli.modeling.schedule import shifted_cosine
 from pmod_cli.output.errors import PmodError

@@ -9,8 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from pmod_cli.checkpoints.shards import StoredTensor, read_header, write_shard
-from pmod_cli.conversion.convert import ROUTERS, convert, plan_conversion
+from pmod_cli.conversion.convert import convert
 from pmod_cli.conversion.inspection import inspect_checkpoint
+from pmod_cli.conversion.plan import ROUTERS, plan_conversion
 from pmod_cli.conversion.preview import preview
 from pmod_cli.demo.job import BASELINE
 from pmod_cli.modeling.schedule import mean_retention, shifted_cosine

@@ -10,7 +10,8 @@ import transformers
 from transformers import AutoModelForImageTextToText
 
 from pmod_cli.checkpoints.shards import read_header, write_shard
-from pmod_cli.conversion.convert import convert, convert_back, plan_conversion
+from pmod_cli.conversion.convert import convert, convert_back
+from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.demo.job import BASELINE
 from pmod_cli.recipe import parse_recipe
 from tests.common import tiny

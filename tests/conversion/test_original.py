@@ -10,8 +10,9 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText
 
 from pmod_cli.checkpoints.source import open_source
 from pmod_cli.cli import main
-from pmod_cli.conversion.convert import convert, convert_back, plan_conversion
+from pmod_cli.conversion.convert import convert, convert_back
 from pmod_cli.conversion.formats import Options, find_format
+from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.modeling.schedule import shifted_cosine
 from pmod_cli.output.errors import PmodError
 from tests.common.llava_checkpoints import save_original

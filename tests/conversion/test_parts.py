@@ -19,8 +19,9 @@ from transformers import (
 
 from pmod_cli.checkpoints.source import open_source
 from pmod_cli.cli import main
-from pmod_cli.conversion.convert import convert, plan_conversion
+from pmod_cli.conversion.convert import convert
 from pmod_cli.conversion.formats import Options, find_format
+from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.output.errors import PmodError
 from tests.common.parts_checkpoints import PIECES, save_parts, sentencepiece_model
 

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, DynamicCache
 
-from pmod_cli.conversion.convert import convert, convert_back, plan_conversion
+from pmod_cli.conversion.convert import convert, convert_back
 from pmod_cli.conversion.formats import Options
+from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError

@@ -7,10 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pmod_cli.checkpoints.shards import StoredTensor
-from pmod_cli.conversion.decoder import DecoderLayout, find_decoder
+from pmod_cli.conversion.decoder import DecoderLayout, find_decoder, router_tensors
 from pmod_cli.conversion.formats import Shard, Translation
 from pmod_cli.conversion.restore import baseline_files, index_of
-from pmod_cli.conversion.routers import router_tensors
 from pmod_cli.families import FAMILIES
 from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import mod_config, parse_recipe
@@ -130,22 +129,21 @@ def test_routers_of_the_source_are_all_there_or_refused():
     layout = DecoderLayout("model.language_model.layers.", 4, 3, "F32")
     mod = mod_config(parse_recipe({"name": "x", "mod": {"schedule": "interleaved"}}), 4)
     given_routers = {
-        layer: {
-            "weight": StoredTensor.zeros("w", "F16", (1, 3)),
-            "bias": StoredTensor.zeros("b", "F16", (1,)),
-        }
+        layout.router_name(layer, part): StoredTensor.zeros(layout.router_name(layer, part), "F16", shape)
         for layer in (1, 3)
+        for part, shape in (("weight", (1, 3)), ("bias", (1,)))
     }
     assert [tensor.name for tensor in router_tensors(mod, layout, given_routers)] == [
         f"model.language_model.layers.{layer}.router.{part}"
         for layer in (1, 3)
         for part in ("weight", "bias")
     ]
+    less = {name: router for name, router in given_routers.items() if ".3.router.bias" not in name}
     with pytest.raises(PmodError, match="bias of layer 3's router is missing"):
-        router_tensors(mod, layout, {**given_routers, 3: {"weight": given_routers[3]["weight"]}})
+        router_tensors(mod, layout, less)
     wrong = StoredTensor.zeros("w", "F16", (1, 4))
     with pytest.raises(PmodError, match=r"weight of layer 1's router has shape \[1, 4\], not \[1, 3\]"):
-        router_tensors(mod, layout, {**given_routers, 1: {**given_routers[1], "weight": wrong}})
+        router_tensors(mod, layout, {**given_routers, layout.router_name(1, "weight"): wrong})
 
 
 def test_a_rewritten_source_keeps_a_dense_config_for_the_way_back():

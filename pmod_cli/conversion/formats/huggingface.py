@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pmod_cli.checkpoints.source import INDEX, SINGLE, Source, WeightFile
-from pmod_cli.conversion.formats import Options, Shard, Translation
+from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile
+from pmod_cli.checkpoints.source import Source
+from pmod_cli.conversion.formats.translation import Options, Shard, Translation
 from pmod_cli.families import FAMILIES
 from pmod_cli.output.errors import PmodError
 
-SUMMARY = "transformers' own format (llava-hf, save_pretrained)"
 _REPLACED = ("config.json", "README.md")
 
 
@@ -34,21 +34,23 @@ def translate(source: Source, options: Options) -> Translation:
             f"{source.name} is p-MoD already",
             "--to baseline gives its dense baseline back; pmod inspect shows it",
         )
-    files = source.weight_files(options.allow_pickle)
-    sidecars = source.sidecars()
-    originals: dict[str, Path | bytes] = {name: sidecars[name] for name in _REPLACED if name in sidecars}
-    if (source.folder / INDEX).is_file() and all(file.safe for file in files):
-        originals[INDEX] = source.folder / INDEX
+    files, sidecars = source.weight_files(options.allow_pickle), source.sidecars()
+    safe = all(file.safe for file in files)
+    originals: dict[str, Path | bytes] = {}
+    if safe:
+        originals = {name: sidecars[name] for name in _REPLACED if name in sidecars}
+        if (source.folder / INDEX).is_file():
+            originals[INDEX] = source.folder / INDEX
     return Translation(
         config=source.config,
-        shards=[_shard(file, name) for file, name in zip(files, _names(files), strict=True)],
+        shards=[_shard(file, name) for file, name in zip(files, _names(files, safe), strict=True)],
         files={name: path for name, path in sidecars.items() if name not in _REPLACED},
-        originals=originals if all(file.safe for file in files) else {},
+        originals=originals,
     )
 
 
-def _names(files: Sequence[WeightFile]) -> list[str]:
-    if all(file.safe for file in files) and [file.name for file in files] != [SINGLE]:
+def _names(files: Sequence[WeightFile], safe: bool) -> list[str]:
+    if safe and [file.name for file in files] != [SINGLE]:
         return [file.name for file in files]
     # transformers reads a file called model.safetensors alone and would not look at the index.
     return [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]

@@ -1,59 +1,36 @@
-"""``config.json`` of the original LLaVA code and of the p-MoD release, in transformers' terms."""
+"""Settings of the original LLaVA code and of the p-MoD release, in transformers' terms: model, schedule, processor."""
 
 from __future__ import annotations
 
 import ast
 import math
 import re
+from pathlib import Path
 from typing import Any
 
+from pmod_cli.conversion.formats.translation import to_json
 from pmod_cli.modeling.schedule import Ratios, constant, interleaved
 from pmod_cli.modeling.settings import WEIGHT_NORMS, MoDConfig
 from pmod_cli.output.errors import PmodError
 
 _DECODER_FIELDS = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "attention_bias",
-    "attention_dropout",
-    "mlp_bias",
-    "sliding_window",
-    "use_sliding_window",
-    "max_window_layers",
-    "layer_types",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "use_cache",
-]
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+    "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "attention_dropout",
+    "hidden_act", "mlp_bias", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "rope_theta", "rope_scaling", "rope_parameters",
+    "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache",
+]  # fmt: skip
 _TOWER_FIELDS = [
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_channels",
-    "image_size",
-    "patch_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "attention_dropout",
-    "initializer_range",
-    "initializer_factor",
-    "projection_dim",
-]
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels",
+    "image_size", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout",
+    "initializer_range", "initializer_factor", "projection_dim",
+]  # fmt: skip
+_CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
+_CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+_BICUBIC = 3
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 _TARGETS = {"vision_all": "vision", "vision_hr": "vision_hr", "all": "all"}
 _DECAY = re.compile(r"(\w+)_decay_(\d+\.\d+)_(\d+\.\d+)")
 _RELEASED_STEPS = 31  # the release divides by this, layers - 1 of its 32, whatever the model has
@@ -247,3 +224,65 @@ def released_ratios(config: dict[str, Any]) -> Ratios:
     ceiling, floor = float(match[2]), float(match[3])
     raw = [curves[match[1]](layer) for layer in range(layers)]
     return [None if ratio > ceiling else max(ratio, floor) for ratio in raw]
+
+
+def processor_files(
+    dense: dict[str, Any], tower: dict[str, Any] | None, aspect_ratio: str | None, *, baseline: bool = False
+) -> dict[str, Path | bytes]:
+    """``preprocessor_config.json`` and ``processor_config.json``.
+
+    Args:
+        dense: The dense transformers config.
+        tower: ``preprocessor_config.json`` of the vision tower; CLIP's settings if None.
+        aspect_ratio: ``image_aspect_ratio`` of the source.
+        baseline: For the dense baseline, which has to load without this package: transformers' own classes.
+    """
+    vision, tiled = dense["vision_config"], dense["model_type"] == "llava_next"
+    side = vision["image_size"]
+    images: dict[str, Any] = {
+        "size": {"shortest_edge": side},
+        "crop_size": {"height": side, "width": side},
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "resample": _BICUBIC,
+        "rescale_factor": 1 / 255,
+        "image_mean": _CLIP_MEAN,
+        "image_std": _CLIP_STD,
+    }
+    images |= {name: value for name, value in (tower or {}).items() if name in images}
+    if tiled:
+        images |= {"do_pad": True, "image_grid_pinpoints": dense["image_grid_pinpoints"]}
+    else:
+        images["do_pad"] = aspect_ratio == "pad"
+    prefix, stem = ("" if baseline else "Pmod"), ("LlavaNext" if tiled else "Llava")
+    images["image_processor_type"] = f"{prefix}{stem}ImageProcessor"
+    processor: dict[str, Any] = {
+        "processor_class": f"{prefix if tiled else ''}{stem}Processor",
+        "patch_size": vision["patch_size"],
+        "vision_feature_select_strategy": dense["vision_feature_select_strategy"],
+        # The class token of CLIP, which "default" drops again.
+        "num_additional_image_tokens": 1,
+        "image_token": "<image>",
+    }
+    if tiled and not baseline:
+        processor |= {name: dense[name] for name in ("released_anyres", "max_num_patches")}
+    images["processor_class"] = processor["processor_class"]
+    return {"preprocessor_config.json": to_json(images), "processor_config.json": to_json(processor)}
+
+
+def generation_file(*configs: dict[str, Any] | None) -> bytes:
+    """``generation_config.json`` with the special tokens and nothing else, so that ``generate`` is greedy.
+
+    Vicuna's own says ``do_sample: true``, which the original evaluation code overrides everywhere.
+
+    Args:
+        configs: Where to look for a token's id, the first that has it counts.
+    """
+    found = {
+        name: next((config[name] for config in configs if config and config.get(name) is not None), None)
+        for name in _TOKEN_IDS
+    }
+    return to_json({name: value for name, value in found.items() if value is not None})

@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.source import Source, read_json
+from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.families.chat_templates import choose_template, fit_template
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import read_json
 
 IMAGE_TOKEN = "<image>"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _FILES = (
-    *_VOCABULARIES,
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+    *_VOCABULARIES, "merges.txt",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
 _UNUSED = (
     "tokenizer_class",
     "auto_map",
@@ -47,28 +44,39 @@ class TokenizerFiles:
     pad_token: int | None
 
 
-def find_tokenizer(*sources: Source) -> Source | None:
-    """The first source that has a tokenizer."""
-    for source in sources:
-        if any((source.folder / name).is_file() for name in _VOCABULARIES):
-            return source
-    return None
-
-
-def build_tokenizer(source: Source, decoder: str, max_length: int | None) -> TokenizerFiles:
-    """Add the image token and a chat template to a tokenizer.
+def find_tokenizer(
+    source: Source, chosen: str | None, decoder: str, max_length: int | None
+) -> TokenizerFiles | None:
+    """The tokenizer that the user names, or the source's own, with an image token and a chat template.
 
     Args:
-        source: Where its files are.
+        source: The checkpoint.
+        chosen: Folder or hub id that the user names, or None.
         decoder: ``model_type`` of the decoder, which decides the template.
         max_length: ``tokenizer_model_max_length`` of the checkpoint, or None.
 
-    Raises:
-        PmodError: The files cannot be read as a tokenizer.
-    """
-    from transformers import AddedToken, AutoTokenizer
+    Returns:
+        None if the user names none and the source has none.
 
-    tokenizer = _load(source)
+    Raises:
+        PmodError: The user's has no tokenizer, or one cannot be read.
+    """
+    place = open_source(chosen, near=source.folder) if chosen else source
+    if not any((place.folder / name).is_file() for name in _VOCABULARIES):
+        if chosen:
+            raise PmodError(f"{chosen} has no tokenizer", "tokenizer.json or tokenizer.model")
+        return None
+    tokenizer = _load(place.folder)
+    _extend(tokenizer, max_length)
+    files, template = _save(tokenizer, decoder)
+    if template:
+        files["chat_template.jinja"] = template.encode()
+    return TokenizerFiles(files, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.pad_token_id)
+
+
+def _extend(tokenizer: Any, max_length: int | None) -> None:
+    from transformers import AddedToken
+
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
     if tokenizer.pad_token is None:
@@ -78,6 +86,12 @@ def build_tokenizer(source: Source, decoder: str, max_length: int | None) -> Tok
         tokenizer.model_max_length = max_length
     if getattr(tokenizer, "legacy", None) is not None:
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # else lost by saving, and tokens with it
+
+
+def _save(tokenizer: Any, decoder: str) -> tuple[dict[str, Path | bytes], str | None]:
+    """The files of a tokenizer by name, and the chat template that fits it."""
+    from transformers import AutoTokenizer
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save_pretrained(folder)
@@ -86,14 +100,10 @@ def build_tokenizer(source: Source, decoder: str, max_length: int | None) -> Tok
             template = fit_template(template, AutoTokenizer.from_pretrained(folder), IMAGE_TOKEN)
         files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in folder.iterdir()}
     files.pop("chat_template.jinja", None)
-    if template:
-        files["chat_template.jinja"] = template.encode()
-    image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    return TokenizerFiles(files, image_token, tokenizer.pad_token_id)
+    return files, template
 
 
-def _load(source: Source) -> Any:
-    folder = source.folder
+def _load(folder: Path) -> Any:
     try:
         if not (folder / "tokenizer.json").is_file() and (folder / "tokenizer.model").is_file():
             return _from_sentencepiece(folder)
@@ -106,8 +116,7 @@ def _load(source: Source) -> Any:
                     (Path(alone) / name).write_bytes((folder / name).read_bytes())
             return AutoTokenizer.from_pretrained(alone)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise PmodError(f"{folder} holds no usable tokenizer: {first_line}") from error
+        raise PmodError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
 
 
 def _from_sentencepiece(folder: Path) -> Any:

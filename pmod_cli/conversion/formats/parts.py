@@ -8,30 +8,20 @@ from typing import Any
 import numpy as np
 
 from pmod_cli.checkpoints.pickles import read_pickle
-from pmod_cli.checkpoints.shards import StoredTensor, read_header
+from pmod_cli.checkpoints.shards import StoredTensor, encode, read_header
 from pmod_cli.checkpoints.source import Source, open_source
-from pmod_cli.conversion.formats import Options, Translation
-from pmod_cli.conversion.formats.llava_checkpoint import (
+from pmod_cli.conversion.formats.llava import assemble
+from pmod_cli.conversion.formats.llava_config import NEXT_GRIDS
+from pmod_cli.conversion.formats.llava_weights import (
     NEWLINE,
     PROJECTOR,
-    Weights,
-    check_complete,
+    find_tower,
+    projector_key,
     read_weights,
-    shards_of,
-    sidecar_files,
-    tokenizer_for,
-    with_image_token,
 )
-from pmod_cli.conversion.formats.llava_config import NEXT_GRIDS
-from pmod_cli.conversion.formats.llava_files import processor_files
-from pmod_cli.conversion.formats.llava_keys import projector_key
-from pmod_cli.conversion.formats.llava_rows import encode
-from pmod_cli.conversion.formats.llava_tower import find_tower
+from pmod_cli.conversion.formats.translation import Options, Translation
 from pmod_cli.output.errors import PmodError
 
-SUMMARY = (
-    "a language model, with --vision-tower and --projector (lmsys/vicuna-7b-v1.5 + CLIP + mm_projector.bin)"
-)
 _DECODERS = ("llama", "mistral", "qwen2")
 _NEWLINE_SEED = 0
 
@@ -55,18 +45,16 @@ def translate(source: Source, options: Options) -> Translation:
             "--vision-tower and --projector name the other parts, e.g. openai/clip-vit-large-patch14-336 and "
             "mm_projector.bin",
         )
-    decoder, tiled = source.model_type, options.family == "llava_next"
-    weights = read_weights(source, options.allow_pickle)
+    tiled = options.family == "llava_next"
+    files = read_weights(source, options.allow_pickle)
     hidden = int(source.config["hidden_size"])
     projector = read_projector(projector_name, source.folder, options.allow_pickle)
     tower = find_tower(tower_name, inside=False, near=None, allow_pickle=options.allow_pickle)
     _check_projector(projector, tower.config["hidden_size"], hidden)
-    notes = []
-    extra = [*projector, *tower.tensors]
+    notes, extra = [], [*projector, *tower.tensors]
     if tiled:
         extra.append(_newline(hidden, projector[0].dtype))
         notes.append("image_newline starts with random numbers, as in LLaVA-NeXT's training")
-    weights = Weights([*weights.files, extra])
     side = tower.config["image_size"]
     flat: dict[str, Any] = {
         **source.config,
@@ -75,16 +63,7 @@ def translate(source: Source, options: Options) -> Translation:
         "mm_patch_merge_type": "spatial_unpad" if tiled else "flat",
         "image_grid_pinpoints": [[across * side, down * side] for across, down in NEXT_GRIDS],
     }
-    tokenizer, found = tokenizer_for(source, options, decoder, None)
-    config, weights = with_image_token(weights, flat, decoder, tower.config, tokenizer)
-    check_complete(config, weights.all())
-    return Translation(
-        config=config,
-        shards=shards_of(weights),
-        files=sidecar_files(config, tower.images, flat["image_aspect_ratio"], tokenizer, source),
-        originals=processor_files(config, tower.images, flat["image_aspect_ratio"], baseline=True),
-        notes=[*notes, *found],
-    )
+    return assemble(source, options, source.model_type, flat, [*files, extra], tower, None, notes)
 
 
 def read_projector(name: str, near: Path, allow_pickle: bool) -> list[StoredTensor]:
@@ -106,11 +85,8 @@ def read_projector(name: str, near: Path, allow_pickle: bool) -> list[StoredTens
         if path is None:
             raise PmodError(f"{name} has no {' or '.join(names)}")
     stored = read_header(path) if path.suffix == ".safetensors" else read_pickle(path, allow_pickle)
-    found: dict[str, StoredTensor] = {}
-    for tensor in stored.values():
-        key = projector_key(tensor.name)
-        if key and key.name:
-            found[key.name] = tensor.renamed(key.name)
+    named = ((projector_key(tensor.name), tensor) for tensor in stored.values())
+    found = {key: tensor.renamed(key) for key, tensor in named if key}
     if set(found) != set(PROJECTOR):
         raise PmodError(
             f"{path} is no mlp2x_gelu projector", f"it has {', '.join(sorted(stored)[:6]) or 'nothing'}"

@@ -1,0 +1,92 @@
+"""Checks of a checkpoint before it is loaded: none of them reads weights, and only `read_config` asks the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.checkpoints.source import Source, check_exists, open_source
+from pmod_cli.families import find_family
+from pmod_cli.output.errors import PmodError, first_line
+
+RELEASED_TYPE = "pmod_llava_llama"
+"""``model_type`` of the paper's released checkpoints."""
+
+ORIGINAL_DECODERS = {
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+    "llava": "llama",
+}
+"""The language model of each ``model_type`` that LLaVA's own code wrote."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+
+def is_released(config: dict[str, Any]) -> bool:
+    """Whether a config is of the paper's released p-MoD format."""
+    return config.get("model_type") == RELEASED_TYPE
+
+
+def is_original(config: dict[str, Any]) -> bool:
+    """Whether a config is of the original LLaVA format; its first release has transformers' ``model_type`` llava."""
+    return config.get("model_type") in ORIGINAL_DECODERS and "mm_vision_tower" in config
+
+
+def refuse_unconverted(source: Source) -> None:
+    """Refuse a checkpoint that nothing but conversion can read.
+
+    Raises:
+        PmodError: It is in the paper's released or in the original LLaVA format.
+    """
+    if is_released(source.config) or is_original(source.config):
+        whose = "paper's released p-MoD" if is_released(source.config) else "original LLaVA"
+        raise PmodError(
+            f"{source.name} is in the {whose} format ({source.model_type})", "pmod convert it first"
+        )
+
+
+def check_source(source: str | Path) -> None:
+    """Refuse what is plainly not a checkpoint, before anything is loaded or the network is asked.
+
+    Raises:
+        PmodError: The folder does not exist, is a file, has no config, or has to be converted first.
+    """
+    check_exists(source, "checkpoint folder")
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise PmodError(f"{path} is not a checkpoint: it has no config.json")
+        refuse_unconverted(open_source(path))
+
+
+def read_config(source: str | Path) -> Any:
+    """The transformers config of a checkpoint of a supported family.
+
+    Args:
+        source: A folder or hub id.
+
+    Raises:
+        PmodError: The source is missing, its config cannot be read, or no family has its model type.
+    """
+    check_source(source)
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        where = "cannot load" if Path(source).is_dir() else "no such folder, nor to be had from the hub:"
+        raise PmodError(f"{where} {source}: {first_line(error)}") from error
+    find_family(config.model_type)
+    return config
+
+
+def check_tokenizer(source: str | Path) -> None:
+    """Refuse a folder without a tokenizer: transformers' own error is a list of ways to make one.
+
+    Raises:
+        PmodError: None of a tokenizer's files is there.
+    """
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise PmodError(f"{folder} has no tokenizer", "pmod convert --tokenizer names one")

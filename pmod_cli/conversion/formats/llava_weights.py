@@ -1,0 +1,247 @@
+"""Weights of the original LLaVA code and of the p-MoD release: names, vision tower, a row for the image token."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pmod_cli.checkpoints.shards import StoredTensor, decode, encode
+from pmod_cli.checkpoints.source import Source, open_source
+from pmod_cli.conversion.formats.llava_config import tower_config
+from pmod_cli.output.errors import PmodError
+
+TOWER = "model.vision_tower."
+EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+NEWLINE = "model.image_newline"
+PROJECTOR = tuple(
+    f"model.multi_modal_projector.linear_{number}.{part}" for number in (1, 2) for part in ("weight", "bias")
+)
+
+MULTIPLE = 64
+"""Tables grow to a multiple of this, as llava-hf's do: matrix units want it."""
+
+_BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+_TOWER = re.compile(
+    r"(?:model\.vision_tower\.)?(?:vision_tower\.)?(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)"
+)
+_PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.([02])\.(weight|bias)")
+_LANGUAGE_MODEL = (
+    (r"model\.layers\.([0-9]+)\.router\.router\.(weight|bias)", r"model.language_model.layers.\1.router.\2"),
+    (
+        r"model\.layers\.([0-9]+)\.(?:decoder_layer\.)?"
+        r"((?:self_attn|mlp|input_layernorm|post_attention_layernorm)\..+)",
+        r"model.language_model.layers.\1.\2",
+    ),
+    (r"model\.(embed_tokens\.weight|norm\.weight)", r"model.language_model.\1"),
+    (r"(lm_head\.weight|model\.image_newline)", r"\1"),
+)
+
+_LARGE: dict[str, Any] = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_channels": 3,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+    "projection_dim": 768,
+}
+_KNOWN_TOWERS = {
+    "clip-vit-large-patch14-336": _LARGE | {"image_size": 336},
+    "clip-vit-large-patch14": _LARGE | {"image_size": 224},
+}
+"""Geometry of OpenAI's towers, which LLaVA checkpoints name: one that holds the weights then needs no download."""
+
+
+def parse_key(name: str) -> str | None:
+    """Transformers' name of a parameter that the original LLaVA code or the p-MoD release wrote.
+
+    Args:
+        name: For example ``model.layers.8.decoder_layer.mlp.up_proj.weight``.
+
+    Returns:
+        The name, routers as ``model.language_model.layers.8.router.weight``; None if neither code has such a parameter.
+    """
+    if name.startswith("model.mm_projector."):
+        return projector_key(name)
+    if name.startswith(TOWER):
+        return tower_key(name)
+    matches = ((re.fullmatch(pattern, name), ours) for pattern, ours in _LANGUAGE_MODEL)
+    return next((match.expand(ours) for match, ours in matches if match), None)
+
+
+def projector_key(name: str) -> str | None:
+    """Transformers' name of a projector's parameter, whether in a whole checkpoint or in ``mm_projector.bin``."""
+    match = _PROJECTOR.fullmatch(name)
+    return match and f"model.multi_modal_projector.linear_{int(match[1]) // 2 + 1}.{match[2]}"
+
+
+def tower_key(name: str) -> str | None:
+    """Transformers' name of a CLIP tower's parameter, in a LLaVA checkpoint or in one of its own.
+
+    A whole CLIP model has a text half besides, which gives None.
+    """
+    match = _TOWER.fullmatch(name)
+    return match and TOWER + match[1]
+
+
+def is_buffer(name: str) -> bool:
+    """Whether old checkpoints have something under this name that models compute themselves."""
+    return name.endswith(_BUFFERS)
+
+
+def read_weights(source: Source, allow_pickle: bool) -> list[list[StoredTensor]]:
+    """The weights of a checkpoint, file by file, in transformers' names; routers included.
+
+    Raises:
+        PmodError: A name that these formats do not have, or see `Source.weight_files`.
+    """
+    files = []
+    for file in source.weight_files(allow_pickle):
+        tensors = []
+        for stored in file.tensors.values():
+            name = parse_key(stored.name)
+            if name is not None and not is_buffer(stored.name):
+                tensors.append(stored.renamed(name))
+            elif not is_buffer(stored.name):
+                raise PmodError(f"{file.name} has {stored.name}, which is not a parameter of this format")
+        files.append(tensors)
+    return files
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower.
+
+    Attributes:
+        config: Its transformers config.
+        images: Its ``preprocessor_config.json``, or None.
+        tensors: Its weights in transformers' names; empty if the checkpoint itself holds them.
+    """
+
+    config: dict[str, Any]
+    images: dict[str, Any] | None
+    tensors: tuple[StoredTensor, ...] = ()
+
+
+def find_tower(
+    name: str | None, *, inside: bool, near: Path | None, allow_pickle: bool, chosen: bool = False
+) -> Tower:
+    """Find a vision tower by the name that a checkpoint's config or the user gives.
+
+    Args:
+        name: Folder (also relative to ``near``) or hub id.
+        inside: Whether the checkpoint holds the weights; then those of the tower that is found are not used.
+        near: The checkpoint's folder.
+        allow_pickle: Whether pickled weights may be loaded.
+        chosen: Whether the user named it.
+
+    Raises:
+        PmodError: It cannot be found, is no CLIP tower, or lacks weights.
+    """
+    if not name:
+        raise PmodError("the checkpoint names no vision tower", "--vision-tower: a folder or a hub id")
+    # What the user names lies where they are; what a checkpoint names lies inside it or beside it.
+    here, beside = [Path(name).expanduser()], [near / name, near.parent / name] if near else []
+    local = next((path for path in (here + beside if chosen else beside + here) if path.is_dir()), None)
+    known = _KNOWN_TOWERS.get(Path(name).name)
+    if inside and known and local is None and not chosen:
+        return Tower(known, None)
+    try:
+        source = open_source(local or name, allow_pickle=allow_pickle)
+    except PmodError as error:
+        raise PmodError(f"vision tower: {error.message}", "--vision-tower: a folder or a hub id") from error
+    config, images = tower_config(source.config, name), source.json("preprocessor_config.json")
+    if inside:
+        return Tower(config, images)
+    stored = [tensor for file in source.weight_files(allow_pickle) for tensor in file.tensors.values()]
+    named = [(tower_key(tensor.name), tensor) for tensor in stored if not is_buffer(tensor.name)]
+    return Tower(config, images, tuple(tensor.renamed(key) for key, tensor in named if key))
+
+
+def check_tower(config: dict[str, Any], tensors: Iterable[StoredTensor]) -> None:
+    """Check that a tower's weights are whole and fit its config.
+
+    Args:
+        config: Its transformers config.
+        tensors: Weights in transformers' names; those that are not the tower's do not matter.
+
+    Raises:
+        PmodError: One is missing or has another shape.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in tensors if tensor.name.startswith(TOWER)}
+    for name, shape in _tower_shapes(config).items():
+        actual = shapes.get(TOWER + name)
+        if actual is None:
+            raise PmodError(f"the vision tower's weights lack {name}")
+        if actual != shape:
+            raise PmodError(
+                f"the vision tower's {name} has shape {list(actual)}, and its config says {list(shape)}"
+            )
+
+
+def _tower_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a CLIP vision tower, by its name without prefix."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    with torch.device("meta"):
+        model = CLIPVisionModel(CLIPVisionConfig(**config))
+    return {
+        name.removeprefix("vision_model."): tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+    }
+
+
+def rows_needed(rows: int, token: int) -> int:
+    """Rows of a table that has to hold a token, unchanged if it does."""
+    return rows if token < rows else -(-(token + 1) // MULTIPLE) * MULTIPLE
+
+
+def with_mean_rows(tensor: StoredTensor, rows: int) -> StoredTensor:
+    """The same table with copies of the mean of its rows appended, computed while it is copied.
+
+    In the output layer a mean row's logit is the mean of all logits, so that greedy decoding never picks it; in
+    the embedding table image features take its place.
+
+    Args:
+        tensor: [old rows, hidden].
+        rows: How many rows it gets.
+
+    Raises:
+        PmodError: Its type is not a floating-point one.
+    """
+    old, width = tensor.shape
+    if old >= rows:
+        return tensor
+    if tensor.dtype not in ("F32", "F16", "BF16"):
+        raise PmodError(f"{tensor.name} is of type {tensor.dtype}, expected F32, F16 or BF16")
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        total = np.zeros(width)
+        for piece in _whole_rows(tensor):
+            total += decode(piece, tensor.dtype).reshape(-1, width).sum(axis=0, dtype=np.float64)
+            yield piece
+        mean = encode((total / old).astype(np.float32), tensor.dtype)
+        yield mean * (rows - old)
+
+    return replace(tensor, shape=(rows, width), chunks=chunks)
+
+
+def _whole_rows(tensor: StoredTensor) -> Iterator[bytes]:
+    """The table's bytes in pieces that end where a row ends."""
+    row = tensor.nbytes // tensor.shape[0]
+    rest = b""
+    for chunk in tensor.chunks():
+        data = rest + bytes(chunk)
+        whole = len(data) // row * row
+        rest = data[whole:]
+        if whole:
+            yield data[:whole]

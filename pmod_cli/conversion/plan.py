@@ -1,0 +1,152 @@
+"""What a conversion will do, found out from headers and configs alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pmod_cli.checkpoints.shards import INDEX, StoredTensor, shard_bytes
+from pmod_cli.checkpoints.source import Source, open_source
+from pmod_cli.conversion.card import model_card, provenance
+from pmod_cli.conversion.decoder import DecoderLayout, find_decoder, router_tensors
+from pmod_cli.conversion.formats import Options, Shard, Translation, find_format
+from pmod_cli.conversion.formats.translation import to_json
+from pmod_cli.conversion.restore import baseline_files, index_of
+from pmod_cli.families import Family, check_decoder, find_family
+from pmod_cli.modeling.schedule import mean_retention
+from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.output.errors import PmodError
+from pmod_cli.recipe import Recipe, check_recipe, default_recipe, mod_config
+
+ROUTERS = "model-routers.safetensors"
+"""The file of the routers."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a conversion will do, known from headers and configs alone.
+
+    Attributes:
+        source: The checkpoint.
+        format: Name of its format.
+        family: Its family.
+        translation: The dense checkpoint that it is.
+        recipe: What is followed; None if the source brings its own settings.
+        mod: Mixture-of-Depths settings, one ratio a layer.
+        layout: The decoder.
+        routers: Their tensors.
+    """
+
+    source: Source
+    format: str
+    family: Family
+    translation: Translation = field(repr=False)
+    recipe: Recipe | None
+    mod: MoDConfig
+    layout: DecoderLayout
+    routers: list[StoredTensor] = field(repr=False)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the baseline's weights."""
+        return sum(shard_bytes(shard.tensors) for shard in self.translation.shards)
+
+    @property
+    def router_parameters(self) -> int:
+        """Parameters added."""
+        return sum(math.prod(tensor.shape) for tensor in self.routers)
+
+    def description(self) -> dict[str, Any]:
+        """What `ConvertResult` and `Preview` have in common."""
+        return {
+            "source": self.source.name,
+            "format": self.format,
+            "family": self.family.name,
+            "recipe": self.recipe.name if self.recipe else None,
+            "layers": layer_table(self.mod),
+            "mean_retention": mean_retention(self.mod.retention_ratios),
+            "router_parameters": self.router_parameters,
+            "weight_bytes": self.weight_bytes,
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Contents of the new ``config.json``."""
+        origin = provenance(self.source.name, self.source.revision, self.format, self.recipe)
+        # auto_map names code of the source's repository, which is not run for our model types.
+        config = {key: value for key, value in self.translation.config.items() if key != "auto_map"}
+        changed = {"architectures": [self.family.architecture], "model_type": self.family.model_type}
+        return {**config, **changed, "mod": self.mod.to_dict(), "pmod": origin}
+
+    def checkpoint(self) -> Translation:
+        """Everything that is written: the translation with routers, config, index, card and the way back."""
+        config = self.config()
+        shards = [*self.translation.shards, Shard(ROUTERS, self.routers)]
+        card = self.translation.originals.get("README.md")
+        own_card = card.read_text(encoding="utf-8", errors="replace") if isinstance(card, Path) else None
+        readme = model_card(self.family, self.mod, config["pmod"], self.recipe, own_card)
+        files: dict[str, Path | bytes] = {
+            **self.translation.files,
+            **baseline_files(self.translation),
+            INDEX: to_json(index_of(shards)),
+            "README.md": readme.encode(),
+            "config.json": to_json(config),
+        }
+        return Translation(config, shards, files)
+
+
+def plan_conversion(
+    source: str | Path,
+    *,
+    recipe: Recipe | None = None,
+    overrides: Sequence[str] = (),
+    fmt: str | None = None,
+    options: Options | None = None,
+    revision: str | None = None,
+    headers: bool = False,
+) -> Plan:
+    """Find out everything about a conversion without writing anything (but for the hub's cache).
+
+    Args:
+        source: Folder or hub id.
+        recipe: The paper's settings if None, unless the source brings its own.
+        overrides: ``key.sub=value`` for the default recipe, where ``recipe`` is None.
+        fmt: Name of the source's format; detected if None.
+        options: See `Options`.
+        revision: Hub branch, tag or commit.
+        headers: Of a hub id, read the headers over the network and do not download the weights.
+
+    Raises:
+        PmodError: Whatever is wrong with the source, or does not fit it.
+    """
+    options = options or Options()
+    opened = open_source(source, revision=revision, allow_pickle=options.allow_pickle, headers=headers)
+    name, format = find_format(opened, fmt)
+    translation = format.translate(opened, options)
+    family = find_family(str(translation.config.get("model_type", "")))
+    check_decoder(family, translation.config)
+    tensors = [tensor for shard in translation.shards for tensor in shard.tensors]
+    layout = find_decoder(family, translation.config, tensors)
+    if translation.mod is None:
+        used = recipe or default_recipe(overrides)
+        check_recipe(used, family.name)
+        mod = mod_config(used, layout.layers)
+    else:
+        if recipe is not None or overrides:
+            raise PmodError(f"{opened.name} brings its own retention ratios", "leave --recipe and --set out")
+        used, mod = None, translation.mod
+        given = len(mod.retention_ratios)
+        if given != layout.layers:
+            raise PmodError(f"{opened.name}: {given} retention ratios for {layout.layers} decoder layers")
+    routers = router_tensors(mod, layout, translation.routers)
+    return Plan(opened, name, family, translation, used, mod, layout, routers)
+
+
+def layer_table(mod: MoDConfig) -> list[dict[str, Any]]:
+    """One row a decoder layer: ``layer``, ``kind`` (dense or mod), ``retention_ratio`` (None for dense)."""
+    return [
+        {"layer": layer, "kind": "dense" if ratio is None else "mod", "retention_ratio": ratio}
+        for layer, ratio in enumerate(mod.retention_ratios)
+    ]
