@@ -26,7 +26,6 @@ from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.recipe import Recipe, parse_recipe
 from tests.common.small_demo import small_demo
 
-
 settings.register_profile("pmod", deadline=None)  # time says nothing on a machine that does other work too
 settings.load_profile("pmod")
 

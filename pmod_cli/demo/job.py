@@ -165,7 +165,8 @@ class _Demo:
         self.steps.run("baseline", files, copy)
 
     def convert(self) -> None:
-        from pmod_cli.conversion.convert import convert, plan_conversion
+        from pmod_cli.conversion.convert import convert
+        from pmod_cli.conversion.plan import plan_conversion
         from pmod_cli.recipe import load_recipe
 
         source, output = self.models / "baseline", self.models / "pmod-start"
@@ -207,14 +208,15 @@ class _Demo:
         )
 
     def profile(self) -> dict[str, Any]:
-        from pmod_cli.profiling.profile import profile_checkpoint
+        from pmod_cli.profiling.profile import Settings, profile
+        from pmod_cli.profiling.subject import find_subject
 
         model, control = self.models / "pmod", self.models / "dense-control"
 
         def action() -> dict[str, Any]:
-            return profile_checkpoint(
-                model, control, latency=True, dtype="float32", new_tokens=16, batch=BATCH
-            ).to_dict()
+            subject = find_subject(str(model), baseline=str(control))
+            settings = Settings(dtype="float32", new_tokens=16, batch=BATCH)
+            return profile(subject, settings, measure_options={}).to_dict()
 
         how = ["--latency", "--dtype", "float32", "--new-tokens", "16", "--batch", str(BATCH)]
         return self.steps.command(

@@ -193,7 +193,7 @@ def test_differences_computed_here_are_the_evaluation_s(evaluations):
 
 def profile_json(folder: Path, model: str, **settings: Any) -> Path:
     """A file with what ``pmod profile --json`` prints."""
-    from pmod_cli.profiling.profile import profile_checkpoint
+    from tests.common.profiling_models import profile_checkpoint
 
     path = folder / "profile.json"
     result = profile_checkpoint(model, **settings).to_dict()
