@@ -15,7 +15,7 @@ from pmod_cli.data.records import BadSample
 
 
 class Pictures(Protocol):
-    """Finds pictures by the names in `Sample.images`."""
+    """Finds pictures by the names in `Conversation.images`."""
 
     def find(self, name: str) -> None:
         """See that it is there, without opening it.
