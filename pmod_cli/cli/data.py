@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,8 +10,9 @@ import typer
 
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Images
+from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, stderr, stdout
+from pmod_cli.output.console import emit_json, stdout
 from pmod_cli.output.errors import GateError
 from pmod_cli.output.tables import Table
 
@@ -69,7 +69,7 @@ def check_command(
             from pmod_cli.training.model import load_processor
     if model is not None:
         processor = load_processor(model, settings)
-    with _progress() as show:
+    with late_progress("check") as show:
         report = check_data(
             data,
             images,
@@ -77,7 +77,7 @@ def check_command(
             max_length=max_length if max_length is not None else settings.max_length,
             fix=fix,
             force=force,
-            progress=show,
+            progress=lambda done, total: show(done, total, ""),
         )
     if as_json:
         emit_json("data check", report.to_dict())
@@ -85,25 +85,6 @@ def check_command(
         _show(report, limit)
     if report.problems and fix is None:
         raise GateError(f"{len(report.problems)} of {report.records} records are not fit for training")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr; gives the callback that moves it."""
-    from rich.progress import Progress
-
-    bar = Progress(console=stderr)
-    task = bar.add_task("check", total=None)
-
-    def show(done: int, total: int) -> None:
-        bar.start()  # not before the first record: until then an error is one line and no more
-        bar.update(task, completed=done, total=total)
-
-    try:
-        yield show
-    finally:
-        if bar.live.is_started:
-            bar.stop()
 
 
 def _show(report: DataReport, limit: int) -> None:

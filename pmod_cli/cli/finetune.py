@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ import typer
 
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Images, Overrides
+from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import require_if_installed, starting
 from pmod_cli.output.console import emit_json, stderr, stdout
 from pmod_cli.output.tables import Table
@@ -74,7 +74,7 @@ def finetune_command(
         from pmod_cli.training.finetune import finetune
 
     logging.disable_progress_bar()  # one bar is enough
-    with _progress() as show:
+    with late_progress("train") as show:
         result = finetune(
             model,
             data,
@@ -83,7 +83,7 @@ def finetune_command(
             recipe=chosen,
             resume=resume,
             force=force,
-            progress=show,
+            progress=lambda done, total, latest: show(done, total, _figures(latest)),
             announce=_announce,
             merge_lora=merge,
         )
@@ -101,27 +101,11 @@ def finetune_command(
     )
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, dict[str, float]], None]]:
-    """A progress bar on stderr; gives the callback that moves it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=stderr)
-    task = bar.add_task("train", total=None, figures="")
-
-    def show(done: int, total: int, latest: dict[str, float]) -> None:
-        figures = [f"{label} {latest[key]:{form}}" for key, label, form in _FIGURES if key in latest]
-        if "memory_bytes" in latest:
-            figures.append(f"{latest['memory_bytes'] / 2**30:.1f} GiB")
-        bar.start()  # not before the first step: until then an error is one line and no more
-        bar.update(task, completed=done, total=total, figures="  ".join(figures))
-
-    try:
-        yield show
-    finally:
-        if bar.live.is_started:
-            bar.stop()
+def _figures(latest: dict[str, float]) -> str:
+    figures = [f"{label} {latest[key]:{form}}" for key, label, form in _FIGURES if key in latest]
+    if "memory_bytes" in latest:
+        figures.append(f"{latest['memory_bytes'] / 2**30:.1f} GiB")
+    return "  ".join(figures)
 
 
 def _announce(parts: list[PartCount], memory: MemoryEstimate) -> None:

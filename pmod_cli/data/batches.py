@@ -18,7 +18,7 @@ from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation
 from pmod_cli.output.errors import PmodError
 
-_TURN = 64
+_TEMPLATE_TOKENS = 64
 """Tokens, at most, that a chat template puts around a turn."""
 
 _MEGABATCH = 50
@@ -99,7 +99,7 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
 
     def lengths(sample: Conversation) -> tuple[int, int]:
         vision = picture * len(sample.images)
-        text = sum(len(turn.text.encode()) + _TURN for turn in sample.turns) + _TURN
+        text = sum(len(turn.text.encode()) + _TEMPLATE_TOKENS for turn in sample.turns) + _TEMPLATE_TOKENS
         tokens = min(text + vision, dataset.encoder.max_length)
         return tokens, min(vision, tokens)
 
@@ -111,9 +111,9 @@ class Collator:
 
     Args:
         processor: The model's processor.
-        image_for_text: Give a batch without images a blank one after the end of its first row, out of the loss
-            and, by causality, out of everybody's sight, so that the projector takes part on every rank
-            (distributed training waits for it).
+        image_for_text: Give a batch without images a blank one, so that the projector takes part on every rank
+            (distributed training waits for it). It stands after the end of the first row: it is not in the loss,
+            and no token before it attends to it.
     """
 
     def __init__(self, processor: Any, *, image_for_text: bool = False) -> None:

@@ -39,10 +39,10 @@ class DataSource:
     table: Any = None
 
     def check_writable(self, path: Path) -> None:
-        """See that `write` can write there, before the time is spent that leads to it.
+        """Check that `write` can write to a path, before hours are spent on what it writes.
 
         Raises:
-            PmodError: It cannot.
+            PmodError: The path is taken by something else, or is not writable.
         """
         if path.exists() and path.is_dir() != (self.table is not None):
             raise PmodError(f"{path} is a {'folder' if path.is_dir() else 'file'}", "give another name")
@@ -67,7 +67,7 @@ class DataSource:
             write_file(path, json.dumps(chosen, ensure_ascii=False, indent=1))
 
 
-class ConversationData(Sequence[Conversation]):
+class ConversationData:
     """The usable records of a data source.
 
     Args:
@@ -108,9 +108,6 @@ class ConversationData(Sequence[Conversation]):
 
     def __len__(self) -> int:
         return len(self.samples)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.samples[index]
 
 
 def open_data(data: str | Path, images: Path | None) -> DataSource:

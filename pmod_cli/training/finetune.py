@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from pmod_cli.checkpoints.write import check_space
 from pmod_cli.data.batches import Collator, EncodedDataset, OrderedSampler, longest_sample
@@ -29,6 +29,7 @@ from pmod_cli.training.trainer import (
     STAGING,
     PmodTrainer,
     checkpoint_bytes,
+    checkpoint_step,
     last_checkpoint,
     peak_memory,
 )
@@ -109,211 +110,170 @@ def finetune(
         GateError: A loss or gradient that is not finite; too many bad samples.
         Preempted: SIGTERM came, and a checkpoint was saved.
     """
-    run = _preflight(model, data, images, output, recipe, resume, force, merge_lora)
+    run = _Run(model, data, output, recipe, resume)
+    run.check(images, force=force, merge_lora=merge_lora)
+    run.open_folder(anew=force and not resume)
     set_seed(recipe.train.seed)  # the Trainer does it too, but LoRA's weights are drawn before
-    network, processor = load_for_training(
-        run.checkpoint if run.checkpoint and run.whole else model, recipe.train
-    )
-    samples = run.conversations
-    dataset = EncodedDataset(samples, samples.pictures, processor, recipe.train.max_length)
-    parts, memory = _plan(run, network, dataset)
+    run.load()
     if announce is not None and run.main:
-        announce(parts, memory)
-    trainer = _make_trainer(run, network, dataset, progress)
-    seconds = _train(run, trainer, memory)
-    result = _describe_result(run, trainer, parts, memory, seconds)
-    _save(run, trainer, processor, result, merge_lora)
+        announce(run.parts, run.memory)
+    trainer = run.make_trainer(progress)
+    seconds = run.train(trainer)
+    result = run.result(trainer, seconds)
+    run.save(trainer, result, merge_lora)
     return result
 
 
-@dataclass(frozen=True)
 class _Run:
-    """A run that passed its preflight.
+    """The steps of a run, in the order of the methods.
 
-    Attributes:
-        model: The checkpoint that training starts from.
-        data: As it was named.
-        output: The new checkpoint.
-        work: Where everything lies until then.
-        recipe: Its ``train`` section is followed.
-        conversations: The usable samples.
-        steps: Optimizer steps in all.
-        arguments: The Trainer's.
-        checkpoint: What is resumed from, or None.
+    Everything lies in the folder ``work`` until the last step makes ``output`` of it.
     """
 
-    model: str | Path
-    data: str | Path
-    output: Path
-    work: Path
-    recipe: Recipe
-    conversations: ConversationData
-    steps: int
-    arguments: TrainingArguments
-    checkpoint: Path | None
+    def __init__(
+        self, model: str | Path, data: str | Path, output: Path, recipe: Recipe, resume: bool
+    ) -> None:
+        self.model, self.data, self.recipe, self.settings = model, data, recipe, recipe.train
+        self.output = output.resolve()
+        self.work = self.output.with_name(self.output.name + ".training")
+        self.resume = resume
+        self.checkpoint = last_checkpoint(self.work) if resume else None
+        self.shards = preflight.sharding()
+        # LoRA adapters and shards are no ordinary checkpoints: the Trainer itself loads them into the wrapped model.
+        self.loads_checkpoint = self.checkpoint is not None and recipe.train.lora is None and not self.shards
 
-    @property
-    def main(self) -> bool:
-        """Whether this process shows and writes."""
-        return self.arguments.process_index == 0
+    def check(self, images: Path | None, *, force: bool, merge_lora: bool) -> None:
+        """Check all that can be checked without the model."""
+        settings = self.settings
+        preflight.check_model(self.model, self.recipe)
+        if merge_lora and settings.lora is None:
+            raise PmodError("--merge is for LoRA, and the recipe has no train.lora")
+        preflight.check_output(self.output, self.work, resume=self.resume, force=force)
+        self.conversations = ConversationData(open_data(self.data, images))
+        preflight.check_data_fits(self.conversations, settings.max_bad_samples)
+        self.steps, accumulation = preflight.plan_steps(settings, len(self.conversations), world_size())
+        self.arguments = preflight.training_arguments(settings, self.work, self.steps, accumulation)
+        self.main = self.arguments.process_index == 0
 
-    @property
-    def whole(self) -> bool:
-        """Whether the checkpoint that is resumed from is an ordinary one.
+    def open_folder(self, *, anew: bool) -> None:
+        """Make the training folder, or see that it is of the same run; the other processes wait."""
+        try:
+            if self.main:
+                if anew:
+                    shutil.rmtree(self.work, ignore_errors=True)
+                self.work.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(self.work / STAGING, ignore_errors=True)  # a checkpoint that a kill cut off
+                digest, resuming = self.conversations.fingerprint, self.checkpoint is not None
+                preflight.check_identity(self.work, self.recipe, self.model, digest, resuming)
+        except OSError as error:
+            raise PmodError(
+                f"cannot write {self.work}: {error.strerror}", "choose another --output"
+            ) from error
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
 
-        LoRA adapters and shards are no ordinary checkpoints: the Trainer itself loads them into the wrapped model.
-        """
-        ordinary = self.recipe.train.lora is None and preflight.sharding() is None
-        return self.checkpoint is not None and ordinary
+    def load(self) -> None:
+        """Load model and processor; see that the disk takes the checkpoints, and estimate the memory."""
+        settings, samples = self.settings, self.conversations
+        source = self.checkpoint if self.checkpoint and self.loads_checkpoint else self.model
+        self.network, self.processor = load_for_training(source, settings)
+        self.dataset = EncodedDataset(samples.samples, samples.pictures, self.processor, settings.max_length)
+        self.parts = count_parts(self.network)
+        copies = 1 if self.checkpoint else min(KEPT_CHECKPOINTS + 1, -(-self.steps // settings.save_steps))
+        check_space(self.work, copies * checkpoint_bytes(self.parts, adapter_only=settings.lora is not None))
+        workload = describe(self.network, *longest_sample(self.dataset))
+        world = self.arguments.world_size
+        self.memory = estimate(workload, settings, world, self.shards, device_memory())
 
-
-def _preflight(
-    model: str | Path,
-    data: str | Path,
-    images: Path | None,
-    output: Path,
-    recipe: Recipe,
-    resume: bool,
-    force: bool,
-    merge_lora: bool,
-) -> _Run:
-    """Check all that can be checked without the model, and open the training folder."""
-    settings = recipe.train
-    preflight.check_model(model, recipe)
-    if merge_lora and settings.lora is None:
-        raise PmodError("--merge is for LoRA, and the recipe has no train.lora")
-    output = output.resolve()
-    work = output.with_name(output.name + ".training")
-    preflight.check_output(output, work, resume=resume, force=force)
-    conversations = ConversationData(open_data(data, images))
-    preflight.check_data_fits(conversations, settings.max_bad_samples)
-    schedule = preflight.plan_steps(settings, len(conversations), world_size())
-    arguments = preflight.training_arguments(settings, work, schedule)
-    checkpoint = last_checkpoint(work) if resume else None
-    run = _Run(model, data, output, work, recipe, conversations, schedule.steps, arguments, checkpoint)
-    if run.main:
-        _open_work(run, anew=force and not resume)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    return run
-
-
-def _open_work(run: _Run, *, anew: bool) -> None:
-    try:
-        if anew:
-            shutil.rmtree(run.work, ignore_errors=True)
-        run.work.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(run.work / STAGING, ignore_errors=True)  # a checkpoint that a kill cut off
-        resuming = run.checkpoint is not None
-        preflight.check_identity(run.work, run.recipe, run.model, run.conversations.fingerprint, resuming)
-    except OSError as error:
-        raise PmodError(f"cannot write {run.work}: {error.strerror}", "choose another --output") from error
-
-
-def _plan(run: _Run, network: Any, dataset: EncodedDataset) -> tuple[list[PartCount], MemoryEstimate]:
-    """What is trained and the memory it takes; refuses a disk that is too small for the checkpoints."""
-    settings = run.recipe.train
-    parts = count_parts(network)
-    copies = 1 if run.checkpoint else min(KEPT_CHECKPOINTS + 1, -(-run.steps // settings.save_steps))
-    check_space(run.work, copies * checkpoint_bytes(parts, adapter_only=settings.lora is not None))
-    workload = describe(network, *longest_sample(dataset))
-    shards = preflight.sharding()
-    return parts, estimate(workload, settings, run.arguments.world_size, shards, device_memory())
-
-
-def _make_trainer(
-    run: _Run, network: Any, dataset: EncodedDataset, progress: ProgressCallback | None
-) -> PmodTrainer:
-    """The Trainer with its callbacks."""
-    settings = run.recipe.train
-    collator = Collator(dataset.processor, image_for_text=run.arguments.world_size > 1)
-    # Where the model lies in pieces on all processes, all have to take part in a look at the routers.
-    looks = preflight.sharding() is not None or run.main
-    probe = make_probe(network, dataset, collator, settings.micro_batch_size) if looks else []
-    monitor = Monitor(run.work / METRICS, progress, probe, settings.router_stats_steps)
-    warmup = settings.ratio_warmup_steps
-    group = settings.global_batch_size if settings.group_by_modality_length else None
-    trainer = PmodTrainer(
-        model=network,
-        args=run.arguments,
-        train_dataset=dataset,
-        data_collator=collator,
-        processing_class=dataset.processor,
-        sampler=OrderedSampler(dataset.samples, settings.seed, group),
-        bad=BadSampleLog(run.work / BAD_SAMPLES, settings.max_bad_samples, run.conversations.bad),
-        router_learning_rate=settings.router_learning_rate,
-        weights_loaded=run.whole,
-        callbacks=[monitor, *([RatioWarmup(network, warmup)] if warmup else [])],
-    )
-    monitor.trainer = trainer
-    return trainer
-
-
-def _train(run: _Run, trainer: PmodTrainer, memory: MemoryEstimate) -> float:
-    """Train, and give the seconds it took.
-
-    Raises:
-        PmodError: The GPU's memory is too small.
-        Preempted: SIGTERM came before the last step.
-    """
-    began = time.perf_counter()
-    stopper = StopAtSignal()
-    trainer.add_callback(stopper)
-    try:
-        with stopper.listening():
-            trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise PmodError(
-            f"step {trainer.state.global_step + 1}: out of memory on the GPU",
-            "; ".join(memory.advice) or "lower train.micro_batch_size, and go on with --resume",
-        ) from error
-    if stopper.asked and trainer.state.global_step < run.steps:
-        raise Preempted(
-            f"stopped by SIGTERM after step {trainer.state.global_step}; a checkpoint is saved in {run.work}",
-            "go on with --resume",
+    def make_trainer(self, progress: ProgressCallback | None) -> PmodTrainer:
+        """The Trainer with its callbacks."""
+        settings, network, dataset = self.settings, self.network, self.dataset
+        collator = Collator(self.processor, image_for_text=self.arguments.world_size > 1)
+        # Where the model lies in pieces on all processes, all have to take part in a look at the routers.
+        looks = self.shards is not None or self.main
+        probe = make_probe(network, dataset, collator, settings.micro_batch_size) if looks else []
+        monitor = Monitor(self.work / METRICS, progress, probe, settings.router_stats_steps)
+        warmup = settings.ratio_warmup_steps
+        group = settings.global_batch_size if settings.group_by_modality_length else None
+        trainer = PmodTrainer(
+            model=network,
+            args=self.arguments,
+            train_dataset=dataset,
+            data_collator=collator,
+            processing_class=self.processor,
+            sampler=OrderedSampler(dataset.samples, settings.seed, group),
+            bad=BadSampleLog(self.work / BAD_SAMPLES, settings.max_bad_samples, self.conversations.bad),
+            router_learning_rate=settings.router_learning_rate,
+            weights_loaded=self.loads_checkpoint,
+            callbacks=[monitor, *([RatioWarmup(network, warmup)] if warmup else [])],
         )
-    return time.perf_counter() - began
+        monitor.trainer = trainer
+        return trainer
 
+    def train(self, trainer: PmodTrainer) -> float:
+        """Train, and give the seconds it took.
 
-def _describe_result(
-    run: _Run, trainer: PmodTrainer, parts: list[PartCount], memory: MemoryEstimate, seconds: float
-) -> FinetuneResult:
-    losses = [row["loss"] for row in read_metrics(run.work / METRICS) if "loss" in row]
-    return FinetuneResult(
-        output=str(run.output),
-        steps=trainer.state.global_step,
-        resumed_from=int(run.checkpoint.name.rpartition("-")[2]) if run.checkpoint else None,
-        samples=len(run.conversations),
-        bad_samples=trainer.bad.all(),
-        first_loss=losses[0] if losses else None,
-        final_loss=losses[-1] if losses else None,
-        seconds=seconds,
-        parts=parts,
-        memory=memory.to_dict(),
-        peak_memory_bytes=peak_memory(),
-    )
+        Raises:
+            PmodError: The GPU's memory is too small.
+            Preempted: SIGTERM came before the last step.
+        """
+        began = time.perf_counter()
+        stopper = StopAtSignal()
+        trainer.add_callback(stopper)
+        try:
+            with stopper.listening():
+                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            raise PmodError(
+                f"step {trainer.state.global_step + 1}: out of memory on the GPU",
+                "; ".join(self.memory.advice) or "lower train.micro_batch_size, and go on with --resume",
+            ) from error
+        step = trainer.state.global_step
+        if stopper.asked and step < self.steps:
+            raise Preempted(
+                f"stopped by SIGTERM after step {step}; a checkpoint is saved in {self.work}",
+                "go on with --resume",
+            )
+        return time.perf_counter() - began
 
+    def result(self, trainer: PmodTrainer, seconds: float) -> FinetuneResult:
+        """What the run did."""
+        losses = [row["loss"] for row in read_metrics(self.work / METRICS) if "loss" in row]
+        return FinetuneResult(
+            output=str(self.output),
+            steps=trainer.state.global_step,
+            resumed_from=checkpoint_step(self.checkpoint) if self.checkpoint else None,
+            samples=len(self.conversations),
+            bad_samples=trainer.bad.all(),
+            first_loss=losses[0] if losses else None,
+            final_loss=losses[-1] if losses else None,
+            seconds=seconds,
+            parts=self.parts,
+            memory=self.memory.to_dict(),
+            peak_memory_bytes=peak_memory(),
+        )
 
-def _save(run: _Run, trainer: PmodTrainer, processor: Any, result: FinetuneResult, merge_lora: bool) -> None:
-    weights = trainer.gathered_weights()
-    if not run.main:
-        return
-    summary = {
-        "result": result.to_dict(),
-        "recipe": run.recipe.model_dump(mode="json"),
-        "model": str(run.model),
-        "seed": run.recipe.train.seed,
-        "data": str(run.data),
-        "data_sha256": run.conversations.fingerprint,
-        "processes": run.arguments.world_size,
-    }
-    save_result(
-        trainer.accelerator.unwrap_model(trainer.model),
-        processor,
-        run.output,
-        run.work,
-        recipe=run.recipe,
-        summary=summary,
-        weights=weights,
-        merge_lora=merge_lora,
-    )
+    def save(self, trainer: PmodTrainer, result: FinetuneResult, merge_lora: bool) -> None:
+        """Put the finished checkpoint in its place; all processes must call it."""
+        weights = trainer.gathered_weights()
+        if not self.main:
+            return
+        summary = {
+            "result": result.to_dict(),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "model": str(self.model),
+            "seed": self.settings.seed,
+            "data": str(self.data),
+            "data_sha256": self.conversations.fingerprint,
+            "processes": self.arguments.world_size,
+        }
+        save_result(
+            trainer.accelerator.unwrap_model(trainer.model),
+            self.processor,
+            self.output,
+            self.work,
+            recipe=self.recipe,
+            summary=summary,
+            weights=weights,
+            merge_lora=merge_lora,
+        )

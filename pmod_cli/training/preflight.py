@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,14 +29,6 @@ _FREE_TO_CHANGE = {
     "router_stats_steps",
     "save_steps",
 }
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Optimizer steps of a run, and micro batches that each process takes for one of them."""
-
-    steps: int
-    accumulation: int
 
 
 def sharding() -> str | None:
@@ -103,8 +94,8 @@ def check_data_fits(data: ConversationData, limit: int) -> None:
         )
 
 
-def plan_steps(settings: TrainSettings, samples: int, world: int) -> Schedule:
-    """Steps and accumulation for a number of samples and processes.
+def plan_steps(settings: TrainSettings, samples: int, world: int) -> tuple[int, int]:
+    """Optimizer steps of a run, and micro batches that each process takes for one of them.
 
     Raises:
         PmodError: The global batch cannot be divided.
@@ -118,10 +109,12 @@ def plan_steps(settings: TrainSettings, samples: int, world: int) -> Schedule:
     steps = settings.max_steps
     if steps <= 0:
         steps = max(1, math.ceil(math.ceil(samples / settings.global_batch_size) * settings.epochs))
-    return Schedule(steps, accumulation)
+    return steps, accumulation
 
 
-def training_arguments(settings: TrainSettings, work: Path, schedule: Schedule) -> TrainingArguments:
+def training_arguments(
+    settings: TrainSettings, work: Path, steps: int, accumulation: int
+) -> TrainingArguments:
     """The Trainer's arguments; making them starts the process group under torchrun.
 
     Raises:
@@ -139,12 +132,12 @@ def training_arguments(settings: TrainSettings, work: Path, schedule: Schedule) 
     try:
         return TrainingArguments(
             output_dir=str(work),
-            max_steps=schedule.steps,
+            max_steps=steps,
             per_device_train_batch_size=settings.micro_batch_size,
-            gradient_accumulation_steps=schedule.accumulation,
+            gradient_accumulation_steps=accumulation,
             learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.lr_scheduler,
-            warmup_steps=math.ceil(schedule.steps * settings.warmup_ratio),
+            warmup_steps=math.ceil(steps * settings.warmup_ratio),
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             adam_beta2=settings.adam_beta2,

@@ -7,7 +7,8 @@ for transformers 5.17 to 5.x and accelerate 1.10 to 1.x; `tests/training/test_pa
 - ``Trainer._run_epoch``: a run that was killed after its last step must not take one more.
 - ``Trainer._get_grad_norm``: called once per optimizer step, just before it: a loss or gradient that is not finite must
   not reach the weights. ``on_pre_optimizer_step`` does not get the norm.
-- ``Trainer._load_from_checkpoint``: the names in a LLaVA's file differ from the model's; see ``weights_loaded``.
+- ``Trainer._load_from_checkpoint``: it takes the file's names as they are, with ``strict=False``. A LLaVA's file has
+  other names than the model (``language_model.model...``), so it would silently go on from the initial weights.
 - ``Trainer._get_output_dir`` and ``_save_checkpoint``: a checkpoint is written aside and renamed into place.
 - ``fsdp_plugin.transformer_cls_names_to_wrap``: a p-MoD model has decoder layers of two classes, and the launcher's
   config file cannot know which.
@@ -45,9 +46,7 @@ class PmodTrainer(Trainer):
         sampler: The order of the samples.
         bad: Counts the samples that were replaced.
         router_learning_rate: For the routers; the others' if None.
-        weights_loaded: The model already has the weights of the checkpoint that is resumed from. The Trainer
-            would load the file's names as they are, with ``strict=False``; a LLaVA's file has other names than
-            the model (``language_model.model...``), so it would silently go on from the initial weights.
+        weights_loaded: The model already has the weights of the checkpoint that is resumed from.
         **kwargs: The Trainer's.
     """
 
@@ -193,9 +192,14 @@ class PmodTrainer(Trainer):
         )
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a training folder, by step."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
