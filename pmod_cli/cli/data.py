@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.cli.options import AsJson, Images
+from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, stderr, stdout
+from pmod_cli.output.console import emit_json, stdout
+from pmod_cli.output.errors import GateError
+from pmod_cli.output.tables import Table
+
+if TYPE_CHECKING:
+    from pmod_cli.data.check import DataReport
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data: check it, clean it.")
 app.add_typer(data_app, name="data")
@@ -29,9 +37,7 @@ def _root() -> None:
 )
 def check_command(
     data: Annotated[str, typer.Argument(help="LLaVA JSON or JSONL; or a datasets folder or hub id.")],
-    images: Annotated[
-        Path | None, typer.Option("--images", help="Folder that a file's image names are relative to.")
-    ] = None,
+    images: Images | None = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="Its processor finds samples whose answers all lie past --max-length."),
@@ -45,36 +51,25 @@ def check_command(
     ] = None,
     fix: Annotated[
         Path | None,
-        typer.Option("--fix", help="Write the records that are fit here: a file, or a table's folder."),
+        typer.Option("--fix", help="Write the usable records here: a file, or a table's folder."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --fix.")] = False,
     limit: Annotated[int, typer.Option("--limit", min=0, help="Problems to list.")] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    r"""Find what would go wrong in training. Exit code 1 if anything is, unless --fix writes a clean file."""
-    from rich.progress import Progress
-    from rich.table import Table
-
-    with starting("data check"):
-        from pmod_cli.data.check import check_data
-    from pmod_cli.output.errors import GateError
+    """Find what would go wrong in training. Exit code 1 if anything is, unless --fix writes a clean file."""
     from pmod_cli.recipe import default_recipe, load_recipe
 
     settings = (load_recipe(recipe) if recipe else default_recipe()).train
     processor = None
+    with starting("data check"):
+        from pmod_cli.data.check import check_data
+
+        if model is not None:
+            from pmod_cli.training.model import load_processor
     if model is not None:
-        with starting("data check"):
-            from pmod_cli.training.loading import load_processor
-
         processor = load_processor(model, settings)
-    bar = Progress(console=stderr)
-    task = bar.add_task("check", total=None)
-
-    def show(done: int, total: int) -> None:
-        bar.start()  # not before the first record: until then an error is one line and no more
-        bar.update(task, completed=done, total=total)
-
-    try:
+    with late_progress("check") as show:
         report = check_data(
             data,
             images,
@@ -82,25 +77,22 @@ def check_command(
             max_length=max_length if max_length is not None else settings.max_length,
             fix=fix,
             force=force,
-            progress=show,
+            progress=lambda done, total: show(done, total, ""),
         )
-    finally:
-        if bar.live.is_started:
-            bar.stop()
     if as_json:
         emit_json("data check", report.to_dict())
     else:
-        for problem in report.problems[:limit]:
-            stdout.print(
-                f"record {problem.index} (id {problem.id or '-'}): {problem.detail}",
-                markup=False,
-                soft_wrap=True,
-            )
-        table = Table("problem", "records", title=f"{report.good} of {report.records} records are fit")
-        for kind, count in report.counts.items():
-            table.add_row(kind, str(count))
-        stdout.print(table)
-        if report.fixed:
-            stdout.print(f"clean file: {report.fixed}", markup=False, soft_wrap=True)
+        _show(report, limit)
     if report.problems and fix is None:
         raise GateError(f"{len(report.problems)} of {report.records} records are not fit for training")
+
+
+def _show(report: DataReport, limit: int) -> None:
+    for problem in report.problems[:limit]:
+        line = f"record {problem.index} (id {problem.id or '-'}): {problem.detail}"
+        stdout.print(line, markup=False, soft_wrap=True)
+    title = f"{report.good} of {report.records} records are fit"
+    rows: list[Sequence[str]] = [[kind, str(count)] for kind, count in report.counts.items()]
+    stdout.print(Table(title, ("problem", "records"), rows).to_rich())
+    if report.fixed:
+        stdout.print(f"clean file: {report.fixed}", markup=False, soft_wrap=True)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.cli.options import AsJson, Images, Overrides
+from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import require_if_installed, starting
 from pmod_cli.output.console import emit_json, stderr, stdout
+from pmod_cli.output.tables import Table
 
 if TYPE_CHECKING:
     from pmod_cli.training.memory import MemoryEstimate
-    from pmod_cli.training.parts import PartCount
+    from pmod_cli.training.model import PartCount
+
+_FIGURES = (
+    ("loss", "loss", ".4f"),
+    ("grad_norm", "grad", ".2f"),
+    ("learning_rate", "lr", ".2e"),
+    ("samples_per_second", "samples/s", ".1f"),
+    ("tokens_per_second", "tokens/s", ".0f"),
+)
+"""What the progress bar shows: key in the log, label, format."""
 
 
 @app.command(
@@ -34,33 +47,25 @@ def finetune_command(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", help="The new checkpoint.")],
-    images: Annotated[
-        Path | None, typer.Option("--images", help="Folder that a file's image names are relative to.")
-    ] = None,
+    images: Images | None = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Name of a shipped recipe, or a .yaml file.")
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value over the recipe, e.g. train.max_steps=10.")
-    ] = None,
+    settings: Overrides = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume",
-            help="Go on from the last complete checkpoint in OUTPUT.training; begin if there is none.",
-        ),
+        typer.Option("--resume", help="Go on from the last complete checkpoint in OUTPUT.training, if any."),
     ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace OUTPUT; start an unfinished run anew.")
     ] = False,
     merge: Annotated[bool, typer.Option("--merge", help="Fold LoRA into the weights at the end.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune on LLaVA conversations: language model, projector and routers; the vision tower is frozen."""
     from pmod_cli.recipe import default_recipe, load_recipe
 
     chosen = load_recipe(recipe, settings or ()) if recipe else default_recipe(settings or ())
-
     with starting("finetune"):
         require_if_installed("peft")  # transformers' Trainer imports it wherever it is
         from transformers.utils import logging
@@ -69,8 +74,7 @@ def finetune_command(
         from pmod_cli.training.finetune import finetune
 
     logging.disable_progress_bar()  # one bar is enough
-
-    with _Progress() as show:
+    with late_progress("train") as show:
         result = finetune(
             model,
             data,
@@ -79,7 +83,7 @@ def finetune_command(
             recipe=chosen,
             resume=resume,
             force=force,
-            progress=show,
+            progress=lambda done, total, latest: show(done, total, _figures(latest)),
             announce=_announce,
             merge_lora=merge,
         )
@@ -97,62 +101,22 @@ def finetune_command(
     )
 
 
-class _Progress:
-    """A progress bar on stderr that the library's callback moves."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("train"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=stderr,
-        )
-        self.task = self.bar.add_task("train", total=None, figures="")
-
-    def __enter__(self) -> Any:
-        return self._show
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar.live.is_started:
-            self.bar.stop()
-
-    def _show(self, done: int, total: int, latest: dict[str, float]) -> None:
-        names = (
-            ("loss", "loss", ".4f"),
-            ("grad_norm", "grad", ".2f"),
-            ("learning_rate", "lr", ".2e"),
-            ("samples_per_second", "samples/s", ".1f"),
-            ("tokens_per_second", "tokens/s", ".0f"),
-        )
-        figures = "  ".join(f"{label} {latest[key]:{form}}" for key, label, form in names if key in latest)
-        if "memory_bytes" in latest:
-            figures += f"  {latest['memory_bytes'] / 2**30:.1f} GiB"
-        self.bar.start()  # not before the first step: until then an error is one line and no more
-        self.bar.update(self.task, completed=done, total=total, figures=figures)
+def _figures(latest: dict[str, float]) -> str:
+    figures = [f"{label} {latest[key]:{form}}" for key, label, form in _FIGURES if key in latest]
+    if "memory_bytes" in latest:
+        figures.append(f"{latest['memory_bytes'] / 2**30:.1f} GiB")
+    return "  ".join(figures)
 
 
 def _announce(parts: list[PartCount], memory: MemoryEstimate) -> None:
-    from rich.table import Table
-
-    table = Table("part", "trained", "frozen", title="Parameters")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for part in parts:
-        table.add_row(part.part, f"{part.trained:,}", f"{part.frozen:,}")
-    stderr.print(table)
-    amounts = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "activations": memory.activations,
-    }
-    items = ", ".join(f"{name} {_gib(amount)}" for name, amount in amounts.items())
+    rows: list[Sequence[str]] = [[part.part, f"{part.trained:,}", f"{part.frozen:,}"] for part in parts]
+    stderr.print(Table("Parameters", ("part", "trained", "frozen"), rows).to_rich())
+    names = ("weights", "gradients", "optimizer", "activations")
+    amounts = ", ".join(f"{name} {_gib(getattr(memory, name))}" for name in names)
     available = "" if memory.available is None else f" of {_gib(memory.available)}"
-    stderr.print(f"memory per device, at most about {_gib(memory.total)}{available}: {items}", soft_wrap=True)
+    stderr.print(
+        f"memory per device, at most about {_gib(memory.total)}{available}: {amounts}", soft_wrap=True
+    )
     if not memory.fits:
         stderr.print("[bold]that will not fit[/bold]; what would lower it, each on top of the ones before:")
         for line in memory.advice:

@@ -46,7 +46,8 @@ class ChatEncoder:
         if not self.tokenizer.is_fast:
             raise PmodError("fine-tuning needs a fast tokenizer (tokenizer.json)")
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
-        self._ends = [token for token in self.tokenizer.all_special_tokens if token not in self._not_an_end()]
+        other = {processor.image_token, self.tokenizer.bos_token, self.tokenizer.unk_token}
+        self._ends = set(self.tokenizer.all_special_tokens) - (other - {self.tokenizer.eos_token})
 
     def encode(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> Encoded:
         """Encode one conversation.
@@ -86,10 +87,8 @@ class ChatEncoder:
     def render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The text and the (start, end) characters of each answer with its end-of-turn token."""
         messages = [_message(turn) for turn in turns]
-        text, shift = "", 0
+        text, previous = "", ""  # ours, and the template's, which may lack end-of-turn tokens
         spans: list[tuple[int, int]] = []
-        previous = ""
-        pieces: list[str] = []
         for index, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
@@ -100,14 +99,11 @@ class ChatEncoder:
                     "the processor's chat template rewrites earlier text as the conversation grows",
                     "set train.chat_template=vicuna_v1, or give the processor a template that only appends",
                 )
+            text += asked[len(previous) :]
             answer, rest = self._end_of_turn(answered[len(asked) :])
-            pieces += [asked[len(previous) :], answer]
-            start = len(asked) + shift
-            spans.append((start, start + len(answer)))
-            pieces.append(rest)
-            shift += len(answer) + len(rest) - (len(answered) - len(asked))
+            spans.append((len(text), len(text) + len(answer)))
+            text += answer + rest
             previous = answered
-        text = "".join(pieces)
         return text, spans
 
     def _end_of_turn(self, answer: str) -> tuple[str, str]:
@@ -130,18 +126,6 @@ class ChatEncoder:
         if all(label == IGNORED for label in labels):
             raise BadSample("too long", f"no answer within {self.max_length} tokens")
         return Encoded(ids, labels)
-
-    def _not_an_end(self) -> set[str]:
-        tokenizer = self.tokenizer
-        return {
-            token
-            for token in (
-                self.processor.image_token,
-                tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None,
-                tokenizer.unk_token if tokenizer.unk_token != tokenizer.eos_token else None,
-            )
-            if token
-        }
 
 
 def _message(turn: Turn) -> dict[str, Any]:

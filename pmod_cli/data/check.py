@@ -11,12 +11,12 @@ from typing import Any
 
 from pmod_cli.data.dataset import open_data
 from pmod_cli.data.pictures import Pictures
-from pmod_cli.data.records import BadSample, parse_record
+from pmod_cli.data.records import BadSample, Conversation, parse_record
 from pmod_cli.output.errors import PmodError
 
 
 @dataclass(frozen=True)
-class Problem:
+class BadRecord:
     """One record that is not fit for training.
 
     Attributes:
@@ -50,7 +50,7 @@ class DataReport:
     good: int
     with_images: int
     counts: dict[str, int]
-    problems: list[Problem]
+    problems: list[BadRecord]
     longest_tokens: int | None
     fixed: str | None
 
@@ -89,33 +89,17 @@ def check_data(
     source = open_data(data, images)
     if fix is not None:
         source.check_writable(fix)
-    encoder = None
-    if processor is not None:
-        from pmod_cli.data.collate import EncodedDataset  # imports torch
-
-        encoder = EncodedDataset([], source.pictures, processor, max_length)
-    seen: set[str] = set()
-    readable: dict[str, BadSample | None] = {}
-    problems: list[Problem] = []
+    checker = _Checker(source.pictures, processor, max_length)
+    problems: list[BadRecord] = []
     good: list[int] = []
-    with_images, longest = 0, None
+    with_images = 0
     for index, record in enumerate(source.records):
         try:
-            sample = parse_record(record, index)
-            key = json.dumps([record.get("image"), record["conversations"]], sort_keys=True)
-            if key in seen:
-                raise BadSample("duplicate", "the same image and conversation stand earlier in the file")
-            for name in sample.images:
-                _check_image(source.pictures, name, readable)
-            if encoder is not None:
-                pictures = [source.pictures.load(name) for name in sample.images]
-                longest = max(longest or 0, len(encoder.encode(sample, pictures).input_ids))
-            seen.add(key)
+            with_images += bool(checker.check(record, index).images)
             good.append(index)
-            with_images += bool(sample.images)
         except BadSample as error:
             name = record.get("id", "") if isinstance(record, dict) else ""
-            problems.append(Problem(index, str(name), error.kind, str(error)))
+            problems.append(BadRecord(index, str(name), error.kind, str(error)))
         if progress is not None:
             progress(index + 1, len(source.records))
     if fix is not None:
@@ -126,19 +110,51 @@ def check_data(
         with_images=with_images,
         counts=dict(Counter(problem.kind for problem in problems).most_common()),
         problems=problems,
-        longest_tokens=longest,
+        longest_tokens=checker.longest,
         fixed=str(fix) if fix is not None else None,
     )
 
 
-def _check_image(pictures: Pictures, name: str, readable: dict[str, BadSample | None]) -> None:
-    """Decode an image once, however many records name it."""
-    if name not in readable:
-        try:
-            pictures.load(name)
-            readable[name] = None
-        except BadSample as error:
-            readable[name] = error
-    error_before = readable[name]
-    if error_before is not None:
-        raise error_before
+class _Checker:
+    """Does to a record what training would do, and remembers the records before it."""
+
+    def __init__(self, pictures: Pictures, processor: Any, max_length: int) -> None:
+        self.pictures = pictures
+        self.encoder = None
+        if processor is not None:
+            from pmod_cli.data.batches import EncodedDataset  # imports torch
+
+            self.encoder = EncodedDataset([], pictures, processor, max_length)
+        self.longest: int | None = None
+        self._seen: set[str] = set()
+        self._decoded: dict[str, BadSample | None] = {}
+
+    def check(self, record: Any, index: int) -> Conversation:
+        """Parse a record, decode its images and encode it.
+
+        Raises:
+            BadSample: What is wrong with it.
+        """
+        sample = parse_record(record, index)
+        key = json.dumps([record.get("image"), record["conversations"]], sort_keys=True)
+        if key in self._seen:
+            raise BadSample("duplicate", "the same image and conversation stand earlier in the file")
+        for name in sample.images:
+            self._decode(name)
+        if self.encoder is not None:
+            pictures = [self.pictures.load(name) for name in sample.images]
+            self.longest = max(self.longest or 0, len(self.encoder.encode(sample, pictures).input_ids))
+        self._seen.add(key)
+        return sample
+
+    def _decode(self, name: str) -> None:
+        """Decode an image once, however many records name it."""
+        if name not in self._decoded:
+            self._decoded[name] = None
+            try:
+                self.pictures.load(name)
+            except BadSample as error:
+                self._decoded[name] = error
+        error_before = self._decoded[name]
+        if error_before is not None:
+            raise error_before

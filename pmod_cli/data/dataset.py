@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
-from pmod_cli.data.records import BadSample, Sample, parse_json, parse_record
+from pmod_cli.data.records import BadSample, Conversation, parse_json, parse_record
 from pmod_cli.extras import require
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import replacing, write_file
 
 _IMAGE_COLUMNS = ("image", "images")
 
@@ -38,10 +39,10 @@ class DataSource:
     table: Any = None
 
     def check_writable(self, path: Path) -> None:
-        """See that `write` can write there, before the time is spent that leads to it.
+        """Check that `write` can write to a path, before hours are spent on what it writes.
 
         Raises:
-            PmodError: It cannot.
+            PmodError: The path is taken by something else, or is not writable.
         """
         if path.exists() and path.is_dir() != (self.table is not None):
             raise PmodError(f"{path} is a {'folder' if path.is_dir() else 'file'}", "give another name")
@@ -54,26 +55,19 @@ class DataSource:
 
     def write(self, indices: Sequence[int], path: Path) -> None:
         """Write some records as they stand: a JSON (or JSONL) file, or a table's folder. Complete or absent."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         if self.table is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.table.select(indices).save_to_disk(str(temporary))
-            shutil.rmtree(path, ignore_errors=True)
+            with replacing(path) as partial:
+                self.table.select(indices).save_to_disk(str(partial))
+                shutil.rmtree(path, ignore_errors=True)
+            return
+        chosen = [self.records[index] for index in indices]
+        if path.suffix == ".jsonl":
+            write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
         else:
-            chosen = [self.records[index] for index in indices]
-            if path.suffix == ".jsonl":
-                text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
-            else:
-                text = json.dumps(chosen, ensure_ascii=False, indent=1)
-            try:
-                temporary.write_text(text, encoding="utf-8")
-            except OSError:
-                temporary.unlink(missing_ok=True)
-                raise
-        temporary.replace(path)
+            write_file(path, json.dumps(chosen, ensure_ascii=False, indent=1))
 
 
-class ConversationData(Sequence[Sample]):
+class ConversationData:
     """The usable records of a data source.
 
     Args:
@@ -89,7 +83,7 @@ class ConversationData(Sequence[Sample]):
 
     def __init__(self, source: DataSource) -> None:
         self.pictures, self.fingerprint = source.pictures, source.fingerprint
-        self.samples: list[Sample] = []
+        self.samples: list[Conversation] = []
         self.bad: dict[str, str] = {}
         for index, record in enumerate(source.records):
             try:
@@ -114,9 +108,6 @@ class ConversationData(Sequence[Sample]):
 
     def __len__(self) -> int:
         return len(self.samples)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.samples[index]
 
 
 def open_data(data: str | Path, images: Path | None) -> DataSource:
@@ -195,9 +186,8 @@ def _load_table(name: str, folder: Path | None) -> Any:
     try:
         return load_from_disk(name) if saved else load_dataset(name)
     except (DatasetsError, OSError, ValueError, KeyError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise PmodError(
-            f"cannot open data set {name}: {lines[0]}",
+            f"cannot open data set {name}: {first_line(error)}",
             "a LLaVA .json or .jsonl file, a datasets folder or a hub id is expected",
         ) from error
 

@@ -6,33 +6,35 @@ A picture is opened only when a sample is asked for, in the loader's workers.
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image, ImageFile
 
 from pmod_cli.data.records import BadSample
 
 
-class Pictures(Protocol):
-    """Finds pictures by the names in `Sample.images`."""
+class Pictures(ABC):
+    """Finds pictures by the names in `Conversation.images`."""
 
-    def find(self, name: str) -> None:
-        """See that it is there, without opening it.
+    def find(self, name: str) -> None:  # noqa: B027
+        """See that a picture is there, without opening it; a table always holds its own.
 
         Raises:
             BadSample: It is not, or may not be opened.
         """
 
+    @abstractmethod
     def load(self, name: str) -> Image.Image:
-        """Decode it as RGB.
+        """Decode a picture as RGB.
 
         Raises:
             BadSample: It is missing, outside the folder, unreadable, cut short or of no size.
         """
 
 
-class ImageFolder:
+class ImageFolder(Pictures):
     """Files below one folder; a name never leads out of it.
 
     Args:
@@ -73,7 +75,7 @@ class ImageFolder:
         return path
 
 
-class ImageColumn:
+class ImageColumn(Pictures):
     """The image column of a `datasets` table; the name of a picture is ``ROW`` or ``ROW:PLACE``.
 
     Args:
@@ -90,9 +92,6 @@ class ImageColumn:
             feature = [feature]
         self.column, self.root = column, root
         self.table = table.select_columns([column]).cast_column(column, feature)
-
-    def find(self, name: str) -> None:
-        """See `Pictures`; a table holds its own pictures, so that there is nothing to look for."""
 
     def load(self, name: str) -> Image.Image:
         """See `Pictures`."""

@@ -36,7 +36,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Sample:
+class Conversation:
     """A record, read strictly.
 
     Attributes:
@@ -74,7 +74,7 @@ def parse_json(content: bytes, path: Path) -> list[Any]:
     return records
 
 
-def parse_record(record: Any, index: int) -> Sample:
+def parse_record(record: Any, index: int) -> Conversation:
     """Read one record strictly.
 
     Args:
@@ -100,7 +100,7 @@ def parse_record(record: Any, index: int) -> Sample:
     placeholders = sum(turn.images for turn in turns)
     if placeholders != len(images):
         raise BadSample("<image> count", f"{placeholders} placeholders, {len(images)} images")
-    return Sample(str(record.get("id", index)), tuple(images), turns)
+    return Conversation(str(record.get("id", index)), tuple(images), turns)
 
 
 def _json_lines(text: str) -> list[Any]:

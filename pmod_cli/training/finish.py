@@ -1,11 +1,8 @@
-"""The finished checkpoint, put in its place with all that says where it came from."""
+"""The finished checkpoint, put in its place with its metrics, its recipe and a picture of the run."""
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,33 +11,26 @@ import torch
 import yaml
 
 from pmod_cli import __version__
+from pmod_cli.checkpoints.write import Staging
+from pmod_cli.output import plots
 from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
+from pmod_cli.output.files import write_json
+from pmod_cli.output.versions import versions
 from pmod_cli.recipe import Recipe
-from pmod_cli.training.lora import merge
 from pmod_cli.training.monitor import read_metrics
-from pmod_cli.training.plots import plot_run
-from pmod_cli.training.trainer import PmodTrainer, unwritable
+from pmod_cli.training.trainer import unwritable
 
-SUMMARY = "training.json"
 METRICS = "metrics.jsonl"
-RECIPE = "recipe.yaml"
-PICTURE = "training.png"
 EVENTS = "runs"
 """Where TensorBoard's events are, named by transformers."""
 
+_PICTURE = "training.png"
+_STATISTICS = (
+    ("mean_weight", "mean router weight"),
+    ("changed", "share of vision tokens kept before and skipped now, or the reverse"),
+    ("entropy", "entropy over the image's positions"),
+)
 _log = logging.getLogger(__name__)
-
-
-def gathered_weights(trainer: PmodTrainer) -> dict[str, torch.Tensor] | None:
-    """The whole state dict of a model in pieces, on the main process; None where every process has it all.
-
-    All processes must call it.
-    """
-    trainer.accelerator.wait_for_everyone()
-    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        return None
-    weights: dict[str, torch.Tensor] = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return weights
 
 
 def save_result(
@@ -63,66 +53,96 @@ def save_result(
         work: The training folder, with ``metrics.jsonl``.
         recipe: The resolved recipe.
         summary: Written to ``training.json``.
-        weights: See `gathered_weights`.
-        merge_lora: Fold LoRA in.
+        weights: The whole state dict of a sharded model; None where the network holds it itself.
+        merge_lora: Fold LoRA into the weights.
 
     Raises:
         PmodError: It cannot be written.
     """
     dtype = getattr(torch, recipe.train.dtype)
     if merge_lora:
-        network = merge(network)
+        network = network.merge_and_unload()
+    more = {}
     if weights is None:
         network.to(dtype)
     else:
         network.config.dtype = dtype
-        weights = {
+        more["state_dict"] = {
             name: weight.to(dtype) if weight.is_floating_point() else weight
             for name, weight in weights.items()
         }
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        network.save_pretrained(temporary, **({} if weights is None else {"state_dict": weights}))
-        processor.save_pretrained(temporary)
-        shutil.copy(work / METRICS, temporary / METRICS)
-        if (work / EVENTS).is_dir():
-            shutil.copytree(work / EVENTS, temporary / EVENTS)
-        (temporary / SUMMARY).write_text(json.dumps({**summary, "versions": _versions()}, indent=2))
-        text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
-        (temporary / RECIPE).write_text(text)
-        _draw(temporary)
+        with Staging(output) as staging:
+            folder = staging.folder
+            network.save_pretrained(folder, **more)
+            processor.save_pretrained(folder)
+            shutil.copy(work / METRICS, folder / METRICS)
+            if (work / EVENTS).is_dir():
+                shutil.copytree(work / EVENTS, folder / EVENTS)
+            made_with = {"pmod": __version__, **versions("torch", "transformers", "accelerate")}
+            write_json(folder / "training.json", {**summary, "versions": made_with})
+            text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+            (folder / "recipe.yaml").write_text(text)
+            _plot_run(folder)
+            staging.commit()
     except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         reason = unwritable(error)
         if reason is None:
             raise
         raise PmodError(
             f"cannot write {output}: {reason}", "the last checkpoint is kept: free some space and --resume"
         ) from error
-    if output.exists():
-        old = output.with_name(f".{output.name}.old.{os.getpid()}")
-        output.replace(old)
-        temporary.replace(output)
-        shutil.rmtree(old)
-    else:
-        temporary.replace(output)
     shutil.rmtree(work)
 
 
-def _draw(folder: Path) -> None:
+def _plot_run(folder: Path) -> None:
+    """Draw ``metrics.jsonl`` into ``training.png``; without matplotlib, warn."""
     try:
-        plot_run(read_metrics(folder / METRICS), folder / PICTURE)
+        _draw(read_metrics(folder / METRICS), folder / _PICTURE)
     except (MissingExtraError, BrokenPackageError) as error:
-        _log.warning("no %s: %s", PICTURE, error)
+        _log.warning("no %s: %s", _PICTURE, error)
 
 
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
+@plots.look()
+def _draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss and learning rate by step and, of a p-MoD model, each router's statistics."""
+    looks = [row for row in rows if "routers" in row]
+    statistics = _STATISTICS if looks else ()
+    count = 1 + len(statistics)
+    figure, axes = plots.figure(count, 1, (7, 2.4 * count))
+    _draw_loss(axes[0][0], [row for row in rows if row.get("loss") is not None], bool(looks))
+    for row, (name, title) in zip(axes[1:], statistics, strict=True):
+        _draw_routers(figure, row[0], looks, name, title)
+    plots.save(figure, path, title="training")
 
-    names = ("torch", "transformers", "accelerate")
-    return {
-        "pmod": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
+
+def _draw_loss(axis: Any, rows: list[dict[str, Any]], pmod: bool) -> None:
+    steps = [row["step"] for row in rows]
+    axis.plot(steps, [row["loss"] for row in rows], color=plots.PMOD if pmod else plots.DENSE)
+    axis.set(title="loss (line) and learning rate (dashed)", xlabel="step", ylabel="loss")
+    axis.set_ylim(bottom=0)
+    rates = axis.twinx()
+    style: dict[str, Any] = {"color": plots.SERIES[1], "linewidth": 1, "linestyle": "--"}
+    rates.plot(steps, [row.get("learning_rate") for row in rows], **style)
+    rates.set_ylabel("learning rate")
+    rates.set_ylim(bottom=0)
+
+
+def _draw_routers(figure: Any, axis: Any, looks: list[dict[str, Any]], name: str, title: str) -> None:
+    """A colour for each layer and look: rows are layers, columns are looks."""
+    layers = [row["layer"] for row in looks[0]["routers"]]
+    values = [
+        [
+            float("nan") if look["routers"][place][name] is None else look["routers"][place][name]
+            for look in looks
+        ]
+        for place in range(len(layers))
+    ]
+    image = axis.imshow(values, aspect="auto", origin="lower", cmap=plots.HEAT, interpolation="nearest")
+    axis.set(title=title, xlabel="step", ylabel="decoder layer")
+    axis.grid(False)
+    every = max(1, len(looks) // 8)
+    axis.set_xticks(range(0, len(looks), every), [look["step"] for look in looks[::every]])
+    every = max(1, len(layers) // 8)
+    axis.set_yticks(range(0, len(layers), every), layers[::every])
+    figure.colorbar(image, ax=axis)

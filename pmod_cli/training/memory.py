@@ -7,6 +7,7 @@ longest samples, from the shapes that a Llama-like decoder keeps for its backwar
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -16,20 +17,20 @@ from torch import nn
 
 from pmod_cli.modeling.schedule import Ratios, mean_retention
 from pmod_cli.recipe import LoraSettings, TrainSettings
-from pmod_cli.training.lora import TARGETS
+from pmod_cli.training.model import LORA_TARGETS
 
 _RESERVE = 0.92
 """Share of a device that a run may plan to fill: kernels, communication and fragments take the rest."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What decides a run's memory.
+class Workload:
+    """What decides a run's memory: a model and its longest sample.
 
     Attributes:
         trained: Trained parameters.
         frozen: Frozen parameters.
-        lora_trained: Trained parameters if LoRA were used with the paper-like rank of the recipe ``lora-24gb``.
+        lora_trained: What would be trained with LoRA at its default rank, as in the recipe ``lora-24gb``.
         layers: Decoder layers.
         hidden: Width of the residual stream.
         intermediate: Width of the MLP.
@@ -55,16 +56,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device.
-
-    Attributes:
-        weights: Parameters.
-        gradients: Of the trained ones.
-        optimizer: Adam's moments, and float32 copies where weights are held in half precision.
-        activations: Of one micro batch.
-        available: Of the device; None if not known.
-        advice: What would make it fit, each with its own estimate; empty if it fits.
-    """
+    """Bytes on each device, and what would make them fit (each with its own estimate; empty if they do)."""
 
     weights: int
     gradients: int
@@ -89,16 +81,14 @@ class MemoryEstimate:
         return {**fields, "total": self.total, "fits": self.fits}
 
 
-def describe(network: nn.Module, tokens: int, vision_tokens: int) -> Subject:
-    """Read a model's `Subject` off it.
+def describe(network: nn.Module, tokens: int, vision_tokens: int) -> Workload:
+    """Describe a model and its longest sample.
 
     Args:
         network: As it will be trained (frozen parts frozen, LoRA added).
         tokens: Of the longest sample.
         vision_tokens: Of these.
     """
-    import re
-
     config: Any = network.config
     text = config.text_config
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -107,12 +97,12 @@ def describe(network: nn.Module, tokens: int, vision_tokens: int) -> Subject:
     lora = sum(
         rank * (module.in_features + module.out_features)
         for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(TARGETS, name)
+        if isinstance(module, nn.Linear) and re.fullmatch(LORA_TARGETS, name)
     )
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     mod = getattr(config, "mod", None)
-    return Subject(
+    return Workload(
         trained=trained,
         frozen=everything - trained,
         lora_trained=lora,
@@ -128,26 +118,27 @@ def describe(network: nn.Module, tokens: int, vision_tokens: int) -> Subject:
 
 
 def estimate(
-    subject: Subject, settings: TrainSettings, world: int, shards: str | None, available: int | None
+    work: Workload, settings: TrainSettings, world: int, shards: str | None, available: int | None
 ) -> MemoryEstimate:
     """Estimate a run's memory on each device, with advice if it does not fit.
 
     Args:
-        subject: See `describe`.
+        work: See `describe`.
         settings: The recipe's.
         world: Processes.
         shards: ``fsdp``, ``zero1``, ``zero2``, ``zero3`` or None.
         available: The device's memory in bytes, or None.
     """
-    found = _plain(subject, settings, world, shards, available)
-    if found.fits:
-        return found
-    advice = tuple(
-        f"{what}: {option.total / 2**30:.1f} GiB" + ("" if option.fits else " (still too much)")
-        for what, option in _options(subject, settings, world, shards, available)
-        if option.total < found.total
-    )
-    return replace(found, advice=advice)
+    result = _estimate(work, settings, world, shards, available)
+    if result.fits:
+        return result
+    advice = []
+    for change, changed in _changes(work, settings, world, shards):
+        option = _estimate(*changed, available)
+        if option.total < result.total:
+            size = f"{option.total / 2**30:.1f} GiB"
+            advice.append(f"{change}: {size}" + ("" if option.fits else " (still too much)"))
+    return replace(result, advice=tuple(advice))
 
 
 def device_memory() -> int:
@@ -158,8 +149,8 @@ def device_memory() -> int:
     return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _plain(
-    subject: Subject, settings: TrainSettings, world: int, shards: str | None, available: int | None
+def _estimate(
+    work: Workload, settings: TrainSettings, world: int, shards: str | None, available: int | None
 ) -> MemoryEstimate:
     half = 2 if settings.dtype != "float32" else 4
     deepspeed = shards is not None and shards.startswith("zero")
@@ -170,57 +161,51 @@ def _plain(
     split_optimizer = world if shards is not None else 1
     split_gradients = world if shards in ("fsdp", "zero2", "zero3") else 1
     split_weights = world if shards in ("fsdp", "zero3") else 1
-    weights = (subject.trained * trained_size + subject.frozen * frozen_size) // split_weights
-    activations = settings.micro_batch_size * _activations(subject, settings, half)
+    weights = (work.trained * trained_size + work.frozen * frozen_size) // split_weights
+    activations = settings.micro_batch_size * _activations(work, settings, half)
     if half == 2 and not deepspeed:
         # Autocast keeps half-precision copies of the weights that it has met in this pass; FSDP of a layer.
-        activations += 2 * subject.trained // (subject.layers if shards == "fsdp" else 1)
+        activations += 2 * work.trained // (work.layers if shards == "fsdp" else 1)
     return MemoryEstimate(
         weights=weights,
-        gradients=subject.trained * trained_size // split_gradients,
-        optimizer=subject.trained * optimizer_size // split_optimizer,
+        gradients=work.trained * trained_size // split_gradients,
+        optimizer=work.trained * optimizer_size // split_optimizer,
         activations=activations,
         available=available,
     )
 
 
-def _activations(subject: Subject, settings: TrainSettings, size: int) -> int:
+def _activations(work: Workload, settings: TrainSettings, size: int) -> int:
     """Bytes of one sample, kept for the backward pass."""
-    hidden, kv = subject.hidden, subject.kv_width
+    hidden, kv = work.hidden, work.kv_width
     # Two norms (with float32 copies where the residual stream is in half precision), plain and rotated queries
     # and keys, values, what attention and projections give, and the MLP's four.
     norms = (16 if size == 2 else 8) * hidden
-    layer = norms + size * (7 * hidden + 4 * kv + 4 * subject.intermediate)
-    text = subject.tokens - subject.vision_tokens
-    kept = text + mean_retention(subject.retention) * subject.vision_tokens
+    layer = norms + size * (7 * hidden + 4 * kv + 4 * work.intermediate)
+    text = work.tokens - work.vision_tokens
+    kept = text + mean_retention(work.retention) * work.vision_tokens
     if settings.gradient_checkpointing:
-        decoder: float = subject.layers * subject.tokens * hidden * size + subject.tokens * layer
+        decoder: float = work.layers * work.tokens * hidden * size + work.tokens * layer
     else:
-        decoder = subject.layers * kept * layer
+        decoder = work.layers * kept * layer
     # Logits, their float32 copy and its gradient, from the first answer on.
-    head = text * subject.vocabulary * (size + 8)
+    head = text * work.vocabulary * (size + 8)
     return int(decoder + head)
 
 
-def _options(
-    subject: Subject, settings: TrainSettings, world: int, shards: str | None, available: int | None
-) -> Iterator[tuple[str, MemoryEstimate]]:
-    """Changes, each on top of those before it."""
-    if not settings.gradient_checkpointing:
-        settings = settings.model_copy(update={"gradient_checkpointing": True})
-        yield "train.gradient_checkpointing=true", _plain(subject, settings, world, shards, available)
-    if settings.micro_batch_size > 1:
-        settings = settings.model_copy(update={"micro_batch_size": 1})
-        yield "train.micro_batch_size=1", _plain(subject, settings, world, shards, available)
-    if world > 1 and shards not in ("fsdp", "zero3"):
-        yield "recipes/accelerate/zero3.yaml", _plain(subject, settings, world, "zero3", available)
+def _changes(
+    work: Workload, settings: TrainSettings, world: int, shards: str | None
+) -> Iterator[tuple[str, tuple[Workload, TrainSettings, int, str | None]]]:
+    """Changes that lower the memory, each on top of those before it: what to do, and the new arguments."""
+    for name, value in (("gradient_checkpointing", True), ("micro_batch_size", 1)):
+        if getattr(settings, name) != value:
+            settings = settings.model_copy(update={name: value})
+            yield f"train.{name}={str(value).lower()}", (work, settings, world, shards)
     if world == 1:
-        yield (
-            "8 devices with recipes/accelerate/zero3.yaml",
-            _plain(subject, settings, 8, "zero3", available),
-        )
+        yield "8 devices with recipes/accelerate/zero3.yaml", (work, settings, 8, "zero3")
+    elif shards not in ("fsdp", "zero3"):
+        yield "recipes/accelerate/zero3.yaml", (work, settings, world, "zero3")
     if settings.lora is None:
-        everything = subject.trained + subject.frozen
-        smaller = replace(subject, trained=subject.lora_trained, frozen=everything)
+        smaller = replace(work, trained=work.lora_trained, frozen=work.trained + work.frozen)
         settings = settings.model_copy(update={"lora": LoraSettings(), "dtype": "bfloat16"})
-        yield "LoRA as in the recipe lora-24gb", _plain(smaller, settings, world, shards, available)
+        yield "LoRA as in the recipe lora-24gb", (smaller, settings, world, shards)

@@ -1,26 +1,35 @@
-"""What a run shows and writes while it goes: progress on stderr, ``metrics.jsonl``, router statistics."""
+"""What a run writes and shows while it goes: ``metrics.jsonl``, router statistics, bad samples, progress."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from pmod_cli.training.probe import router_statistics
+from pmod_cli.data.batches import Collator, EncodedDataset
+from pmod_cli.modeling.names import is_router
+from pmod_cli.output.errors import GateError
+from pmod_cli.output.files import read_json_lines, write_file
 
 ProgressCallback = Callable[[int, int, dict[str, float]], None]
 """Called after each step with the steps done, the steps in all, and what was last logged."""
 
+PROBE_SAMPLES = 8
+"""Samples with images on which the routers are watched."""
+
 _LOGGED = ("loss", "grad_norm", "learning_rate", "samples_per_second", "tokens_per_second", "memory_bytes")
+_log = logging.getLogger(__name__)
 
 
 class Monitor(TrainerCallback):
-    """Writes ``metrics.jsonl``, tells the progress callback, and has the routers' statistics logged.
+    """Writes ``metrics.jsonl``, calls the progress callback, and logs router statistics.
 
     A resumed run first drops what was written after the checkpoint it goes on from.
 
@@ -42,11 +51,9 @@ class Monitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the file, or cut it at the checkpoint."""
         if state.is_world_process_zero:
-            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            temporary.replace(self.path)
-        # What later looks are compared with: the routers as they start, or as the checkpoint has them.
+            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+            write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        # Later looks are compared with this one: the routers as they start, or as the checkpoint has them.
         if self.probe:
             self._look(args, state, control, write=state.global_step == 0)
 
@@ -54,10 +61,9 @@ class Monitor(TrainerCallback):
         """Write what the Trainer logs."""
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        row = {key: float(logs[key]) for key in _LOGGED if key in logs}
-        self.latest = row
-        finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self._write({"step": state.global_step, "epoch": state.epoch, **finite})
+        self.latest = {key: float(logs[key]) for key in _LOGGED if key in logs}
+        finite = {key: value if math.isfinite(value) else None for key, value in self.latest.items()}
+        _append(self.path, {"step": state.global_step, "epoch": state.epoch, **finite})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report progress; look at the routers now and then."""
@@ -71,7 +77,7 @@ class Monitor(TrainerCallback):
         statistics, self.kept = router_statistics(self.trainer.model, self.probe, self.kept)
         if not (write and state.is_world_process_zero):
             return
-        self._write({"step": state.global_step, "routers": statistics})
+        _append(self.path, {"step": state.global_step, "routers": statistics})
         figures = {
             f"routers/layer_{row['layer']:02d}/{name}": value
             for row in statistics
@@ -83,17 +89,134 @@ class Monitor(TrainerCallback):
         self.trainer.callback_handler.on_log(args, state, control, figures)
         control.should_log = should_log
 
-    def _write(self, row: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+
+class BadSampleLog:
+    """The samples that turned out to be bad, of all processes: each appends to one file and reads the others' lines.
+
+    A resumed run goes on with the file.
+
+    Args:
+        path: JSON lines; it need not exist.
+        limit: More bad samples than this stop the run.
+        known: id -> reason of those that were bad from the start; they count too.
+    """
+
+    def __init__(self, path: Path, limit: int, known: dict[str, str]) -> None:
+        self.path, self.limit = path, limit
+        self.samples = dict(known)
+        self._read = 0  # bytes of the file
+
+    def add(self, replaced: Iterable[tuple[str, str]]) -> None:
+        """Count samples that were replaced: (id, reason) each.
+
+        Raises:
+            GateError: There are now more than the limit, those of other processes included.
+        """
+        samples = self.all()
+        for name, reason in replaced:
+            if name not in samples:
+                samples[name] = reason
+                _log.warning("sample %s replaced: %s", name, reason)
+                _append(self.path, [name, reason])
+        if len(samples) > self.limit:
+            name, reason = next(reversed(samples.items()))
+            raise GateError(
+                f"{len(samples)} bad samples, more than train.max_bad_samples={self.limit}; "
+                f"the last: {name}: {reason}",
+                "clean the data with pmod data check --fix, or raise the limit and go on with --resume",
+            )
+
+    def all(self) -> dict[str, str]:
+        """Id -> reason, those of other processes included."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self._read:
+            self._read = size
+            for name, reason in read_json_lines(self.path):
+                self.samples.setdefault(name, reason)
+        return self.samples
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line that was cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The rows of a ``metrics.jsonl``; none if there is no file yet."""
+    return read_json_lines(path) if path.exists() else []
+
+
+def make_probe(
+    model: nn.Module, dataset: EncodedDataset, collator: Collator, size: int
+) -> list[dict[str, Any]]:
+    """Batches of ``size`` fixed samples with images, `PROBE_SAMPLES` in all.
+
+    Empty for a dense model and for data without images.
+    """
+    if not any(is_router(name) for name, _ in model.named_parameters()):
+        return []
+    chosen = [index for index, sample in enumerate(dataset.samples) if sample.images][:PROBE_SAMPLES]
+    batches = [
+        collator([dataset[index] for index in chosen[start : start + size]])
+        for start in range(0, len(chosen), size)
+    ]
+    return [
+        {key: value for key, value in batch.items() if key not in ("labels", "notes")} for batch in batches
+    ]
+
+
+@torch.no_grad()
+def router_statistics(
+    model: Any, probe: list[dict[str, Any]], previous: dict[int, Tensor]
+) -> tuple[list[dict[str, Any]], dict[int, Tensor]]:
+    """What each router does on a fixed set of samples.
+
+    Args:
+        model: A p-MoD model.
+        probe: See `make_probe`.
+        previous: Kept masks of the look before, by layer; empty at first.
+
+    Returns:
+        One row per Mixture-of-Depths layer: ``layer``, ``mean_weight`` of the vision tokens, ``changed`` (share
+        of the vision tokens that are now kept and were skipped, or the reverse; None at the first look) and
+        ``entropy`` (of the kept share over the image's positions: 1 where all positions are kept alike, 0 where
+        a single one is); and the kept masks.
+    """
+    was_training = model.training
+    model.eval()
+    kept: dict[int, list[Tensor]] = {}
+    weights: dict[int, list[Tensor]] = {}
+    for batch in probe:
+        inputs = {
+            key: value.to(model.device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }
+        vision = inputs["input_ids"] == model.config.image_token_id
+        output = model(**{**inputs, "logits_to_keep": 1}, use_cache=False, output_routing=True)
+        for index, layer in enumerate(output.routing):
+            if layer is not None:
+                rows = [mask[image] for mask, image in zip(layer.kept, vision, strict=True) if image.any()]
+                kept.setdefault(index, []).extend(rows)
+                weights.setdefault(index, []).append(layer.weights[vision].float())
+    model.train(was_training)
+    masks = {index: torch.cat(rows) for index, rows in kept.items()}
+    statistics = [
+        {
+            "layer": index,
+            "mean_weight": float(torch.cat(weights[index]).mean()),
+            "changed": float((mask != previous[index]).float().mean()) if index in previous else None,
+            "entropy": _entropy(kept[index]),
+        }
+        for index, mask in masks.items()
+    ]
+    return statistics, masks
+
+
+def _entropy(rows: list[Tensor]) -> float:
+    """Normalised entropy of how often each position is kept, over the positions that all images have."""
+    length = min(map(len, rows))
+    share = torch.stack([row[:length].float() for row in rows]).mean(0)
+    if length < 2 or not share.sum():
+        return 0.0
+    share = share / share.sum()
+    return float(torch.special.entr(share).sum() / math.log(length))
+
+
+def _append(path: Path, row: Any) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")

@@ -1,19 +1,22 @@
-"""What can be known to be wrong before a model is loaded."""
+"""What can be known to be wrong before a model is loaded, and the Trainer's arguments."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import torch
+from transformers import TrainingArguments
 
 from pmod_cli.data.dataset import ConversationData
 from pmod_cli.extras import installed, require
 from pmod_cli.families import find_family
-from pmod_cli.output.errors import PmodError
+from pmod_cli.generation import check_source
+from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import read_json, write_json
 from pmod_cli.recipe import Recipe, TrainSettings
+from pmod_cli.training.trainer import KEPT_CHECKPOINTS, last_checkpoint
 
 # What may be changed when a run is resumed: none of it decides what is learned from which sample.
 _FREE_TO_CHANGE = {
@@ -28,21 +31,6 @@ _FREE_TO_CHANGE = {
 }
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How many optimizer steps a run takes, and how many micro batches make one.
-
-    Attributes:
-        steps: Optimizer steps.
-        accumulation: Micro batches a process and step.
-        world: Processes.
-    """
-
-    steps: int
-    accumulation: int
-    world: int
-
-
 def sharding() -> str | None:
     """How accelerate was told to shard the model over processes: ``fsdp``, ``zero1`` to ``zero3``, or None."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
@@ -52,57 +40,43 @@ def sharding() -> str | None:
     return None
 
 
-def plan_steps(settings: TrainSettings, samples: int, world: int) -> Schedule:
-    """Steps and accumulation for a number of samples and processes.
+def check_model(model: str | Path, recipe: Recipe) -> None:
+    """Refuse a checkpoint that is not there, and a recipe for another family or with packages that are missing.
 
     Raises:
-        PmodError: The global batch cannot be divided.
+        PmodError: It does not fit, or its config cannot be read.
+        MissingExtraError: A package that the recipe asks for is missing.
+        BrokenPackageError: It cannot be imported.
     """
-    accumulation, remainder = divmod(settings.global_batch_size, settings.micro_batch_size * world)
-    if remainder or not accumulation:
-        raise PmodError(
-            f"train.global_batch_size={settings.global_batch_size} is not a multiple of "
-            f"train.micro_batch_size={settings.micro_batch_size} times {world} processes"
-        )
-    steps = settings.max_steps
-    if steps <= 0:
-        steps = max(1, math.ceil(math.ceil(samples / settings.global_batch_size) * settings.epochs))
-    return Schedule(steps, accumulation, world)
-
-
-def check_family(model: str | Path, recipe: Recipe) -> None:
-    """Refuse a recipe that is meant for another family than the checkpoint's, where the config lies here.
-
-    Raises:
-        PmodError: They differ, the config is not JSON, or no family has its model type.
-    """
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        return  # a hub id: loading it finds out
-    try:
-        found = find_family(str(json.loads(path.read_text(encoding="utf-8")).get("model_type")))
-    except (ValueError, AttributeError) as error:
-        raise PmodError(f"{path} is not a model's config: {error}") from error
-    if recipe.family is not None and recipe.family != found.name:
-        raise PmodError(
-            f"recipe {recipe.name} is for {recipe.family}, and {model} is {found.name}",
-            "choose another with --recipe",
-        )
-
-
-def check_extras(settings: TrainSettings) -> None:
-    """Refuse a recipe that asks for packages which are not installed, or cannot be imported.
-
-    Raises:
-        MissingExtraError: One is missing.
-        BrokenPackageError: One is broken.
-    """
-    if settings.lora is not None:
+    check_source(model)
+    config = Path(model) / "config.json"
+    if config.is_file():  # the family of a hub id is found out when it is loaded
+        family = find_family(str(read_json(config).get("model_type")))
+        if recipe.family not in (None, family.name):
+            raise PmodError(
+                f"recipe {recipe.name} is for {recipe.family}, and {model} is {family.name}",
+                "choose another with --recipe",
+            )
+    if recipe.train.lora is not None:
         require("peft")
-    if "tensorboard" in settings.report_to:
+    if "tensorboard" in recipe.train.report_to:
         require("tensorboard")
-    if "wandb" in settings.report_to and not installed("wandb"):
+    if "wandb" in recipe.train.report_to and not installed("wandb"):
         raise PmodError("wandb is not installed", "pip install wandb")
+
+
+def check_output(output: Path, work: Path, *, resume: bool, force: bool) -> None:
+    """Refuse to overwrite a result or an unfinished run without being asked to.
+
+    Raises:
+        PmodError: One of them is there.
+    """
+    if output.exists() and not force:
+        raise PmodError(f"{output} exists", "--force replaces it")
+    if output.is_file():
+        raise PmodError(f"{output} is a file, not a folder")
+    if last_checkpoint(work) is not None and not (resume or force):
+        raise PmodError(f"{work} holds an unfinished run", "--resume goes on with it, --force starts anew")
 
 
 def check_data_fits(data: ConversationData, limit: int) -> None:
@@ -120,26 +94,98 @@ def check_data_fits(data: ConversationData, limit: int) -> None:
         )
 
 
-def identify(recipe: Recipe, model: str | Path, fingerprint: str) -> dict[str, Any]:
-    """What must not change when a run is resumed."""
-    train = recipe.train.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
-    return {"data": fingerprint, "recipe": train, "model": str(model)}
+def plan_steps(settings: TrainSettings, samples: int, world: int) -> tuple[int, int]:
+    """Optimizer steps of a run, and micro batches that each process takes for one of them.
+
+    Raises:
+        PmodError: The global batch cannot be divided.
+    """
+    accumulation, remainder = divmod(settings.global_batch_size, settings.micro_batch_size * world)
+    if remainder or not accumulation:
+        raise PmodError(
+            f"train.global_batch_size={settings.global_batch_size} is not a multiple of "
+            f"train.micro_batch_size={settings.micro_batch_size} times {world} processes"
+        )
+    steps = settings.max_steps
+    if steps <= 0:
+        steps = max(1, math.ceil(math.ceil(samples / settings.global_batch_size) * settings.epochs))
+    return steps, accumulation
 
 
-def check_identity(path: Path, identity: dict[str, Any], *, resuming: bool) -> None:
+def training_arguments(
+    settings: TrainSettings, work: Path, steps: int, accumulation: int
+) -> TrainingArguments:
+    """The Trainer's arguments; making them starts the process group under torchrun.
+
+    Raises:
+        PmodError: This machine cannot do what the recipe asks for.
+    """
+    on_gpu = torch.cuda.is_available()
+    if sharding() is not None and not on_gpu:
+        # Tried: on the CPU the Trainer silently runs DDP when FSDP is asked for.
+        raise PmodError(
+            "FSDP and DeepSpeed need a GPU: on the CPU the Trainer would silently run DDP in their place",
+            "start it with torchrun and no --config_file, which is DDP",
+        )
+    if settings.dtype == "float16" and not on_gpu:
+        raise PmodError("train.dtype=float16 needs a GPU", "bfloat16 and float32 run on the CPU")
+    try:
+        return TrainingArguments(
+            output_dir=str(work),
+            max_steps=steps,
+            per_device_train_batch_size=settings.micro_batch_size,
+            gradient_accumulation_steps=accumulation,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.lr_scheduler,
+            warmup_steps=math.ceil(steps * settings.warmup_ratio),
+            weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+            adam_beta2=settings.adam_beta2,
+            bf16=settings.dtype == "bfloat16",
+            fp16=settings.dtype == "float16",
+            # Worker processes cost more than they bring where the model itself runs on the CPU.
+            dataloader_num_workers=settings.num_workers if on_gpu else 0,
+            dataloader_pin_memory=on_gpu,
+            logging_steps=settings.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=settings.save_steps,
+            save_total_limit=KEPT_CHECKPOINTS,
+            report_to=list(settings.report_to) or "none",
+            seed=settings.seed,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            ddp_find_unused_parameters=False,
+            use_cpu=not on_gpu,
+        )
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise PmodError(f"this machine cannot run the recipe: {first_line(error)}") from error
+
+
+def check_identity(work: Path, recipe: Recipe, model: str | Path, data: str, resuming: bool) -> None:
     """Refuse to resume with other data, another recipe or another model; write down what this run is.
+
+    Args:
+        work: The training folder; ``run.json`` in it says what the run was begun with.
+        recipe: The resolved recipe.
+        model: The checkpoint that training starts from.
+        data: SHA-256 of the data.
+        resuming: Whether there is a checkpoint to go on from.
 
     Raises:
         PmodError: Something changed.
     """
+    train = recipe.train.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
+    identity = {"data": data, "recipe": train, "model": str(model)}
+    path = work / "run.json"
     if resuming and path.exists():
-        before = json.loads(path.read_text())
+        before = read_json(path)
         changed = [key for key, value in identity.items() if before.get(key) != value]
         if changed:
             raise PmodError(
-                f"cannot resume {path.parent}: the {' and the '.join(changed)} changed since it was begun",
+                f"cannot resume {work}: the {' and the '.join(changed)} changed since it was begun",
                 "--force (without --resume) starts anew",
             )
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(identity, indent=2))
-    temporary.replace(path)
+    write_json(path, identity)

@@ -1,9 +1,22 @@
-"""transformers' Trainer with our order of samples, checkpoints that are complete or absent, and a stop at NaN."""
+"""transformers' Trainer with our order of samples, checkpoints that are complete or absent, and a stop at NaN.
+
+Everything of transformers and accelerate that is private, or changed behind their backs, stands in this file. It holds
+for transformers 5.17 to 5.x and accelerate 1.10 to 1.x; `tests/training/test_patches.py` fails when upstream moves it:
+
+- ``Trainer._get_train_sampler``: our order; there is no argument for a sampler.
+- ``Trainer._run_epoch``: a run that was killed after its last step must not take one more.
+- ``Trainer._get_grad_norm``: called once per optimizer step, just before it: a loss or gradient that is not finite must
+  not reach the weights. ``on_pre_optimizer_step`` does not get the norm.
+- ``Trainer._load_from_checkpoint``: it takes the file's names as they are, with ``strict=False``. A LLaVA's file has
+  other names than the model (``language_model.model...``), so it would silently go on from the initial weights.
+- ``Trainer._get_output_dir`` and ``_save_checkpoint``: a checkpoint is written aside and renamed into place.
+- ``fsdp_plugin.transformer_cls_names_to_wrap``: a p-MoD model has decoder layers of two classes, and the launcher's
+  config file cannot know which.
+"""
 
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,29 +26,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback
 
-from pmod_cli.data.bad_samples import BadSampleLog
-from pmod_cli.data.collate import BatchNotes
-from pmod_cli.data.sampler import OrderedSampler
-from pmod_cli.output.errors import GateError, PmodError
-from pmod_cli.training.parts import PartCount
+from pmod_cli.data.batches import BatchNotes, OrderedSampler
+from pmod_cli.modeling.names import is_router
+from pmod_cli.output.errors import GateError, PmodError, first_line
+from pmod_cli.training.model import PartCount
+from pmod_cli.training.monitor import BadSampleLog
 
-ROUTER = re.compile(r"(^|\.)router\.")
 STAGING = "saving"
 """Folder, beside the checkpoints, in which the next one is written before it is renamed into place."""
 KEPT_CHECKPOINTS = 2
 
 
 class PmodTrainer(Trainer):
-    """See the module.
+    """The Trainer, with the changes that the module lists.
 
     Args:
         sampler: The order of the samples.
         bad: Counts the samples that were replaced.
         router_learning_rate: For the routers; the others' if None.
-        weights_loaded: The model already has the weights of the checkpoint that is resumed from. The Trainer
-            would load the file's names as they are, with ``strict=False``; a LLaVA's file has other names than
-            the model (``language_model.model...``), so it would silently go on from the initial weights.
+        weights_loaded: The model already has the weights of the checkpoint that is resumed from.
         **kwargs: The Trainer's.
     """
 
@@ -56,6 +67,22 @@ class PmodTrainer(Trainer):
         self._step_losses: list[Tensor] = []
         self._samples = self._tokens = 0
         self._since = time.perf_counter()
+        # The monitor shows the progress; the Trainer's own callback prints dicts to stdout.
+        self.remove_callback(PrinterCallback)
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.transformer_cls_names_to_wrap = _layer_classes(self.model)
+
+    def gathered_weights(self) -> dict[str, Tensor] | None:
+        """The whole state dict of a sharded model, on the main process; None where every process has it all.
+
+        All processes must call it.
+        """
+        self.accelerator.wait_for_everyone()
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            return None
+        weights: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        return weights
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OrderedSampler:
         return self.sampler
@@ -165,9 +192,14 @@ class PmodTrainer(Trainer):
         )
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a training folder, by step."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -197,13 +229,20 @@ def unwritable(error: BaseException) -> str | None:
     """Why a file could not be written, if that is what the error says; torch and safetensors have their own."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    message = str(error).strip().splitlines()[0] if str(error).strip() else ""
     writers = ("PytorchStreamWriter", "inline_container", "I/O error", "IoError", "No space left")
-    return message if any(word in str(error) for word in writers) else None
+    return first_line(error) if any(word in str(error) for word in writers) else None
+
+
+def _layer_classes(network: nn.Module) -> list[str]:
+    """Class names of the layers that FSDP shards one by one: the decoder's, dense or not, and the tower's."""
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    names = {type(layer).__name__ for layers in lists for layer in layers}
+    return sorted(name for name in names if "Layer" in name)
 
 
 def _split_group(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> None:
-    routers = {id(p) for name, p in model.named_parameters() if ROUTER.search(name) and p.requires_grad}
+    """Move the routers of each parameter group into one of their own, with their own learning rate."""
+    routers = {id(p) for name, p in model.named_parameters() if is_router(name) and p.requires_grad}
     for group in list(optimizer.param_groups):
         ours = [p for p in group["params"] if id(p) in routers]
         if ours:

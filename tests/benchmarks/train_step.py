@@ -22,7 +22,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from pmod_cli.families.llava import PmodLlavaConfig, PmodLlavaForConditionalGeneration
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.recipe import ModSettings
-from pmod_cli.training.parts import freeze
+from pmod_cli.training.model import freeze
 
 IMAGE_TOKEN = 5
 DEMO_TOWER = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4}

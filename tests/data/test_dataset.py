@@ -12,17 +12,16 @@ import torch
 from PIL import Image
 
 from pmod_cli.data.aspect import apply_aspect
+from pmod_cli.data.batches import Collator, EncodedDataset, OrderedSampler, longest_sample
 from pmod_cli.data.check import check_data
-from pmod_cli.data.collate import Collator, EncodedDataset, longest_sample
 from pmod_cli.data.dataset import ConversationData, open_data
-from pmod_cli.data.records import BadSample, Sample, Turn
-from pmod_cli.data.sampler import OrderedSampler
+from pmod_cli.data.records import BadSample, Conversation, Turn
 from pmod_cli.output.errors import PmodError
 
 
 def _samples():
     return [
-        Sample(
+        Conversation(
             str(i), ("x.png",) if i % 3 else (), (Turn("user", "a" * (i * 37 % 101)), Turn("assistant", "b"))
         )
         for i in range(101)

@@ -93,7 +93,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_in_the_same_step(pmod_start,
 def test_a_blank_image_for_text_changes_nothing(pmod_start, demo_data, processor):
     from transformers import AutoModelForImageTextToText
 
-    from pmod_cli.data.collate import Collator, EncodedDataset
+    from pmod_cli.data.batches import Collator, EncodedDataset
     from pmod_cli.data.dataset import ConversationData, open_data
 
     data = ConversationData(open_data(*demo_data))

@@ -8,8 +8,8 @@ import torch
 from pmod_cli.modeling.schedule import shifted_cosine
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.recipe import default_recipe, load_recipe
-from pmod_cli.training.memory import Subject, describe, estimate
-from pmod_cli.training.parts import freeze
+from pmod_cli.training.memory import Workload, describe, estimate
+from pmod_cli.training.model import freeze
 from tests.common.tiny import IMAGE, pictures, prompt, tiny_model
 
 WIDE = {"hidden_size": 128, "intermediate_size": 320, "vocab_size": 1000}
@@ -64,7 +64,7 @@ def test_activations_are_what_a_forward_pass_keeps(mod, dtype):
 
 def _seven_billion(**changes):
     """LLaVA-1.5-7B as numbers."""
-    return Subject(
+    return Workload(
         **{
             "trained": 6_759_000_000,
             "frozen": 304_000_000,

@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pmod_cli.modeling.layer import MoDDecoderLayer
 from pmod_cli.output.errors import GateError, PmodError
+from pmod_cli.training.callbacks import RatioWarmup
 from pmod_cli.training.finetune import finetune
 from pmod_cli.training.finish import save_result
 from pmod_cli.training.monitor import read_metrics
-from pmod_cli.training.warmup import RatioWarmup
 
 
 def _tensors(folder):
@@ -159,9 +159,9 @@ def test_routers_and_loss_go_to_tensorboard_and_into_a_picture(pmod_start, demo_
 
 
 def test_statistics_of_routers_by_hand(pmod_start, demo_data, processor):
-    from pmod_cli.data.collate import Collator, EncodedDataset
+    from pmod_cli.data.batches import Collator, EncodedDataset
     from pmod_cli.data.dataset import ConversationData, open_data
-    from pmod_cli.training.probe import make_probe, router_statistics
+    from pmod_cli.training.monitor import make_probe, router_statistics
 
     data = ConversationData(open_data(*demo_data))
     dataset = EncodedDataset(data.samples, data.pictures, processor, 2048)
@@ -291,7 +291,7 @@ def test_bad_samples_are_replaced_counted_and_in_the_end_too_many(pmod_start, de
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(
     pmod_start, demo_data, tmp_path, recipe, monkeypatch
 ):
-    from pmod_cli.training.parts import PartCount
+    from pmod_cli.training.model import PartCount
     from pmod_cli.training.trainer import checkpoint_bytes
 
     finetune(pmod_start, *demo_data, tmp_path / "first", recipe=recipe(max_steps=1))

@@ -1,26 +1,32 @@
-"""Samples to batches: image processing, expansion of image placeholders, padding. Runs in the loader's workers."""
+"""Samples to batches: their order, image processing, expansion of image placeholders, padding.
+
+Encoding and padding run in the data loader's workers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from pmod_cli.data.chat import IGNORED, ChatEncoder, Encoded
 from pmod_cli.data.pictures import Pictures
-from pmod_cli.data.records import BadSample, Sample
+from pmod_cli.data.records import BadSample, Conversation
 from pmod_cli.output.errors import PmodError
 
-_TURN = 64
+_TEMPLATE_TOKENS = 64
 """Tokens, at most, that a chat template puts around a turn."""
+
+_MEGABATCH = 50
+"""Global batches among which samples of like length are brought together."""
 
 
 @dataclass(frozen=True)
-class Item:
+class Example:
     """An encoded sample with its decoded images, and the samples it stands in for: (id, reason) each."""
 
     id: str
@@ -38,7 +44,7 @@ class BatchNotes:
     tokens: int
 
 
-class EncodedDataset(Dataset[Item]):
+class EncodedDataset(Dataset[Example]):
     """Encodes samples when they are asked for; a bad one is replaced by the next good one.
 
     Args:
@@ -49,7 +55,7 @@ class EncodedDataset(Dataset[Item]):
     """
 
     def __init__(
-        self, samples: Sequence[Sample], pictures: Pictures, processor: Any, max_length: int
+        self, samples: Sequence[Conversation], pictures: Pictures, processor: Any, max_length: int
     ) -> None:
         self.samples, self.pictures, self.processor = samples, pictures, processor
         self.encoder = ChatEncoder(processor, max_length)
@@ -57,18 +63,18 @@ class EncodedDataset(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, index: int) -> Example:
         replaced: list[tuple[str, str]] = []
         for step in range(len(self.samples)):
             sample = self.samples[(index + step) % len(self.samples)]
             try:
                 images = [self.pictures.load(name) for name in sample.images]
-                return Item(sample.id, self.encode(sample, images), images, tuple(replaced))
+                return Example(sample.id, self.encode(sample, images), images, tuple(replaced))
             except BadSample as error:
                 replaced.append((sample.id, str(error)))
         raise PmodError(f"no sample can be used; the first: {replaced[0][1]}", "see pmod data check")
 
-    def encode(self, sample: Sample, images: Sequence[Image.Image]) -> Encoded:
+    def encode(self, sample: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Token ids and labels of a sample whose images are at hand."""
         return self.encoder.encode(sample.turns, image_token_numbers(self.processor, images))
 
@@ -91,9 +97,9 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
     sizes = [tuple(pinpoint) for pinpoint in pinpoints]
     picture = max(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
 
-    def lengths(sample: Sample) -> tuple[int, int]:
+    def lengths(sample: Conversation) -> tuple[int, int]:
         vision = picture * len(sample.images)
-        text = sum(len(turn.text.encode()) + _TURN for turn in sample.turns) + _TURN
+        text = sum(len(turn.text.encode()) + _TEMPLATE_TOKENS for turn in sample.turns) + _TEMPLATE_TOKENS
         tokens = min(text + vision, dataset.encoder.max_length)
         return tokens, min(vision, tokens)
 
@@ -105,9 +111,9 @@ class Collator:
 
     Args:
         processor: The model's processor.
-        image_for_text: Give a batch without images a blank one after the end of its first row, out of the loss
-            and, by causality, out of everybody's sight, so that the projector takes part on every rank
-            (distributed training waits for it).
+        image_for_text: Give a batch without images a blank one, so that the projector takes part on every rank
+            (distributed training waits for it). It stands after the end of the first row: it is not in the loss,
+            and no token before it attends to it.
     """
 
     def __init__(self, processor: Any, *, image_for_text: bool = False) -> None:
@@ -117,16 +123,16 @@ class Collator:
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
 
-    def __call__(self, items: Sequence[Item]) -> dict[str, Any]:
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """A batch of the model's inputs, and ``notes`` on it for the trainer.
 
         Labels are cut before the first answer, and ``logits_to_keep`` has the model's head leave out the same
         tokens, most of them vision tokens: the loss is the same, without their logits.
         """
-        ids = [item.encoded.input_ids for item in items]
-        labels = [item.encoded.labels for item in items]
+        ids = [example.encoded.input_ids for example in examples]
+        labels = [example.encoded.labels for example in examples]
         mask = [[1] * len(row) for row in ids]
-        images = [image for item in items for image in item.images]
+        images = [image for example in examples for image in example.images]
         if not images and self.image_for_text:
             images = [Image.new("RGB", (64, 64))]
             blank = image_token_numbers(self.processor, images)[0]
@@ -149,12 +155,61 @@ class Collator:
         if images:
             batch |= self.processor.image_processor(images, return_tensors="pt")
         batch["notes"] = BatchNotes(
-            [item.id for item in items],
-            [pair for item in items for pair in item.replaced],
-            sum(len(item.encoded.input_ids) for item in items),
+            [example.id for example in examples],
+            [pair for example in examples for pair in example.replaced],
+            sum(len(example.encoded.input_ids) for example in examples),
         )
         return batch
 
 
 def _first_label(labels: Sequence[int]) -> int:
     return next(index for index, label in enumerate(labels) if label != IGNORED)
+
+
+class OrderedSampler(Sampler[int]):
+    """Shuffled anew every epoch, from the seed.
+
+    Args:
+        samples: The data set.
+        seed: Of the order.
+        group: If given, samples of like length and modality share batches of this size (LLaVA's
+            ``group_by_modality_length``): a batch is all with images or all without, longest first within.
+    """
+
+    def __init__(self, samples: Sequence[Conversation], seed: int, group: int | None = None) -> None:
+        self.samples, self.seed, self.group = samples, seed, group
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        if self.group is None:
+            return iter(torch.randperm(len(self.samples), generator=generator).tolist())
+        return iter(_grouped_order(self.samples, self.group, generator))
+
+
+def _grouped_order(samples: Sequence[Conversation], size: int, generator: torch.Generator) -> list[int]:
+    """An order whose consecutive ``size`` samples are of one modality and of like length.
+
+    The remainders of both modalities come last, in one mixed batch or two.
+    """
+    lengths = [sum(len(turn.text) for turn in sample.turns) for sample in samples]
+    batches: list[list[int]] = []
+    rest: list[int] = []
+    for with_images in (True, False):
+        those = [index for index, sample in enumerate(samples) if bool(sample.images) == with_images]
+        shuffled = [those[i] for i in torch.randperm(len(those), generator=generator).tolist()]
+        for start in range(0, len(shuffled), size * _MEGABATCH):
+            mega = shuffled[start : start + size * _MEGABATCH]
+            mega.sort(key=lambda index: -lengths[index])
+            groups = [mega[i : i + size] for i in range(0, len(mega), size)]
+            batches += [group for group in groups if len(group) == size]
+            rest += [index for group in groups if len(group) < size for index in group]
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return [index for i in order for index in batches[i]] + rest
