@@ -207,14 +207,15 @@ class _Demo:
         )
 
     def profile(self) -> dict[str, Any]:
-        from pmod_cli.profiling.profile import profile_checkpoint
+        from pmod_cli.profiling.profile import Settings, profile
+        from pmod_cli.profiling.subject import find_subject
 
         model, control = self.models / "pmod", self.models / "dense-control"
 
         def action() -> dict[str, Any]:
-            return profile_checkpoint(
-                model, control, latency=True, dtype="float32", new_tokens=16, batch=BATCH
-            ).to_dict()
+            subject = find_subject(str(model), baseline=str(control))
+            settings = Settings(dtype="float32", new_tokens=16, batch=BATCH)
+            return profile(subject, settings, {"device": "auto"}).to_dict()
 
         how = ["--latency", "--dtype", "float32", "--new-tokens", "16", "--batch", str(BATCH)]
         return self.steps.command(

@@ -193,10 +193,11 @@ def test_differences_computed_here_are_the_evaluation_s(evaluations):
 
 def profile_json(folder: Path, model: str, **settings: Any) -> Path:
     """A file with what ``pmod profile --json`` prints."""
-    from pmod_cli.profiling.profile import profile_checkpoint
+    from pmod_cli.profiling.profile import Settings, profile
+    from pmod_cli.profiling.subject import find_subject
 
     path = folder / "profile.json"
-    result = profile_checkpoint(model, **settings).to_dict()
+    result = profile(find_subject(model), Settings(**settings)).to_dict()
     path.write_text(json.dumps({"schema_version": 1, "command": "profile", "result": result}))
     return path
 
