@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -43,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.output.exists():
         parser.error(f"{options.output} exists: remove it or choose another --output")
-    with Progress() as bars:
+    with Progress(console=Console(stderr=True)) as bars:
         bar = bars.add_task("training the baseline", total=options.steps)
 
         def advance(done: int, total: int, figures: dict[str, float]) -> None:
