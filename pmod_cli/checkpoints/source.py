@@ -142,11 +142,6 @@ def check_exists(name: str | Path, what: str = "folder") -> None:
         raise PmodError(f"no {what} {name}", "give a folder or a hub id such as llava-hf/llava-1.5-7b-hf")
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name can only be a repository on the hub: one slash, no path's beginning, and no path that exists."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
-
-
 def open_source(
     name: str | Path,
     *,

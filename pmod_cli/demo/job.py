@@ -165,7 +165,8 @@ class _Demo:
         self.steps.run("baseline", files, copy)
 
     def convert(self) -> None:
-        from pmod_cli.conversion.convert import convert, plan_conversion
+        from pmod_cli.conversion.convert import convert
+        from pmod_cli.conversion.plan import plan_conversion
         from pmod_cli.recipe import load_recipe
 
         source, output = self.models / "baseline", self.models / "pmod-start"
