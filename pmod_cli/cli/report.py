@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
+from pmod_cli.cli.options import AsJson, Force
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stderr, stdout
 
@@ -30,8 +31,8 @@ def report_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The page; a Markdown file is put beside it.")
     ] = Path("report.html"),
-    force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
 ) -> None:
     """Collect recipe, cost, accuracy, training curves and changed answers of runs into one page."""
     with starting("report"):
@@ -43,5 +44,5 @@ def report_command(
     if as_json:
         emit_json("report", result)
         return
-    stdout.print(result["files"]["html"], markup=False, soft_wrap=True)
-    stdout.print(result["files"]["markdown"], markup=False, soft_wrap=True)
+    for kind in ("html", "markdown"):
+        stdout.print(result["files"][kind], markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from pmod_cli.demo import data, world
 from pmod_cli.demo.steps import Steps
 from pmod_cli.extras import require, require_if_installed
 from pmod_cli.output.errors import GateError
-from pmod_cli.output.files import write_json
+from pmod_cli.output.files import tag, write_json
 
 BASELINE = Path(__file__).parent / "assets" / "baseline"
 """The trained baseline that travels with the package (see ``docs/demo.md``)."""
@@ -120,7 +120,7 @@ def run_demo(
         "models": {str(demo.models / name): label for name, label in LABELS.items()},
         "files": {name: str(path) for name, path in files.items()},
     }
-    write_json(files["json"], report)  # before the page, which takes the models' names from it
+    write_json(files["json"], tag("demo") | report)  # before the page, which takes the models' names from it
     write_report([folder], files["report"], force=True)
     return report
 

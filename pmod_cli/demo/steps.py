@@ -12,7 +12,7 @@ from typing import Any
 
 from pmod_cli import __version__
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import read_json, write_json
+from pmod_cli.output.files import read_json, tag, write_json
 
 
 class Steps:
@@ -33,7 +33,9 @@ class Steps:
         self.seconds: dict[str, float] = {}
         self._digests: dict[str, str] = {}
 
-    def run(self, name: str, key: Any, action: Callable[[], Any], needs: Sequence[str] = ()) -> Any:
+    def run(
+        self, name: str, key: Any, action: Callable[[], Any], needs: Sequence[str] = (), command: str = "demo"
+    ) -> Any:
         """The result of a step, from its file if it is finished.
 
         Args:
@@ -41,8 +43,9 @@ class Steps:
             key: Its arguments, in what JSON can write.
             action: Does the work and returns what JSON can write.
             needs: Steps that it builds on, run before.
+            command: Whose result it is; `pmod report` reads it.
         """
-        parts = [__version__, key, [self._digests[need] for need in needs]]
+        parts = [__version__, command, key, [self._digests[need] for need in needs]]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         self._digests[name] = digest
         path = self.folder / f"{name}.json"
@@ -57,7 +60,8 @@ class Steps:
         started = time.perf_counter()
         result = action()
         self.seconds[name] = time.perf_counter() - started
-        write_json(path, {"digest": digest, "seconds": self.seconds[name], "result": result})
+        known = {"digest": digest, "seconds": self.seconds[name]}
+        write_json(path, tag(command) | known | {"result": result})
         return json.loads(json.dumps(result))  # as the next run will read it: no tuples, no integer keys
 
     def command(
@@ -77,4 +81,4 @@ class Steps:
             self.announce(f"[bold cyan]$ pmod {shlex.join(typed)}[/bold cyan]")
             return action()
 
-        return self.run(name, typed, announced, needs)
+        return self.run(name, typed, announced, needs, command=typed[0])

@@ -1,15 +1,15 @@
-"""The tasks that lmms-eval knows, and those of the user's own folders; the version tried is 0.7.3."""
+"""The tasks that lmms-eval knows, and those of the user's own folders."""
 
 from __future__ import annotations
 
 import difflib
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.extras import require
+from pmod_cli.evaluation import patches
+from pmod_cli.extras import reason, require
 from pmod_cli.output.errors import PmodError
 
 
@@ -22,20 +22,7 @@ def import_lmms_eval() -> None:
     """
     require("datasets")  # first, because lmms-eval would only say that it lacks it
     require("lmms_eval")
-    import lmms_eval.evaluator
-    from loguru import logger
-    from PIL import ImageFile
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    # lmms-eval points loguru at stdout, where only results belong.
-    logger.remove()
-    logger.add(sys.stderr, level="ERROR")
-    # One progress bar is enough, and it is ours.
-    lmms_eval.evaluator.tqdm = lmms_eval.api.task.tqdm = lambda *args, **options: tqdm(
-        *args, **(options | {"disable": True})
-    )
-    # It lets Pillow fill up cut-off pictures with grey: such a sample is to be reported, not answered.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    patches.quiet()
 
 
 class UnknownTaskError(PmodError):
@@ -113,7 +100,7 @@ class Tasks:
         try:
             return self.manager._get_config(name)
         except Exception as error:
-            raise PmodError(f"task {name} cannot be loaded: {_words(error)}") from error
+            raise PmodError(f"task {name} cannot be loaded: {reason(error)}") from error
 
     def load(self, name: str) -> Any:
         """Load a task with its data.
@@ -128,9 +115,9 @@ class Tasks:
             return get_task_dict([name], self.manager, "simple")[name]
         except RetryError as error:
             cause: BaseException = error.last_attempt.exception() or error
-            raise PmodError(f"the data of task {name} cannot be had: {_words(cause)}") from cause
+            raise PmodError(f"the data of task {name} cannot be had: {reason(cause)}") from cause
         except Exception as error:
-            raise PmodError(f"task {name} cannot be loaded: {_words(error)}") from error
+            raise PmodError(f"task {name} cannot be loaded: {reason(error)}") from error
 
     def _covers(self, names: Sequence[str]) -> bool:
         try:
@@ -156,8 +143,3 @@ def folders_of(names: Sequence[str], root: Path) -> list[str]:
     # In the order of the names, each folder once.
     single = [next(iter(found[name])).parent for name in names if len(found.get(name, ())) == 1]
     return list(dict.fromkeys(str(folder) for folder in single))
-
-
-def _words(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"

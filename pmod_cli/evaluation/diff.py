@@ -1,115 +1,132 @@
-"""Two evaluations of the same tasks, sample by sample: which answers became right, which wrong."""
+"""Two evaluations of the same tasks, document by document: which answers became right, which wrong."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.source import read_json
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import read_json, read_json_lines
+
+Answers = dict[int, dict[str, Any]]
+"""One model's answers to a task. By document: ``prompt``, ``target``, ``answer``, ``score`` and more."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A sample whose score differs.
+    """A document whose score differs.
 
     Attributes:
         task: Name of the task.
         doc_id: Which document.
-        prompt: The question.
-        target: The right answer.
-        before: Answer and score in the first evaluation.
-        after: Answer and score in the second.
-        pictures: Where the document's pictures were written to.
+        before: The entry of `Answers` in the first evaluation.
+        after: The same in the second.
     """
 
     task: str
     doc_id: int
-    prompt: str
-    target: Any
     before: dict[str, Any]
     after: dict[str, Any]
-    pictures: list[str]
+
+    @property
+    def gain(self) -> float:
+        """Score after less score before."""
+        return self.after["score"] - self.before["score"]
 
 
-def differences(first: str | Path, second: str | Path, *, pictures: bool = True) -> dict[str, Any]:
-    """Compare the models of two output folders.
+@dataclass
+class Comparison:
+    """What differs between two models.
 
-    Args:
-        first: Output folder of one evaluation.
-        second: Output folder of the other; pictures of changed samples are written below it.
-        pictures: Whether to write them; that needs the tasks' data.
+    Attributes:
+        compared: Number of documents that both have a score for.
+        left_out: Number of documents of shared tasks that failed, do not count for the score, were asked with another
+            prompt, or are on one side alone.
+        worse: Documents with a lower score, by task and document.
+        better: Documents with a higher score, likewise.
+    """
+
+    compared: int = 0
+    left_out: int = 0
+    worse: list[Change] = field(default_factory=list)
+    better: list[Change] = field(default_factory=list)
+
+
+def read_answers(folder: Path, task: str, role: str = "model") -> Answers:
+    """One model's answers to a task, from an evaluation's folder; empty if they were not kept."""
+    rows = read_json_lines(folder / "samples" / f"{task}.jsonl")
+    return {
+        row["doc_id"]: {"prompt": row["prompt"], "target": row["target"]} | row[role]
+        for row in rows
+        if role in row
+    }
+
+
+def compare_answers(before: Mapping[str, Answers], after: Mapping[str, Answers]) -> Comparison:
+    """Compare two models on the tasks that both have, document by document."""
+    found = Comparison()
+    for task in sorted(before.keys() & after.keys()):
+        found.left_out += len(before[task].keys() ^ after[task].keys())
+        for doc_id in sorted(before[task].keys() & after[task].keys()):
+            change = Change(task, doc_id, before[task][doc_id], after[task][doc_id])
+            scores = change.before["score"], change.after["score"]
+            if change.before["prompt"] != change.after["prompt"] or None in scores:
+                found.left_out += 1
+                continue
+            found.compared += 1
+            if change.gain:
+                (found.better if change.gain > 0 else found.worse).append(change)
+    return found
+
+
+def differences(first: Path, second: Path) -> dict[str, Any]:
+    """Compare the models of two output folders; pictures of changed documents are written below the second.
 
     Returns:
-        ``compared``, ``better``, ``worse``, ``left_out`` (samples of shared tasks that failed, do not count for the
-        score, were asked otherwise, or are in one folder alone): numbers of samples; ``changed``: the changes, worse
-        ones first; ``tasks``: what was compared.
+        ``tasks``: what was compared; ``compared``, ``left_out``, ``better``, ``worse``: numbers of documents (see
+        `Comparison`); ``changed``: the changes, worse ones first.
 
     Raises:
         PmodError: A folder is not one of an evaluation, or they have no task in common.
     """
-    before, after = _samples(Path(first)), _samples(Path(second))
+    before, after = _all_answers(first), _all_answers(second)
     shared = sorted(before.keys() & after.keys())
     if not shared:
         raise PmodError(f"{first} and {second} have no task in common")
-    compared, left_out, changed = 0, 0, []
-    for task in shared:
-        left_out += len(before[task].keys() ^ after[task].keys())
-        for doc_id in before[task].keys() & after[task].keys():
-            old, new = before[task][doc_id], after[task][doc_id]
-            scores = old["model"]["score"], new["model"]["score"]
-            if old["prompt"] != new["prompt"] or None in scores:
-                left_out += 1
-                continue
-            compared += 1
-            if scores[0] != scores[1]:
-                changed.append((task, doc_id, old, new))
-    changed.sort(key=lambda entry: (_gain(entry[2], entry[3]) > 0, entry[0], entry[1]))
-    paths = _write_pictures([entry[:2] for entry in changed], Path(second)) if pictures and changed else {}
-    worse = sum(_gain(old, new) < 0 for _, _, old, new in changed)
+    found = compare_answers(before, after)
+    changed = [*found.worse, *found.better]
+    pictures = _write_pictures([(change.task, change.doc_id) for change in changed], second)
     return {
         "tasks": shared,
-        "compared": compared,
-        "left_out": left_out,
-        "better": len(changed) - worse,
-        "worse": worse,
+        "compared": found.compared,
+        "left_out": found.left_out,
+        "better": len(found.better),
+        "worse": len(found.worse),
         "changed": [
-            vars(
-                Change(
-                    task,
-                    doc_id,
-                    new["prompt"],
-                    new["target"],
-                    {key: old["model"][key] for key in ("answer", "score")},
-                    {key: new["model"][key] for key in ("answer", "score")},
-                    paths.get((task, doc_id), []),
-                )
-            )
-            for task, doc_id, old, new in changed
+            {
+                "task": change.task,
+                "doc_id": change.doc_id,
+                "prompt": change.after["prompt"],
+                "target": change.after["target"],
+                "before": {key: change.before[key] for key in ("answer", "score")},
+                "after": {key: change.after[key] for key in ("answer", "score")},
+                "pictures": pictures.get((change.task, change.doc_id), []),
+            }
+            for change in changed
         ],
     }
 
 
-def _gain(old: dict[str, Any], new: dict[str, Any]) -> float:
-    return new["model"]["score"] - old["model"]["score"]
-
-
-def _samples(folder: Path) -> dict[str, dict[int, dict[str, Any]]]:
-    # Only what the last results are of: samples of other tasks may be those of another model (--force).
+def _all_answers(folder: Path) -> dict[str, Answers]:
+    # Only those of the last results: samples of other tasks may be those of another model (--force).
     results = folder / "results.json"
     finished = read_json(results).get("tasks") if results.is_file() else None
     if not finished:
         raise PmodError(f"{folder} holds no evaluation", "give the --output folder of a finished `pmod eval`")
-    found = {}
-    for name in sorted(leaf for task in finished for leaf in task["tasks"]):
-        file = folder / "samples" / f"{name}.jsonl"
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        found[file.stem] = {row["doc_id"]: row for row in rows if "model" in row}
-    return found
+    return {leaf: read_answers(folder, leaf) for task in finished for leaf in task["tasks"]}
 
 
 def pictures_of(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[str, int], list[Any]]:
@@ -122,7 +139,9 @@ def pictures_of(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[s
     Returns:
         PIL images by task and document; of tasks whose data are gone there are none.
     """
-    settings = json.loads((folder / "results.json").read_text(encoding="utf-8"))["settings"]
+    if not wanted:
+        return {}
+    settings = read_json(folder / "results.json")["settings"]
     names = sorted({task for task, _ in wanted})
     catalogue = Tasks(names, settings.get("include_path") or [])
     found: dict[tuple[str, int], list[Any]] = {}

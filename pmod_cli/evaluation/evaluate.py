@@ -8,8 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pmod_cli.evaluation import paper
-from pmod_cli.evaluation import requirements as preflight
+from pmod_cli.evaluation import paper, requirements
 from pmod_cli.evaluation.catalogue import Tasks, import_lmms_eval
 from pmod_cli.evaluation.folder import OutputFolder, answers_cache
 from pmod_cli.evaluation.identity import checkpoint_folder
@@ -65,10 +64,10 @@ def evaluate(
     names = _expand(tasks)
     sources = {"baseline": baseline, "model": model} if baseline is not None else {"model": model}
     with ExitStack() as stack:
-        stack.enter_context(preflight.offline_mode(offline))
+        stack.enter_context(requirements.offline_mode(offline))
         catalogue = Tasks(names, paths)
         checkpoints = [source for source in sources.values() if isinstance(source, (str, Path))]
-        leaves = preflight.check(catalogue, names, checkpoints=checkpoints, offline=offline)
+        leaves = requirements.check(catalogue, names, checkpoints=checkpoints, offline=offline)
         join(settings.device)
         if output is None:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -101,7 +100,7 @@ def prepare(
     names = _expand(tasks)
     catalogue = Tasks(names, include_path)
     checkpoints = list(checkpoints)
-    leaves = preflight.check(catalogue, names, checkpoints=checkpoints, preparing=True)
+    leaves = requirements.check(catalogue, names, checkpoints=checkpoints, preparing=True)
     for source in checkpoints:
         checkpoint_folder(source)
     return {

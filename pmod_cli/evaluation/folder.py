@@ -16,8 +16,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.evaluation.results import EvalResult
 from pmod_cli.evaluation.store import AnswerStore
+from pmod_cli.evaluation.tables import markdown
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import read_json, tag, write_file, write_json
 
 
 def answers_cache() -> Path:
@@ -51,8 +54,8 @@ class OutputFolder:
             PmodError: If it does.
         """
         try:
-            previous = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            previous = read_json(self.path / "results.json")
+        except PmodError:
             return
         for role in ("model", "baseline"):
             before = (previous.get(role) or {}).get("fingerprint")
@@ -76,7 +79,7 @@ class OutputFolder:
         return AnswerStore(folder, rank, fresh, processes)
 
     def write_samples(self, task: str, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        """Write a task's samples, one line a document.
+        """Write a task's samples, one line per document.
 
         Args:
             task: Name of the task.
@@ -90,14 +93,9 @@ class OutputFolder:
                 for role, sample in zip(runs, samples, strict=True)
             }
             lines.append(json.dumps(shared | own, default=str))
-        self._write(self.path / "samples" / f"{task}.jsonl", "\n".join(lines) + "\n")
+        write_file(self.path / "samples" / f"{task}.jsonl", "\n".join(lines) + "\n")
 
-    def write_results(self, result: Mapping[str, Any], report: str) -> None:
+    def write_results(self, result: EvalResult) -> None:
         """Write ``results.json`` and ``report.md``."""
-        self._write(self.path / "results.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
-        self._write(self.path / "report.md", report)
-
-    def _write(self, path: Path, text: str) -> None:
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
+        write_json(self.path / "results.json", tag("eval") | result.to_dict())
+        write_file(self.path / "report.md", markdown(result))

@@ -1,14 +1,13 @@
-"""How to evaluate, as the user says it."""
+"""How to evaluate, as the user says it. Imports nothing that is slow: ``pmod --help`` reads it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 from pmod_cli.devices import check_dtype, find_device
-from pmod_cli.evaluation.batching import parse_batch_size
-from pmod_cli.generation import IMAGE_BACKEND
 from pmod_cli.output.errors import PmodError
 
 Progress = Callable[[str, str, int, int], None]
@@ -25,7 +24,7 @@ class EvalSettings:
         max_new_tokens: Upper limit on the tasks' own.
         dtype: See `VisionLanguageModel.load`.
         device: See `VisionLanguageModel.load`.
-        image_backend: See `VisionLanguageModel.load`.
+        image_backend: See `VisionLanguageModel.load`; the default is `pmod_cli.generation.IMAGE_BACKEND`.
         attn_implementation: See `VisionLanguageModel.load`.
     """
 
@@ -34,7 +33,7 @@ class EvalSettings:
     max_new_tokens: int | None = None
     dtype: str = "auto"
     device: str | None = None
-    image_backend: str = IMAGE_BACKEND
+    image_backend: str = "pil"
     attn_implementation: str | None = None
 
     def check(self) -> None:
@@ -43,6 +42,8 @@ class EvalSettings:
         Raises:
             PmodError: Naming the option.
         """
+        from pmod_cli.evaluation.batching import parse_batch_size
+
         try:
             parse_batch_size(self.batch_size)
         except ValueError:
@@ -50,6 +51,29 @@ class EvalSettings:
         document_limit("", self.limit, 1)
         check_dtype(self.dtype)
         find_device(self.device)
+
+
+@dataclass(frozen=True)
+class EvalOptions(EvalSettings):
+    """All options of ``pmod eval``; `pmod_cli.cli.eval` has each option's help."""
+
+    batch_size: str = "auto"
+    model: str | None = None
+    tasks: str = ""
+    baseline: str | None = None
+    output: Path | None = None
+    include_path: list[Path] | None = None
+    minimum: list[str] | None = None
+    max_drop: float | None = None
+    offline: bool = False
+    prepare: bool = False
+    diff: tuple[Path, Path] | None = None
+    force: bool = False
+    as_json: bool = False
+
+    def settings(self) -> EvalSettings:
+        """Those that say how to evaluate."""
+        return EvalSettings(**{field.name: getattr(self, field.name) for field in fields(EvalSettings)})
 
 
 def document_limit(task: str, limit: float | None, total: int) -> int | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pmod_cli.evaluation import paper, stats
+from pmod_cli.evaluation import stats
 from pmod_cli.evaluation.harness import TaskRun
 from pmod_cli.evaluation.metrics import Metric, metric_of, sample_score, strata_of
 from pmod_cli.evaluation.stats import Difference, Strata, Stratum
+
+Errors = dict[str, dict[str, dict[str, str]]]
+"""By role, task, and what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Without the strata."""
-        return {key: getattr(self, key) for key in ("value", "stderr", "samples", "failed", "metrics")}
+        return {key: value for key, value in vars(self).items() if key != "strata"}
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,7 @@ class TaskResult:
     def to_dict(self) -> dict[str, Any]:
         """As it stands in ``results.json``."""
         difference = self.difference
-        return {
-            "name": self.name,
-            "tasks": self.tasks,
-            "metric": self.metric,
-            "scale": self.scale,
+        return vars(self) | {
             "model": self.model.to_dict(),
             "baseline": self.baseline.to_dict() if self.baseline else None,
             "difference": vars(difference) | {"significant": difference.significant} if difference else None,
@@ -74,21 +73,37 @@ class TaskResult:
 
 
 @dataclass(frozen=True)
+class PaperRow:
+    """One line of the paper's tables.
+
+    Attributes:
+        label: Whose scores.
+        values: By column; None where there is none.
+        average: Over all columns, or None if one is missing.
+    """
+
+    label: str
+    values: dict[str, float | None]
+    average: float | None
+
+
+@dataclass(frozen=True)
 class EvalResult:
     """A whole evaluation.
 
     Attributes:
-        tasks: One result a requested task, in the order asked for.
+        tasks: One result per requested task, in the order asked for.
         complete: Whether all requested tasks are among them.
         model: What was evaluated: path, fingerprint, how it ran.
         baseline: The same of the baseline.
-        environment: Versions, seeds, host.
+        environment: Versions, seeds, number of processes.
         settings: What the user asked for.
         task_info: Version, generation settings and data of each task.
-        failures: Failed samples by role and task, each with its error.
-        broken_metrics: Metrics whose aggregation raised, likewise.
+        failures: Errors by role, task and failed sample.
+        broken_metrics: Errors by role, task and metric whose aggregation raised.
         started: When, in UTC.
         seconds: Wall time.
+        paper: The paper's two tables, if all of its tasks were evaluated.
     """
 
     tasks: list[TaskResult]
@@ -98,10 +113,11 @@ class EvalResult:
     environment: dict[str, Any]
     settings: dict[str, Any]
     task_info: dict[str, dict[str, Any]]
-    failures: dict[str, dict[str, dict[str, str]]]
-    broken_metrics: dict[str, dict[str, dict[str, str]]]
+    failures: Errors
+    broken_metrics: Errors
     started: str
     seconds: float
+    paper: list[list[PaperRow]] = field(default_factory=list)
 
     @property
     def failed_samples(self) -> int:
@@ -111,20 +127,13 @@ class EvalResult:
     @property
     def first_failure(self) -> str | None:
         """The first of them, in words."""
-        for role, tasks in self.failures.items():
-            for task, errors in tasks.items():
-                for sample, error in errors.items():
-                    return f"the first is {role}, {task}, {sample}: {error}"
-        return None
+        first = _first(self.failures)
+        return f"the first is {first}" if first else None
 
     @property
     def first_broken_metric(self) -> str | None:
         """The first metric that could not be aggregated, in words."""
-        for role, tasks in self.broken_metrics.items():
-            for task, errors in tasks.items():
-                for metric, error in errors.items():
-                    return f"{role}, {task}, {metric}: {error}"
-        return None
+        return _first(self.broken_metrics)
 
     @property
     def without_score(self) -> list[str]:
@@ -135,29 +144,22 @@ class EvalResult:
             if task.model.value is None or (task.baseline and task.baseline.value is None)
         ]
 
-    def score(self, task: str) -> float | None:
-        """The model's score on a requested task."""
-        return next(result.model.value for result in self.tasks if result.name == task)
-
     def to_dict(self) -> dict[str, Any]:
         """As it stands in ``results.json``; the schema is in ``docs/evaluate.md``."""
-        return {
-            "complete": self.complete,
+        return vars(self) | {
             "tasks": [task.to_dict() for task in self.tasks],
-            "paper": [[row.to_dict() for row in table] for table in paper.tables(self)],
-            "model": self.model,
-            "baseline": self.baseline,
-            "environment": self.environment,
-            "settings": self.settings,
-            "task_info": self.task_info,
+            "paper": [[vars(row) for row in table] for table in self.paper],
             "failed_samples": self.failed_samples,
-            "failures": {
-                role: {k: v for k, v in tasks.items() if v} for role, tasks in self.failures.items()
-            },
-            "broken_metrics": self.broken_metrics,
-            "started": self.started,
             "seconds": round(self.seconds, 3),
         }
+
+
+def _first(errors: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str | None:
+    for role, tasks in errors.items():
+        for task, named in tasks.items():
+            for name, error in named.items():
+                return f"{role}, {task}, {name}: {error}"
+    return None
 
 
 def score_task(runs: Sequence[TaskRun], configs: Sequence[dict[str, Any]]) -> tuple[Score, Metric | None]:
@@ -188,7 +190,7 @@ def score_task(runs: Sequence[TaskRun], configs: Sequence[dict[str, Any]]) -> tu
 
 
 def compare(model: Score, baseline: Score | None) -> Difference | None:
-    """The model's score less the baseline's, or None where there is no baseline or no knowing how sure it is."""
+    """The model's score less the baseline's; None without a baseline, or if what a score is made of is not known."""
     if baseline is None or model.strata is None or baseline.strata is None:
         return None
     return stats.difference(model.strata, baseline.strata)

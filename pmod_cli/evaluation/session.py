@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.devices import rank, world_size
-from pmod_cli.evaluation import identity
-from pmod_cli.evaluation import tables as report
+from pmod_cli.evaluation import identity, paper
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.evaluation.folder import OutputFolder
 from pmod_cli.evaluation.harness import SEEDS, TaskRun, run_task
@@ -82,7 +82,7 @@ class Evaluation:
             del lm
         result = self.result()
         if self.keep and rank() == 0:
-            self.folder.write_results(result.to_dict(), report.markdown(result))
+            self.folder.write_results(result)
         return result
 
     def _run_task(self, lm: PmodLmms, role: str, task: Any, fresh: bool) -> None:
@@ -108,8 +108,7 @@ class Evaluation:
             metric = metric_of(leaf, self.configs[leaf], run.metrics)
             rows = {r: sample_rows(done[leaf], metric) for r, done in self.runs.items() if leaf in done}
             self.folder.write_samples(leaf, rows)
-            result = self.result()
-            self.folder.write_results(result.to_dict(), report.markdown(result))
+            self.folder.write_results(self.result())
 
     def _store(self, lm: PmodLmms, role: str, task: Any, fresh: bool) -> AnswerStore | None:
         """Where this model's answers to this task are kept; a model in memory has no fingerprint to keep them by."""
@@ -160,13 +159,18 @@ class Evaluation:
 
     def result(self) -> EvalResult:
         """What is known by now."""
-        tasks = []
         for name, group in self.leaves.items():
             if name not in self.scored and all(leaf in self.runs["model"] for leaf in group):
                 self.scored[name] = self._score(name, group)
-            if name in self.scored:
-                tasks.append(self.scored[name])
-        return EvalResult(
+        tasks = [self.scored[name] for name in self.leaves if name in self.scored]
+        failures, broken_metrics = (
+            {
+                role: {leaf: errors for leaf, run in done.items() if (errors := errors_of(run))}
+                for role, done in self.runs.items()
+            }
+            for errors_of in (_failures, lambda run: run.broken_metrics)
+        )
+        result = EvalResult(
             tasks=tasks,
             complete=len(tasks) == len(self.leaves),
             model=self.models["model"],
@@ -174,20 +178,16 @@ class Evaluation:
             environment=self.environment,
             settings=vars(self.settings) | {"include_path": self.catalogue.folders},
             task_info={leaf: self._describe_task(task) for leaf, task in self.loaded.items()},
-            failures={
-                role: {
-                    leaf: {str(doc): error for doc, error in run.failures.items()}
-                    for leaf, run in done.items()
-                }
-                for role, done in self.runs.items()
-            },
-            broken_metrics={
-                role: {leaf: run.broken_metrics for leaf, run in done.items() if run.broken_metrics}
-                for role, done in self.runs.items()
-            },
+            failures=failures,
+            broken_metrics=broken_metrics,
             started=self.started.isoformat(timespec="seconds"),
             seconds=time.perf_counter() - self.clock,
         )
+        return replace(result, paper=paper.tables(result))
+
+
+def _failures(run: TaskRun) -> dict[str, str]:
+    return {str(doc): error for doc, error in run.failures.items()}
 
 
 def _load(source: str | Path | VisionLanguageModel, settings: EvalSettings) -> PmodLmms:
@@ -195,11 +195,6 @@ def _load(source: str | Path | VisionLanguageModel, settings: EvalSettings) -> P
 
     return PmodLmms(
         str(identity.checkpoint_folder(source)) if isinstance(source, (str, Path)) else source,
-        batch_size=settings.batch_size,
-        device=settings.device,
-        dtype=settings.dtype,
-        attn_implementation=settings.attn_implementation,
-        image_backend=settings.image_backend,
-        max_new_tokens=settings.max_new_tokens,
+        **{name: value for name, value in vars(settings).items() if name != "limit"},
         raise_failures=False,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pmod_cli.generation import Answer
+from pmod_cli.output.files import read_json_lines
 
 
 class AnswerStore:
@@ -62,13 +64,10 @@ class AnswerStore:
             os.fsync(file.fileno())
 
     def _read(self, path: Path) -> None:
-        for line in path.read_bytes().splitlines():
-            try:
-                entry = json.loads(line)
+        for entry in read_json_lines(path):
+            with contextlib.suppress(KeyError, TypeError):  # a line that is not ours
                 answer = Answer(entry["answer"], entry["prompt_tokens"], entry["new_tokens"])
                 self._answers[entry["doc_id"], entry["prompt"]] = answer
-            except (ValueError, KeyError, TypeError):
-                continue  # the line that was being written when the process was killed
 
     @staticmethod
     def _ends_torn(descriptor: int, size: int) -> bool:

@@ -5,53 +5,59 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from pmod_cli.evaluation import paper
-from pmod_cli.evaluation.paper import PaperRow
-from pmod_cli.evaluation.results import EvalResult, Score, TaskResult
+from pmod_cli.evaluation.results import EvalResult, PaperRow, Score, TaskResult
 from pmod_cli.evaluation.stats import RESAMPLES
-
-Grid = tuple[str, list[str], list[list[str]]]
-"""Title, header, rows."""
+from pmod_cli.output.tables import Table
 
 
-def tables(result: EvalResult) -> list[Table]:
-    """All tables of a report."""
-    return [_rich(grid) for grid in _grids(result, errors=not result.baseline)]
+def tables(result: EvalResult, errors: bool) -> Iterator[Table]:
+    """All tables of an evaluation.
+
+    Args:
+        result: The evaluation.
+        errors: Whether standard errors stand beside scores; with a baseline they would not fit a terminal.
+    """
+    sides = ["baseline", "model"] if result.baseline else ["model"]
+    header = ["task", "samples", *sides, *(["difference"] if result.baseline else [])]
+    table = Table("Scores in points", header)
+    for task in result.tasks:
+        scores = [_score(getattr(task, side), errors) for side in sides]
+        difference = [_difference(task)] if result.baseline else []
+        table.rows.append([task.name, str(task.model.samples), *scores, *difference])
+        table.rows += _parts(task, sides, len(header))
+    yield table
+    for number, rows in enumerate(result.paper, start=1):
+        columns = ["", *rows[0].values, "average"]
+        yield Table(f"The paper's table {number}", columns, [_paper_row(row) for row in rows])
 
 
 def notes(result: EvalResult) -> list[str]:
     """What a reader of the tables has to know."""
-    compared = any(task.difference for task in result.tasks)
-    told = [f"± is the standard error (bootstrap over samples, {RESAMPLES} resamples)."]
-    if compared:
-        told.append(
-            "Difference: model less baseline, with the 95 % interval of a paired bootstrap; * where it leaves out 0."
+    lines = [f"± is the standard error (bootstrap over samples, {RESAMPLES} resamples)."]
+    if any(task.difference for task in result.tasks):
+        lines.append(
+            "Difference: model less baseline, with the 95 % interval of a paired bootstrap; * where it excludes 0."
         )
-    if paper.tables(result):
-        told += paper.notes(result)
-    return told + _how(result)
-
-
-def _how(result: EvalResult) -> list[str]:
-    """How the answers came about."""
-    told = []
+    if result.paper:
+        lines += paper.notes(result)
     for role in ("baseline", "model"):
-        described = getattr(result, role) or {}
-        gain = described.get("batch", {}).get("gain")
-        if gain:
-            told.append(
-                f"{role}: {gain['batched']:.3g} samples/s in a batch of {gain['batch']}, "
-                f"{gain['alone']:.3g} one at a time ({gain['timed_alone']} timed): {gain['factor']:.1f} times as fast."
-            )
-        if recalled := described.get("answers", {}).get("recalled"):
-            told.append(f"{role}: {recalled} answers were kept from an earlier run of the same checkpoint.")
+        lines += _how(role, getattr(result, role) or {})
     differing = _differing_preparation(result)
     if differing:
-        told.append(f"Model and baseline do not run alike ({differing}): scores may differ for that.")
-    return told
+        lines.append(f"Model and baseline do not run alike ({differing}): scores may differ for that reason.")
+    return lines
+
+
+def _how(role: str, described: dict[str, Any]) -> Iterator[str]:
+    """How a model's answers came about."""
+    if gain := described.get("batch", {}).get("gain"):
+        yield (
+            f"{role}: {gain['batched']:.3g} samples/s in a batch of {gain['batch']}, "
+            f"{gain['alone']:.3g} one at a time ({gain['timed_alone']} timed): {gain['factor']:.1f} times as fast."
+        )
+    if recalled := described.get("answers", {}).get("recalled"):
+        yield f"{role}: {recalled} answers were kept from an earlier run of the same checkpoint."
 
 
 def _differing_preparation(result: EvalResult) -> str:
@@ -69,91 +75,67 @@ def _differing_preparation(result: EvalResult) -> str:
 
 def markdown(result: EvalResult) -> str:
     """The whole report."""
-    parts = ["# Evaluation\n"]
-    for role in ("model", "baseline"):
-        described = getattr(result, role)
-        if described:
-            parts.append(
-                f"- {role}: `{described['source']}`, fingerprint `{str(described['fingerprint'])[:16]}`"
-            )
+    about = [
+        f"- {role}: `{described['source']}`, fingerprint `{str(described['fingerprint'])[:16]}`"
+        for role in ("model", "baseline")
+        if (described := getattr(result, role))
+    ]
     if not result.complete:
-        parts.append("- **not finished**: some of the tasks asked for are not below")
-    for title, header, rows in _grids(result, errors=True):
-        lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-        parts.append(f"\n## {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines))
-    parts.append("\n" + "\n".join(f"- {note}" for note in notes(result)))
-    parts.append(
-        "- " + ", ".join(f"{name} {value}" for name, value in result.environment.items() if name != "seeds")
-    )
-    return "\n".join(parts) + "\n"
+        about.append("- **not finished**: some of the tasks asked for are not below")
+    parts = ["# Evaluation", "\n".join(about)]
+    for table in tables(result, errors=True):
+        parts += [f"## {table.title}", Table("", table.header, table.rows).to_markdown()]
+    environment = [f"{name} {value}" for name, value in result.environment.items() if name != "seeds"]
+    parts.append("\n".join(f"- {line}" for line in [*notes(result), ", ".join(environment)]))
+    return "\n\n".join(parts) + "\n"
 
 
-def diff_table(changes: list[dict[str, Any]]) -> Table:
-    """Samples whose score changed."""
-    return _rich(
-        (
-            "Samples whose score changed",
-            ["task", "sample", "before", "after", "right", "question", "picture"],
-            [
-                [
-                    change["task"],
-                    str(change["doc_id"]),
-                    _short(change["before"]),
-                    _short(change["after"]),
-                    _cut(str(change["target"])),
-                    _cut(change["prompt"], 40),
-                    " ".join(change["pictures"]),
-                ]
-                for change in changes
-            ],
-        )
-    )
+def changes_table(changes: list[dict[str, Any]]) -> Table:
+    """Samples whose score changed, as `pmod_cli.evaluation.diff.differences` gives them."""
+    header = ["task", "sample", "before", "after", "right", "question", "picture"]
+    rows = [
+        [
+            change["task"],
+            str(change["doc_id"]),
+            *(
+                f"{_cut(str(side['answer']))} ({side['score']:.2g})"
+                for side in (change["before"], change["after"])
+            ),
+            _cut(str(change["target"])),
+            _cut(change["prompt"], 40),
+            " ".join(change["pictures"]),
+        ]
+        for change in changes
+    ]
+    return Table("Samples whose score changed", header, rows, left=len(header))
 
 
-def _grids(result: EvalResult, errors: bool) -> Iterator[Grid]:
-    """The tables' contents; with standard errors beside scores, or without where they would not fit a terminal."""
-    header = ["task", "samples", *(["baseline"] if result.baseline else []), "model"]
-    if result.baseline:
-        header.append("difference")
-    rows = []
-    for task in result.tasks:
-        scores = [task.baseline, task.model] if result.baseline else [task.model]
-        row = [task.name, str(task.model.samples), *(_score(score, errors) for score in scores if score)]
-        rows.append(row + ([_difference(task)] if result.baseline else []))
-        rows += _parts(task, bool(result.baseline))
-    yield "Scores in points", header, rows
-    for number, table in enumerate(paper.tables(result), start=1):
-        columns = [*table[0].values]
-        yield f"The paper's table {number}", ["", *columns, "average"], [_paper_row(row) for row in table]
-
-
-def _parts(task: TaskResult, compared: bool) -> Iterator[list[str]]:
+def _parts(task: TaskResult, sides: list[str], width: int) -> Iterator[list[str]]:
     """Further numbers of a task that has several, indented: parts of a group, or kinds of question."""
-    if len(task.tasks) == 1:
-        leaf = task.tasks[0]
-        names = [key for key in task.model.metrics[leaf] if key != task.metric]
-        if task.metric != "exact_match,none":
-            return  # the others are other metrics over the same samples, to be found in results.json
-        keys = {name.removesuffix(",none"): (leaf, name) for name in names}
-    else:
+    if len(task.tasks) > 1:
         keys = {leaf: (leaf, task.metric) for leaf in task.tasks}
+    elif task.metric == "exact_match,none":
+        [leaf] = task.tasks
+        kinds = [key for key in task.model.metrics[leaf] if key != task.metric]
+        keys = {key.removesuffix(",none"): (leaf, key) for key in kinds}
+    else:
+        return  # the others are other metrics over the same samples, to be found in results.json
     for label, (leaf, key) in keys.items():
-        sides = [task.baseline, task.model] if compared else [task.model]
-        values = [side.metrics[leaf].get(key) if side else None for side in sides]
+        scores = [getattr(task, side) for side in sides]
+        values = [score.metrics[leaf].get(key) if score else None for score in scores]
         cells = ["" if value is None else f"{value * task.scale:.1f}" for value in values]
-        yield [f"  {label}", "", *cells, *([""] if compared else [])]
+        yield [f"  {label}", "", *cells, *[""] * (width - 2 - len(cells))]
 
 
 def _paper_row(row: PaperRow) -> list[str]:
     sign = "+" if "difference" in row.label else ""
-    return [
-        row.label,
-        *("" if value is None else f"{value:{sign}.1f}" for value in row.values.values()),
-        "" if row.average is None else f"{row.average:{sign}.1f}",
-    ]
+    values = [*row.values.values(), row.average]
+    return [row.label, *("" if value is None else f"{value:{sign}.1f}" for value in values)]
 
 
-def _score(score: Score, errors: bool) -> str:
+def _score(score: Score | None, errors: bool) -> str:
+    if score is None:
+        return ""
     if score.value is None:
         return f"{score.failed} failed" if score.failed else "none"
     return f"{score.value:.1f}" + (f" ± {score.stderr:.1f}" if errors and score.stderr is not None else "")
@@ -167,20 +149,6 @@ def _difference(task: TaskResult) -> str:
     if task.baseline is None or task.baseline.value is None or task.model.value is None:
         return ""
     return f"{task.model.value - task.baseline.value:+.1f}"
-
-
-def _rich(grid: Grid) -> Table:
-    title, header, rows = grid
-    built = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(header):
-        built.add_column(name, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        built.add_row(*row)
-    return built
-
-
-def _short(side: dict[str, Any]) -> str:
-    return f"{_cut(str(side['answer']))} ({side['score']:.2g})"
 
 
 def _cut(text: str, length: int = 24) -> str:

@@ -12,8 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from pmod_cli.output.errors import PmodError
-
-SCHEMA_VERSION = 1
+from pmod_cli.output.files import tag
 
 
 class _PipeConsole(Console):
@@ -55,7 +54,7 @@ def emit_json(command: str, result: Any) -> None:
         command: Name of the command, e.g. ``"convert"``.
         result: Anything ``json`` can write.
     """
-    document = {"schema_version": SCHEMA_VERSION, "command": command, "result": result}
+    document = tag(command) | {"result": result}
     try:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
         sys.stdout.flush()

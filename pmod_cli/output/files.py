@@ -13,6 +13,18 @@ from typing import Any
 
 from pmod_cli.output.errors import PmodError, first_line
 
+SCHEMA_VERSION = 1
+"""Of every result in JSON; it rises when a key is removed or changes its meaning."""
+
+
+def tag(command: str) -> dict[str, Any]:
+    """The keys with which a result in JSON begins: ``pmod report`` knows it by them.
+
+    Args:
+        command: Which command it is of, e.g. ``"eval"``.
+    """
+    return {"schema_version": SCHEMA_VERSION, "command": command}
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -76,8 +88,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of a JSON Lines file that is written to as work goes on; a line cut off by a kill is left out."""
-    rows = []
+    """The values of a JSON Lines file that is written to as work goes on; none where there is no file.
+
+    A line that a kill cut off is left out.
+    """
+    rows: list[Any] = []
+    if not path.is_file():
+        return rows
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError):

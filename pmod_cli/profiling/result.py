@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.profiling.closed_form import PhaseCount
 from pmod_cli.profiling.prompt import Workload
-from pmod_cli.profiling.published import Published
+from pmod_cli.published import Published
 
 if TYPE_CHECKING:
     from pmod_cli.profiling.latency import Latency

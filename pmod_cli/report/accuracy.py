@@ -2,68 +2,86 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from pmod_cli.evaluation.paper import JUDGED, PUBLISHED, TABLES, average
-from pmod_cli.profiling.published import published_family
+from pmod_cli.evaluation.paper import JUDGED, TABLES, average
+from pmod_cli.output.tables import Table
+from pmod_cli.output.units import signed
+from pmod_cli.published import COSTS, SCORES
 from pmod_cli.report import figures
-from pmod_cli.report.document import Block, Notes, Section, Table, Text
+from pmod_cli.report.document import Block, Notes, Section, Text
 from pmod_cli.report.examples import changes
 from pmod_cli.report.models import Model, compare
-from pmod_cli.report.text import signed
 
-_NORMAL = 1.96
+_HALF_INTERVAL = 1.96
+"""Half a 95 % interval, in standard errors."""
+
 _EXAMPLES = 8
 _PAPER_TASKS = {task: title for columns in TABLES for title, task in columns.items()} | {JUDGED: "MMB"}
 
 
 def accuracy(models: Sequence[Model], other: Model | None) -> Section:
-    """Scores with intervals, and differences to the dense model."""
+    """Scores with intervals, and differences to the dense model.
+
+    Args:
+        models: All models, one column each.
+        other: The dense model, if there is one.
+    """
     tasks = list(dict.fromkeys(task for model in models for task in model.scores))
     if not tasks:
         return Section("Accuracy")
-    rows = []
-    for task in tasks:
-        rows.append([task, *(_score(model.scores.get(task)) for model in models)])
-        rows += _kinds(models, task)
-    if len(tasks) > 1 and all(task in model.scores for task in tasks for model in models):
-        rows.append(["mean", *(_number(mean_accuracy(model, tasks)) for model in models)])
-    table = Table("Scores in points", ["", *(model.label for model in models)], rows)
+    blocks: list[Block] = [_scores(models, tasks)]
     notes = ["± is half the 95 % interval (1.96 bootstrap standard errors over the samples)."]
-    blocks: list[Block] = [table]
-    compared = [model for model in models if model is not other] if other else []
-    gaps = []
-    for task in tasks:
-        cells = []
-        for model in compared:
-            assert other is not None
-            both = task in model.scores and task in other.scores
-            gap = compare(model, other, task) if both else None
-            star = " *" if gap and gap.significant else ""
-            cells.append(
-                f"{signed(gap.points)} ({signed(gap.low)} to {signed(gap.high)}){star}" if gap else "-"
-            )
-        if any(cell != "-" for cell in cells):
-            gaps.append([task, *cells])
-    if gaps and other:
-        blocks.append(
-            Table(f"Difference to {other.label}, in points", ["", *(m.label for m in compared)], gaps)
-        )
-        notes.append("95 % interval of a paired bootstrap over the samples; * where it leaves out 0.")
+    gaps = _gaps([model for model in models if model is not other], other, tasks) if other else None
+    if gaps:
+        blocks.append(gaps)
+        notes.append("95 % interval of a paired bootstrap over the samples; * where it excludes 0.")
     return Section("Accuracy", [*blocks, Notes(notes)])
 
 
+def _scores(models: Sequence[Model], tasks: Sequence[str]) -> Table:
+    table = Table("Scores in points", ["", *(model.label for model in models)])
+    for task in tasks:
+        table.rows.append([task, *(_score(model.scores.get(task)) for model in models)])
+        table.rows += _kinds(models, task)
+    if len(tasks) > 1 and all(task in model.scores for task in tasks for model in models):
+        means = [mean_accuracy(model, tasks) for model in models]
+        table.rows.append(["mean", *("-" if math.isnan(mean) else f"{mean:.1f}" for mean in means)])
+    return table
+
+
+def _gaps(models: Sequence[Model], other: Model, tasks: Sequence[str]) -> Table | None:
+    """Differences to the dense model; None if nothing can be compared."""
+    rows = [[task, *(_gap(model, other, task) for model in models)] for task in tasks]
+    rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
+    header = ["", *(model.label for model in models)]
+    return Table(f"Difference to {other.label}, in points", header, rows) if rows else None
+
+
+def _gap(model: Model, other: Model, task: str) -> str:
+    gap = compare(model, other, task) if task in model.scores and task in other.scores else None
+    if gap is None:
+        return "-"
+    star = " *" if gap.significant else ""
+    return f"{signed(gap.points)} ({signed(gap.low)} to {signed(gap.high)}){star}"
+
+
 def accuracy_and_flops(models: Sequence[Model]) -> Section:
-    """One point a model, the published ones beside them."""
+    """One point per model, the published ones beside them."""
+    title = "Accuracy against FLOPs"
     costed = [model for model in models if model.flops and model.scores]
-    shared = [task for task in (costed[0].scores if costed else ()) if all(task in m.scores for m in costed)]
-    shared = [task for task in shared if all(m.scores[task]["value"] is not None for m in costed)]
+    shared = [
+        task
+        for task in (costed[0].scores if costed else ())
+        if all(task in model.scores and model.scores[task]["value"] is not None for model in costed)
+    ]
     if not shared:
         missing = (
             "No model has both a score and a profile: run pmod profile with --json into the same folder."
         )
-        return Section("Accuracy against FLOPs", [Text(missing)] if models else [])
+        return Section(title, [Text(missing)] if models else [])
     ours = [
         figures.Point(
             model.label,
@@ -75,8 +93,7 @@ def accuracy_and_flops(models: Sequence[Model]) -> Section:
         for model in costed
     ]
     together = all(task in _PAPER_TASKS for task in shared)
-    family = costed[0].family
-    theirs = _published(family, shared if together else None)
+    theirs = _published(costed[0].family, shared if together else None)
     what = f"{shared[0]}, points" if len(shared) == 1 else f"mean of {len(shared)} tasks, points"
     caption = f"Accuracy ({', '.join(shared)}) over the prefill FLOPs of one sample; bars are 95 % intervals."
     if theirs and together:
@@ -84,27 +101,23 @@ def accuracy_and_flops(models: Sequence[Model]) -> Section:
     elif theirs:
         caption += " Beside it the paper's 7B models, on their 14 tasks."
     return Section(
-        "Accuracy against FLOPs",
-        [figures.accuracy_figure(ours, theirs, together=together, what=what, caption=caption)],
+        title, [figures.accuracy_figure(ours, theirs, together=together, what=what, caption=caption)]
     )
 
 
 def differences(models: Sequence[Model], other: Model | None) -> Section:
     """Samples that a p-MoD model and the dense one scored differently, with pictures."""
     blocks: list[Block] = []
-    for model in models:
+    for model in models if other else ():
         if other is None or not model.is_pmod:
             continue
-        tasks = [task for task in model.samples if task in other.samples]
-        found = changes(model, other, tasks, _EXAMPLES)
+        found, examples = changes(model, other, _EXAMPLES)
         if found.compared:
-            blocks.append(
-                Text(
-                    f"{model.label} against {other.label}: of {found.compared} samples {found.better} became right or "
-                    f"better, {found.worse} wrong or worse."
-                )
+            words = (
+                f"{model.label} against {other.label}: of {found.compared} samples {len(found.better)} became right "
+                f"or better, {len(found.worse)} wrong or worse."
             )
-            blocks += found.shown
+            blocks += [Text(words), *examples]
     return Section("Samples that differ", blocks)
 
 
@@ -112,22 +125,34 @@ def mean_accuracy(model: Model, tasks: Sequence[str]) -> float:
     """Mean over tasks, MME taken out of 100 instead of 2000; NaN if a score is missing."""
     values = [model.scores[task]["value"] for task in tasks]
     if any(value is None for value in values):
-        return float("nan")
-    shares = [value / 20 if task == "mme" else value for task, value in zip(tasks, values, strict=True)]
-    return sum(shares) / len(shares)
+        return math.nan
+    return sum(_of_100(task, value) for task, value in zip(tasks, values, strict=True)) / len(tasks)
+
+
+def _of_100(task: str, points: float) -> float:
+    return points / 20 if task == "mme" else points
+
+
+def _half_width(model: Model, tasks: Sequence[str]) -> float | None:
+    """Half the 95 % interval of the mean, tasks being independent; None if an error is not known."""
+    errors = [model.scores[task].get("stderr") for task in tasks]
+    if any(error is None for error in errors):
+        return None
+    squares = sum(_of_100(task, error) ** 2 for task, error in zip(tasks, errors, strict=True))
+    return _HALF_INTERVAL * squares**0.5 / len(tasks)
 
 
 def _published(family: str, tasks: Sequence[str] | None) -> list[figures.Point]:
     """The paper's dense and p-MoD model of a family, on some of its tasks or on all."""
-    flops = published_family(family)
-    if flops is None or family not in PUBLISHED:
+    if family not in COSTS or family not in SCORES:
         return []
+    costs = COSTS[family]
     points = []
     for role, tera, name in (
-        ("baseline", flops.dense_tflops, flops.model),
-        ("model", flops.pmod_tflops, f"p-MoD-{flops.model}"),
+        ("baseline", costs.dense_tflops, costs.model),
+        ("model", costs.pmod_tflops, f"p-MoD-{costs.model}"),
     ):
-        values: dict[str, float | None] = dict(PUBLISHED[family][role])
+        values: dict[str, float | None] = dict(SCORES[family][role])
         if tasks is not None:
             values = {_PAPER_TASKS[task]: values[_PAPER_TASKS[task]] for task in tasks}
         mean = average(values)
@@ -142,24 +167,13 @@ def _score(score: dict[str, Any] | None) -> str:
     if score["value"] is None:
         return f"{score['failed']} failed" if score.get("failed") else "none"
     error = score.get("stderr")
-    return f"{score['value']:.1f}" + (f" ± {_NORMAL * error:.1f}" if error is not None else "")
-
-
-def _half_width(model: Model, tasks: Sequence[str]) -> float | None:
-    """Of the mean's 95 % interval, tasks being independent."""
-    squares = 0.0
-    for task in tasks:
-        error = model.scores[task].get("stderr")
-        if error is None:
-            return None
-        squares += (error / 20 if task == "mme" else error) ** 2
-    return _NORMAL * squares**0.5 / len(tasks)
+    return f"{score['value']:.1f}" + (f" ± {_HALF_INTERVAL * error:.1f}" if error is not None else "")
 
 
 def _kinds(models: Sequence[Model], task: str) -> list[list[str]]:
     """Rows of a task's kinds of question, where it tells them apart (exact match by kind)."""
     found: dict[str, dict[int, float]] = {}
-    for place, model in enumerate(models):
+    for column, model in enumerate(models):
         score = model.scores.get(task)
         if score is None or len(score["tasks"]) != 1:
             continue
@@ -168,12 +182,11 @@ def _kinds(models: Sequence[Model], task: str) -> list[list[str]]:
             continue
         for key, value in metrics.items():
             if key != "exact_match,none":
-                found.setdefault(key.removesuffix(",none"), {})[place] = value * score["scale"]
+                found.setdefault(key.removesuffix(",none"), {})[column] = value * score["scale"]
     return [
-        [f"– {kind}", *(f"{values[place]:.1f}" if place in values else "-" for place in range(len(models)))]
+        [
+            f"– {kind}",
+            *(f"{values[column]:.1f}" if column in values else "-" for column in range(len(models))),
+        ]
         for kind, values in sorted(found.items())
     ]
-
-
-def _number(value: float) -> str:
-    return "-" if value != value else f"{value:.1f}"

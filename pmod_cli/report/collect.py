@@ -1,4 +1,8 @@
-"""Finds what ``pmod profile``, ``finetune``, ``eval`` and ``visualize`` left in folders, by what files contain."""
+"""Finds the results of ``pmod profile``, ``finetune``, ``eval`` and ``visualize`` in folders.
+
+A result in JSON says which command wrote it, under ``command``. A picture of ``pmod visualize`` says so in its metadata
+("Software"), a page in its head ("generator"). Checkpoints are known by their files' names.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import read_json_lines
 
 _DEPTH = 5
 _LARGEST = 32 * 2**20
@@ -17,7 +22,7 @@ _CROWD = 200
 """A folder with more pictures than this holds data, not results."""
 
 _PASSED_OVER = {"answers", "samples", "submissions", "images", "pictures"}
-_NOT_RESULTS = {"tokenizer.json", "tokenizer_config.json", "processor_config.json", "generation_config.json"}
+_VISUALIZE = "pmod visualize"
 
 
 @dataclass(frozen=True)
@@ -54,15 +59,6 @@ class Evaluation:
 
     path: Path
     result: dict[str, Any]
-
-    def samples(self, task: str) -> list[dict[str, Any]]:
-        """Documents with their answers and scores; empty if they were not kept."""
-        file = self.path / "samples" / f"{task}.jsonl"
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-            return [json.loads(line) for line in lines if line]
-        except (OSError, ValueError):
-            return []
 
 
 @dataclass
@@ -110,15 +106,14 @@ def collect(places: Sequence[Path]) -> Found:
             raise PmodError(f"no folder {place}")
         before = found.results
         if place.is_file():
-            _read_json(place, found)
+            _read_result(place, found)
         else:
             for folder, files in _walk(place):
                 _read_folder(folder, files, found)
         if found.results == before:
-            broken = next(iter(found.unread.items()), None)
+            broken = next((f"; {path} could not be read: {why}" for path, why in found.unread.items()), "")
             raise PmodError(
-                f"{place} holds no output of pmod profile, finetune or eval"
-                + (f"; {broken[0]} could not be read: {broken[1]}" if broken else ""),
+                f"{place} holds no output of pmod profile, finetune or eval{broken}",
                 "give a checkpoint of finetune, an --output of eval, or a file with a command's --json",
             )
     _drop_repeated(found)
@@ -126,17 +121,22 @@ def collect(places: Sequence[Path]) -> Found:
 
 
 def _drop_repeated(found: Found) -> None:
-    """What ``finetune --json`` printed is told better by the checkpoint itself, where that was found too."""
-    told = [
-        training.summary["result"]
-        for training in found.trainings
-        if training.summary and training.path.is_dir()
-    ]
+    """Leave out what ``--json`` printed where the folder that the same run wrote was found too: it holds more."""
+    trained = [run.summary["result"] for run in found.trainings if run.summary and run.path.is_dir()]
     found.trainings = [
-        training
-        for training in found.trainings
-        if training.path.is_dir() or (training.summary or {})["result"] not in told
+        run for run in found.trainings if run.path.is_dir() or (run.summary or {})["result"] not in trained
     ]
+    evaluated = [_run_of(evaluation) for evaluation in found.evaluations if evaluation.path.is_dir()]
+    found.evaluations = [
+        evaluation
+        for evaluation in found.evaluations
+        if evaluation.path.is_dir() or _run_of(evaluation) not in evaluated
+    ]
+
+
+def _run_of(evaluation: Evaluation) -> tuple[Any, Any]:
+    """What tells one run of ``pmod eval`` from another: when it started, and the model."""
+    return evaluation.result.get("started"), evaluation.result["model"]["source"]
 
 
 def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -155,63 +155,52 @@ def _worth_a_look(name: str) -> bool:
 def _read_folder(folder: Path, files: list[str], found: Found) -> None:
     if "metrics.jsonl" in files or "training.json" in files:
         summary = _load(folder / "training.json", found) if "training.json" in files else None
-        found.trainings.append(Training(folder, summary, _rows(folder / "metrics.jsonl")))
+        found.trainings.append(Training(folder, summary, read_json_lines(folder / "metrics.jsonl")))
     if "config.json" in files:
         config = _load(folder / "config.json", found) or {}
         if isinstance(config.get("mod"), dict):
             found.conversions[folder] = {"mod": config["mod"], **(config.get("pmod") or {})}
-    crowded = sum(name.endswith((".png", ".jpg", ".json")) for name in files) > _CROWD
-    for name in files:
-        path = folder / name
-        if crowded or name in _NOT_RESULTS or name in ("training.json", "config.json"):
-            continue
-        if name.endswith(".json"):
-            _read_json(path, found)
-        elif name.endswith(".png") and _is_sheet(path):
+    if sum(name.endswith((".png", ".jpg", ".json")) for name in files) > _CROWD:
+        return
+    for path in (folder / name for name in files if name not in ("training.json", "config.json")):
+        if path.suffix == ".json":
+            _read_result(path, found)
+        elif path.suffix == ".png" and _is_sheet(path):
             found.pictures.append(path)
-        elif name.endswith(".html") and _is_visualize_page(path):
+        elif path.suffix == ".html" and _is_visualize_page(path):
             found.pages.append(path)
 
 
-def _read_json(path: Path, found: Found) -> None:
+def _read_result(path: Path, found: Found) -> None:
+    """Add what a command wrote: with its result under ``result`` (``--json``), or beside the tag."""
     document = _load(path, found)
     if document is None:
         return
-    # Bare (results.json), within a command's --json, or within a step of the demo.
-    result = document.get("result") if isinstance(document.get("result"), dict) else document
-    assert result is not None
-    if {"workload", "ratios", "convention"} <= result.keys():
+    command, result = document.get("command"), document.get("result", document)
+    if command == "profile":
         found.profiles.append(Profile(path, result))
-    elif {"tasks", "environment", "settings", "model"} <= result.keys():
-        if path.name == "results.json":
-            found.evaluations.append(Evaluation(path.parent, result))
-        elif path.parent.name != "steps":  # the demo's step repeats what stands in the evaluation's folder
-            found.evaluations.append(Evaluation(path, result))
-    elif {"output", "steps", "parts", "final_loss"} <= result.keys():
+    elif command == "eval" and "tasks" in result and "model" in result:  # --prepare and --diff have no scores
+        found.evaluations.append(Evaluation(path.parent if path.name == "results.json" else path, result))
+    elif command == "finetune":
         found.trainings.append(Training(path, {"result": result}, []))
-    elif {"rows", "models", "targets"} <= result.keys():
-        found.names |= result["models"]
+    elif command == "demo":
+        found.names |= result.get("models", {})
+    elif command is None and path.name == "results.json":
+        found.unread[path] = (
+            "it does not say which command wrote it; run pmod eval again to bring it up to date"
+        )
 
 
 def _load(path: Path, found: Found) -> dict[str, Any] | None:
+    """A JSON object; None if it is something else, too large for a result, or cannot be read."""
     try:
         if path.stat().st_size > _LARGEST:
             return None
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        found.unread[path] = str(error).splitlines()[0]
+        found.unread[path] = first_line(error)
         return None
     return document if isinstance(document, dict) else None
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # the line that was being written
-    return rows
 
 
 def _is_sheet(path: Path) -> bool:
@@ -219,14 +208,11 @@ def _is_sheet(path: Path) -> bool:
 
     try:
         with Image.open(path) as image:
-            return bool(image.info.get("Software") == "pmod visualize")
+            return image.info.get("Software") == _VISUALIZE
     except OSError:
         return False
 
 
 def _is_visualize_page(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return "<title>p-MoD: where the vision tokens go</title>" in file.read(1000)
-    except (OSError, ValueError):
-        return False
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return f'<meta name="generator" content="{_VISUALIZE}">' in file.read(1000)

@@ -1,14 +1,13 @@
-"""Samples that two models scored differently, with their pictures."""
+"""Documents that two models scored differently, with their pictures."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
 
+from pmod_cli.evaluation.diff import Change, Comparison, compare_answers, pictures_of
 from pmod_cli.output.errors import PmodError
 from pmod_cli.report.document import Example
 from pmod_cli.report.models import Model, answers
@@ -16,74 +15,49 @@ from pmod_cli.report.models import Model, answers
 _LONG_SIDE = 480
 
 
-@dataclass(frozen=True)
-class Changes:
-    """Where two models differ.
-
-    Attributes:
-        compared: Samples that both answered.
-        worse: Of them, those that the model scored lower on than the other.
-        better: Those that it scored higher on.
-        shown: A few of each, as blocks.
-    """
-
-    compared: int
-    worse: int
-    better: int
-    shown: list[Example]
-
-
-def changes(model: Model, other: Model, tasks: Sequence[str], most: int) -> Changes:
-    """Compare two models sample by sample.
+def changes(model: Model, other: Model, most: int) -> tuple[Comparison, list[Example]]:
+    """Compare two models document by document.
 
     Args:
         model: The one whose gains and losses are counted.
         other: What it is compared with.
-        tasks: Leaf tasks.
         most: Examples to show, half of them losses if there are enough.
+
+    Returns:
+        What differs, and the examples.
     """
-    compared, found = 0, []
-    for task in tasks:
-        ours, theirs = answers(model, task), answers(other, task)
-        for document in ours.keys() & theirs.keys():
-            before, after = theirs[document], ours[document]
-            if before["prompt"] != after["prompt"] or None in (before["score"], after["score"]):
-                continue
-            compared += 1
-            if before["score"] != after["score"]:
-                found.append((after["score"] - before["score"], task, document, before, after))
-    found.sort(key=lambda entry: (entry[1], entry[2]))
-    worse = [entry for entry in found if entry[0] < 0]
-    better = [entry for entry in found if entry[0] > 0]
-    losses = max(most // 2, most - len(better))
-    chosen = [*worse[:losses], *better[: most - len(worse[:losses])]]
-    pictures = _pictures(model, [(task, document) for _, task, document, _, _ in chosen])
-    shown = [
-        Example(
-            f"{task}-{document}",
-            f"{task}, sample {document}: {'worse' if gain < 0 else 'better'}",
-            [
-                ("question", str(after["prompt"])),
-                ("right", str(after["target"])),
-                (other.label, f"{before['answer']} ({before['score']:.2g})"),
-                (model.label, f"{after['answer']} ({after['score']:.2g})"),
-            ],
-            pictures.get((task, document), []),
-        )
-        for gain, task, document, before, after in chosen
+    tasks = [task for task in model.samples if task in other.samples]
+    ours, theirs = ({task: answers(side, task) for task in tasks} for side in (model, other))
+    found = compare_answers(theirs, ours)
+    losses = found.worse[: max(most // 2, most - len(found.better))]
+    chosen = [*losses, *found.better[: most - len(losses)]]
+    pictures = _pictures(model, [(change.task, change.doc_id) for change in chosen])
+    return found, [
+        _example(change, model, other, pictures.get((change.task, change.doc_id), [])) for change in chosen
     ]
-    return Changes(compared, len(worse), len(better), shown)
 
 
-def _pictures(model: Model, wanted: Sequence[tuple[str, Any]]) -> dict[tuple[str, Any], list[bytes]]:
-    """Pictures of documents, from the tasks' data; none where the data, or lmms-eval, is not at hand."""
+def _example(change: Change, model: Model, other: Model, pictures: Sequence[bytes]) -> Example:
+    return Example(
+        f"{change.task}-{change.doc_id}",
+        f"{change.task}, sample {change.doc_id}: {'worse' if change.gain < 0 else 'better'}",
+        [
+            ("question", str(change.after["prompt"])),
+            ("right", str(change.after["target"])),
+            (other.label, f"{change.before['answer']} ({change.before['score']:.2g})"),
+            (model.label, f"{change.after['answer']} ({change.after['score']:.2g})"),
+        ],
+        pictures,
+    )
+
+
+def _pictures(model: Model, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], list[bytes]]:
+    """Pictures of documents, from the tasks' data; none where the data, or lmms-eval, are not there."""
     if not wanted:
         return {}
-    from pmod_cli.evaluation.diff import pictures_of
-
-    folder = model.samples[wanted[0][0]][0].path
+    evaluation, _ = model.samples[wanted[0][0]]
     try:
-        found = pictures_of(wanted, folder)
+        found = pictures_of(wanted, evaluation.path)
     except (PmodError, OSError):
         return {}
     return {
@@ -93,9 +67,12 @@ def _pictures(model: Model, wanted: Sequence[tuple[str, Any]]) -> dict[tuple[str
 
 
 def _encode(picture: Image.Image) -> bytes:
+    """A picture small enough for a page: PNG if it has few pixels, else JPEG."""
     picture = picture.convert("RGB")
     picture.thumbnail((_LONG_SIDE, _LONG_SIDE))
     buffer = io.BytesIO()
-    small = picture.width * picture.height <= 200 * 200
-    picture.save(buffer, "PNG" if small else "JPEG", optimize=True, **({} if small else {"quality": 85}))
+    if picture.width * picture.height <= 200 * 200:
+        picture.save(buffer, "PNG", optimize=True)
+    else:
+        picture.save(buffer, "JPEG", optimize=True, quality=85)
     return buffer.getvalue()

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmod_cli.output import plots as style
+from pmod_cli.output import plots
+from pmod_cli.output.units import prefix
 from pmod_cli.report.collect import Training
 from pmod_cli.report.document import Figure
 
@@ -31,7 +32,7 @@ class Point:
     pmod: bool
 
 
-@style.look()
+@plots.look()
 def accuracy_figure(
     ours: Sequence[Point], published: Sequence[Point], *, together: bool, what: str, caption: str
 ) -> Figure:
@@ -45,20 +46,20 @@ def accuracy_figure(
         caption: Stands below.
     """
     panels = [[*ours, *published]] if together or not published else [list(ours), list(published)]
-    drawn, axes = style.figure(
+    drawn, axes = plots.figure(
         1, len(panels), (4.6 * len(panels), 3.5 + 0.2 * (max(map(len, panels)) + 1) // 2)
     )
     for number, (axis, points) in enumerate(zip(axes[0], panels, strict=True)):
-        unit, factor = _unit(max(point.flops for point in points))
+        unit, factor = prefix(max(point.flops for point in points))
         for place, point in enumerate(points):
             theirs = together and place >= len(ours)
             later = [p for p in points[place + 1 :] if _same_place(p, point)]
-            colour = style.PMOD if point.pmod else style.DENSE
+            colour = plots.PMOD if point.pmod else plots.DENSE
             axis.errorbar(
                 point.flops / factor,
                 point.accuracy,
                 yerr=point.error,
-                fmt=style.MARKERS[place % len(style.MARKERS)],
+                fmt=plots.MARKERS[place % len(plots.MARKERS)],
                 # Models at the same place: the one below shows as a rim around the one above.
                 markersize=7 + 6 * len(later),
                 markerfacecolor="none" if theirs else colour,
@@ -84,7 +85,7 @@ def accuracy_figure(
     return finish(drawn, "accuracy-flops", caption)
 
 
-@style.look()
+@plots.look()
 def training_figure(trainings: Sequence[tuple[str, Training]], caption: str) -> Figure:
     """Loss, gradient norm and, where routers were watched, how much they still changed.
 
@@ -94,7 +95,7 @@ def training_figure(trainings: Sequence[tuple[str, Training]], caption: str) -> 
     """
     routers = [(label, _changes(training)) for label, training in trainings]
     columns = 3 if any(len(changes) > 1 for _, changes in routers) else 2
-    drawn, axes = style.figure(1, columns, (3.2 * columns, 2.9))
+    drawn, axes = plots.figure(1, columns, (3.2 * columns, 2.9))
     for index, (label, training) in enumerate(trainings):
         shown: dict[str, Any] = {
             "color": _colour(training, [run for _, run in trainings[:index]]),
@@ -108,7 +109,7 @@ def training_figure(trainings: Sequence[tuple[str, Training]], caption: str) -> 
                 axis.plot(*zip(*rows, strict=True), **shown)
         changes = routers[index][1]
         if columns == 3 and changes:
-            axes[0][2].plot(*zip(*changes, strict=True), marker=style.MARKERS[index % 7], **shown)
+            axes[0][2].plot(*zip(*changes, strict=True), marker=plots.MARKERS[index % 7], **shown)
     for axis, title in zip(
         axes[0], ("loss", "gradient norm", "fate changed, % of vision tokens"), strict=False
     ):
@@ -118,12 +119,12 @@ def training_figure(trainings: Sequence[tuple[str, Training]], caption: str) -> 
     return finish(drawn, "training", caption)
 
 
-@style.look()
+@plots.look()
 def retention_figure(ratios: Sequence[float | None], caption: str) -> Figure:
     """Share of the vision tokens that each layer keeps."""
-    drawn, axes = style.figure(1, 1, (6.4, 2.1))
+    drawn, axes = plots.figure(1, 1, (6.4, 2.1))
     axis = axes[0][0]
-    colours = [style.DENSE if ratio is None else style.PMOD for ratio in ratios]
+    colours = [plots.DENSE if ratio is None else plots.PMOD for ratio in ratios]
     axis.bar(range(len(ratios)), [100 if r is None else 100 * r for r in ratios], 0.72, color=colours)
     axis.set(xlabel="decoder layer", ylabel="vision tokens kept, %", ylim=(0, 105), yticks=[0, 50, 100])
     axis.set_xlim(-0.7, len(ratios) - 0.3)
@@ -135,7 +136,7 @@ def finish(drawn: Any, name: str, caption: str) -> Figure:
     """A figure in both forms."""
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=160, metadata={"Software": "pmod report"})
-    return Figure(name, caption, buffer.getvalue(), style.inline_svg(drawn, f"{name}: {caption}"))
+    return Figure(name, caption, buffer.getvalue(), plots.inline_svg(drawn, f"{name}: {caption}"))
 
 
 def _same_place(first: Point, second: Point) -> bool:
@@ -164,10 +165,5 @@ def _colour(training: Training, before: Sequence[Training]) -> str:
     kind = _routes(training)
     alike = sum(_routes(run) == kind for run in before)
     if not alike:
-        return style.PMOD if kind else style.DENSE
-    return style.SERIES[1 + (len(before) - 1) % (len(style.SERIES) - 2)]
-
-
-def _unit(largest: float) -> tuple[str, float]:
-    prefixes = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
-    return next((pair for pair in prefixes if largest >= pair[1]), ("", 1.0))
+        return plots.PMOD if kind else plots.DENSE
+    return plots.SERIES[1 + (len(before) - 1) % (len(plots.SERIES) - 2)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.evaluation.diff import Answers, read_answers
 from pmod_cli.evaluation.stats import Difference, Stratum, difference
 from pmod_cli.report.collect import Evaluation, Found
 
@@ -113,17 +114,12 @@ def compare(model: Model, other: Model, task: str) -> Difference | None:
     return difference({"all": sides[0]}, {"all": sides[1]})
 
 
-def answers(model: Model, task: str) -> dict[Any, dict[str, Any]]:
-    """The model's answers to a task: document -> ``prompt``, ``target``, ``answer``, ``score``."""
+def answers(model: Model, task: str) -> Answers:
+    """The model's answers to a task; empty if they were not kept."""
     if task not in model.samples:
         return {}
     evaluation, role = model.samples[task]
-    rows = evaluation.samples(task)
-    return {
-        row["doc_id"]: {key: row.get(key) for key in ("prompt", "target")} | row[role]
-        for row in rows
-        if role in row
-    }
+    return read_answers(evaluation.path, task, role)
 
 
 def _is(described: dict[str, Any] | None, model: Model) -> bool:

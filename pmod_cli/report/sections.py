@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.modeling.schedule import mean_retention
-from pmod_cli.output import plots as style
-from pmod_cli.output.units import size
+from pmod_cli.output import plots
+from pmod_cli.output.tables import Table
+from pmod_cli.output.units import milliseconds, share, si, signed, size
 from pmod_cli.report import figures
 from pmod_cli.report.collect import Found, Profile
-from pmod_cli.report.document import Block, Figure, Link, Notes, Section, Table, Text, Tiles, relative
+from pmod_cli.report.document import Block, Figure, Link, Notes, Section, Text, Tiles, relative
 from pmod_cli.report.models import Model, compare, short_names
-from pmod_cli.report.text import change, flops, milliseconds, share, signed
 
 _WHAT = (
     "In a p-MoD model most decoder layers process only some of a picture's tokens: a router weighs them, and the layer "
@@ -38,7 +38,7 @@ def summary(found: Found, tuned: Model | None, other: Model | None) -> Section:
             ("prefill_seconds", "prefill time", "measured"),
         ):
             if key in ratios:
-                tiles.append((change(ratios[key]), what, f"{why}, p-MoD against dense"))
+                tiles.append((f"{signed(100 * (ratios[key] - 1))} %", what, f"{why}, p-MoD against dense"))
         retention = (profile.result.get("pmod") or {}).get("retention", {}).get("vision")
         if retention is not None:
             tiles.append((share(retention), "of the vision tokens", "kept by a layer, on average"))
@@ -166,9 +166,9 @@ def _cost_table(profile: Profile, names: Mapping[str, str]) -> Table:
         both = len(values) == 2 and values[0]
         rows.append([label, *map(show, values), *([share(values[1] / values[0])] if both else [])])
 
-    add("prefill", lambda r: sides[r]["prefill"]["flops"], flops, "FLOPs")
-    add("one decode step", lambda r: sides[r]["decode_step"]["flops"], flops)
-    add("prefill and all new tokens", lambda r: sides[r]["generation"]["flops"], flops)
+    add("prefill", lambda r: sides[r]["prefill"]["flops"], si, "FLOPs")
+    add("one decode step", lambda r: sides[r]["decode_step"]["flops"], si)
+    add("prefill and all new tokens", lambda r: sides[r]["generation"]["flops"], si)
     add("after prefill", lambda r: sides[r]["kv_cache"]["prefill_bytes"], size, "KV cache")
     add("with all new tokens", lambda r: sides[r]["kv_cache"]["final_bytes"], size)
     add("vision tokens", lambda r: sides[r]["retention"]["vision"], share, "kept by a layer, on average")
@@ -183,7 +183,7 @@ def _cost_table(profile: Profile, names: Mapping[str, str]) -> Table:
         add(label, lambda r, p=phase: latency[r]["seconds"][p]["median"], milliseconds, measured)  # type: ignore[misc]
     add("KV cache, real bytes", lambda r: latency[r]["kv_cache"]["prefill_bytes"], size, measured)
     add("peak device memory", lambda r: latency[r]["peak_memory_bytes"], size, measured)
-    header = ["", *(style.NAMES[role] for role in sides), *(["p-MoD / dense"] if len(sides) == 2 else [])]
+    header = ["", *(plots.NAMES[role] for role in sides), *(["p-MoD / dense"] if len(sides) == 2 else [])]
     model = str(result["model"])
     return Table(names.get(model) or Path(model).name, header, rows)
 

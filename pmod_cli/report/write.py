@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from pmod_cli import __version__
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.plots import write
+from pmod_cli.output.files import replacing, write_file
 from pmod_cli.report import accuracy, sections
 from pmod_cli.report.collect import collect
 from pmod_cli.report.document import Document, to_html, to_markdown
@@ -71,8 +70,8 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
     )
     text, pictures = to_markdown(document, folder.name)
     _write_folder(folder, pictures)
-    write(markdown, text)
-    write(page, to_html(document))
+    write_file(markdown, text)
+    write_file(page, to_html(document))
     return {
         "files": {"html": str(page), "markdown": str(markdown), "pictures": str(folder)},
         "found": counts,
@@ -94,18 +93,17 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
 
 
 def _write_folder(folder: Path, pictures: dict[str, bytes]) -> None:
-    """Write the pictures beside their place, then move the folder there."""
+    """Put the folder of pictures in place of an older one.
+
+    Raises:
+        PmodError: What is there holds other things.
+    """
     if folder.exists() and not (
         folder.is_dir() and all(path.suffix in (".png", ".jpg") for path in folder.iterdir())
     ):
         raise PmodError(f"{folder} is not a folder of a report's pictures", "choose another output")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with replacing(folder) as partial:
+        partial.mkdir()
         for name, data in pictures.items():
             (partial / name).write_bytes(data)
         shutil.rmtree(folder, ignore_errors=True)
-        partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

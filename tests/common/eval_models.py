@@ -201,3 +201,8 @@ def save_parrot(folder, answer="Yes"):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def score_of(result, task):
+    """The model's score on a requested task."""
+    return next(row.model.value for row in result.tasks if row.name == task)

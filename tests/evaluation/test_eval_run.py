@@ -12,7 +12,7 @@ from pmod_cli.evaluation.options import EvalSettings, document_limit
 from pmod_cli.evaluation.tasks import write_task
 from pmod_cli.generation import Prompt, VisionLanguageModel
 from pmod_cli.output.errors import PmodError
-from tests.common.eval_models import write_questions
+from tests.common.eval_models import score_of, write_questions
 
 SETTINGS = EvalSettings(max_new_tokens=4, batch_size=5)
 
@@ -40,7 +40,7 @@ def own_answers(llava, tmp_path_factory):
 def test_scores_overall_and_by_kind(llava, own_answers):
     result = evaluate(llava, ["own_answers"], include_path=own_answers, settings=SETTINGS)
     assert result.failed_samples == 0
-    assert result.score("own_answers") == pytest.approx(75.0)
+    assert score_of(result, "own_answers") == pytest.approx(75.0)
     [task] = result.tasks
     # Kinds take turns: the three wrong ones are shape, colour, shape.
     assert task.model.metrics["own_answers"] == pytest.approx(
@@ -51,8 +51,8 @@ def test_scores_overall_and_by_kind(llava, own_answers):
 
 def test_another_model_does_not_know_these_answers(other_llava, own_answers):
     assert (
-        evaluate(other_llava, ["own_answers"], include_path=own_answers, settings=SETTINGS).score(
-            "own_answers"
+        score_of(
+            evaluate(other_llava, ["own_answers"], include_path=own_answers, settings=SETTINGS), "own_answers"
         )
         < 30
     )
@@ -60,7 +60,7 @@ def test_another_model_does_not_know_these_answers(other_llava, own_answers):
 
 def test_a_limit_takes_the_first_documents(llava, own_answers):
     result = evaluate(llava, ["own_answers"], include_path=own_answers, settings=replace(SETTINGS, limit=10))
-    assert result.score("own_answers") == pytest.approx(90.0)
+    assert score_of(result, "own_answers") == pytest.approx(90.0)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_broken_picture_is_a_failure_and_hides_behind_no_score(llava, own_answ
     result = evaluate(llava, ["broken"], include_path=tmp_path / "yaml", settings=SETTINGS)
     assert result.failed_samples == 1
     assert "cannot identify image file" in result.failures["model"]["broken"]["2"]
-    assert result.score("broken") is None
+    assert score_of(result, "broken") is None
     assert "model, broken, 2" in result.first_failure
 
 
@@ -115,4 +115,4 @@ def test_scoring_that_raises_is_a_failure_of_its_sample(llava, tmp_path):
     )
     result = evaluate(llava, ["raises"], include_path=tmp_path / "yaml", settings=SETTINGS)
     assert result.failures["model"]["raises"] == {"0": "scoring raised ZeroDivisionError: division by zero"}
-    assert result.score("raises") is None
+    assert score_of(result, "raises") is None

@@ -9,6 +9,7 @@ from pmod_cli.evaluation.evaluate import evaluate
 from pmod_cli.evaluation.metrics import METRICS
 from pmod_cli.evaluation.options import EvalSettings
 from pmod_cli.generation import Answer, VisionLanguageModel
+from tests.common.eval_models import score_of
 from tests.common.paper_fixtures import MARKER, Fixtures
 
 FULL_MARKS = dict.fromkeys(paper.TASKS, 100.0) | {"mme": 600.0}  # three perception categories in the fixtures
@@ -95,10 +96,10 @@ def test_a_judge_that_gives_no_letter_leaves_no_score(llava, fixtures, monkeypat
     monkeypatch.setattr(mmbench_evals.MMBench_Evaluator, "_post_request", refuse)
     model = VisionLanguageModel.load(llava)
     readable = evaluate(FromKey(model, fixtures.right), ["mmbench_en_dev"], include_path=fixtures.include)
-    assert readable.score("mmbench_en_dev") == pytest.approx(100.0)
+    assert score_of(readable, "mmbench_en_dev") == pytest.approx(100.0)
     unreadable = FromKey(model, dict.fromkeys(fixtures.right, "I cannot tell"))
     result = evaluate(unreadable, ["mmbench_en_dev"], include_path=fixtures.include)
-    assert result.score("mmbench_en_dev") is None
+    assert score_of(result, "mmbench_en_dev") is None
     assert "the judge gave no letter for question" in result.first_broken_metric
 
 
@@ -134,11 +135,11 @@ def test_a_group_that_lmms_eval_does_not_aggregate_is_the_mean_of_its_parts(llav
     model = VisionLanguageModel.load(llava)
     alone = evaluate(FromKey(model, fixtures.right), ["pope_adv"], include_path=fixtures.include)
     numbers = _markers_of(fixtures, "pope_adv")
-    assert alone.score("pope_adv") == pytest.approx(100.0)
+    assert score_of(alone, "pope_adv") == pytest.approx(100.0)
     key |= {number: fixtures.right[number] for number in numbers}
     assert set(numbers) < set(adversarial)
     result = evaluate(FromKey(model, key), ["pope_full"], include_path=fixtures.include)
-    assert result.score("pope_full") == pytest.approx(100 / 3)
+    assert score_of(result, "pope_full") == pytest.approx(100 / 3)
 
 
 def _markers_of(fixtures, task):
@@ -152,7 +153,7 @@ def test_an_odd_limit_does_not_break_mme(llava, fixtures):
     model = FromKey(VisionLanguageModel.load(llava), fixtures.right)
     result = evaluate(model, ["mme"], include_path=fixtures.include, settings=EvalSettings(limit=3))
     assert result.tasks[0].model.samples == 4
-    assert result.score("mme") == pytest.approx(200.0)
+    assert score_of(result, "mme") == pytest.approx(200.0)
     assert not result.failed_samples
 
 

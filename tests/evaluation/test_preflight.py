@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from lmms_eval.api import task
 
-from pmod_cli.evaluation import requirements as preflight
+from pmod_cli.evaluation import requirements
 from pmod_cli.evaluation.catalogue import Tasks, folders_of
 from pmod_cli.evaluation.evaluate import evaluate, prepare
 from pmod_cli.evaluation.options import EvalSettings
@@ -72,7 +72,7 @@ def nothing_loads(monkeypatch):
 
 def problems_of(catalogue, names, **options):
     with pytest.raises(PreflightError) as caught:
-        preflight.check(catalogue, names, **options)
+        requirements.check(catalogue, names, **options)
     return {problem.task: (problem.what, problem.remedy) for problem in caught.value.problems}
 
 
@@ -88,7 +88,7 @@ def test_everything_missing_is_named_at_once(local_task, tmp_path, nothing_loads
 
 def test_one_command_gets_all_that_is_absent(local_task):
     with pytest.raises(PreflightError) as caught:
-        preflight.check(Tasks(["chartqa", "ai2d"]), ["chartqa", "ai2d"], offline=True)
+        requirements.check(Tasks(["chartqa", "ai2d"]), ["chartqa", "ai2d"], offline=True)
     assert caught.value.hint == "pmod eval --prepare --tasks chartqa,ai2d"
 
 
@@ -130,7 +130,7 @@ def test_what_would_be_downloaded_has_to_fit_on_the_disk(catalogue, hub):
     assert set(found) == {"all"}
     assert found["all"][0].startswith("up to 200000000.0 GB to download")
     hub.repositories = dict.fromkeys(hub.repositories, (200, "", 10))
-    assert preflight.check(catalogue, ["gqa"], checkpoints=["some/model"]) == {"gqa": ["gqa"]}
+    assert requirements.check(catalogue, ["gqa"], checkpoints=["some/model"]) == {"gqa": ["gqa"]}
 
 
 def test_a_paid_judge_needs_a_key(catalogue, hub, monkeypatch):
@@ -139,9 +139,9 @@ def test_a_paid_judge_needs_a_key(catalogue, hub, monkeypatch):
     found = problems_of(catalogue, ["mmbench_en_dev"])
     assert "paid judge" in found["mmbench_en_dev"][0]
     assert "mmbench_en_dev_static" in found["mmbench_en_dev"][1]
-    assert preflight.check(catalogue, ["mmbench_en_dev"], preparing=True)
+    assert requirements.check(catalogue, ["mmbench_en_dev"], preparing=True)
     monkeypatch.setenv("OPENAI_API_KEY", "key")
-    assert preflight.check(catalogue, ["mmbench_en_dev"])
+    assert requirements.check(catalogue, ["mmbench_en_dev"])
     monkeypatch.setenv("API_TYPE", "azure")
     assert "AZURE_API_KEY" in problems_of(catalogue, ["mmbench_en_dev"])["mmbench_en_dev"][1]
 

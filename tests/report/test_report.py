@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pmod_cli.evaluation.paper import PUBLISHED, TASKS, average
+from pmod_cli.evaluation.paper import TASKS, average
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.tables import Table
+from pmod_cli.published import SCORES
 from pmod_cli.report import figures, write_report
 from pmod_cli.report.collect import collect
-from pmod_cli.report.document import Document, Section, Table, Text, to_html, to_markdown
+from pmod_cli.report.document import Document, Section, Text, to_html, to_markdown
 from pmod_cli.report.models import compare, gather, main_model, reference, short_names
 
 
@@ -207,7 +209,7 @@ def paper_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("paper")
     profile = profile_json(folder, "llava-1.5-7b", convention="paper", counter="formula")
     ratios = json.loads(profile.read_text())["result"]["pmod"]["retention_ratios"]
-    published = PUBLISHED["llava"]
+    published = SCORES["llava"]
 
     def score(task, role):
         title = dict(zip(TASKS, published[role], strict=True))[task]
@@ -232,6 +234,8 @@ def paper_run(tmp_path_factory):
         "retention_ratios": ratios,
     }
     results = {
+        "schema_version": 1,
+        "command": "eval",
         "tasks": tasks,
         "environment": {"pmod": "0"},
         "settings": {},
@@ -259,7 +263,7 @@ def test_published_points_stand_in_the_same_plot_for_the_paper_s_tasks(paper_run
     assert [round(point.flops / 1e12, 2) for point in ours.values()] == [8.38, 4.93]
     assert [round(point.flops / 1e12, 2) for point in theirs.values()] == [8.38, 4.92]
     for point, other, role in zip(ours.values(), theirs.values(), ("baseline", "model"), strict=True):
-        mean = average(PUBLISHED["llava"][role])
+        mean = average(SCORES["llava"][role])
         assert mean is not None
         assert other.accuracy == pytest.approx(mean)
         assert point.accuracy == pytest.approx(mean + 2)  # MME counts a twentieth

@@ -1,0 +1,109 @@
+"""Every change to lmms-eval's own code, each with its reason. They hold for lmms-eval >= 0.7.3, < 0.8.
+
+``tests/evaluation/test_patches.py`` fails where lmms-eval no longer has what they change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+SCORING_ERROR = "pmod_error"
+"""Metric under which a document's scoring error is logged."""
+
+
+def quiet() -> None:
+    """Keep lmms-eval's log and progress bars off stdout, and let broken pictures raise."""
+    import lmms_eval.evaluator
+    from loguru import logger
+    from PIL import ImageFile
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    # lmms-eval points loguru at stdout, where only results belong.
+    logger.remove()
+    logger.add(sys.stderr, level="ERROR")
+    # One progress bar is enough, and it is ours.
+    lmms_eval.evaluator.tqdm = lmms_eval.api.task.tqdm = lambda *args, **options: tqdm(
+        *args, **(options | {"disable": True})
+    )
+    # It lets Pillow fill up cut-off pictures with grey: such a sample is to be reported, not answered.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+@contextlib.contextmanager
+def guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
+    """Let no exception in a task's scoring end the run, and no guess depend on the order of the documents.
+
+    Args:
+        task: lmms-eval's task object.
+        broken_metrics: Receives the error of each metric whose aggregation raises.
+    """
+    task.process_results = _guard_document(task)
+    aggregations = dict(task._aggregation_list)
+    for metric, function in aggregations.items():
+        task._aggregation_list[metric] = _guard_aggregation(metric, function, broken_metrics)
+    try:
+        with _no_random_letters(task.config.task):
+            yield
+    finally:
+        del task.process_results
+        task._aggregation_list.update(aggregations)
+
+
+def _guard_document(task: Any) -> Callable[..., dict[str, Any]]:
+    # Without lmms-eval's retries: five attempts two seconds apart, at a function that will raise again.
+    score = getattr(type(task).process_results, "__wrapped__", type(task).process_results)
+
+    def process_results(doc: dict[str, Any], results: list[Any], **options: Any) -> dict[str, Any]:
+        # MMMU guesses a letter if it finds none: give each document its own guess, whatever came before.
+        random.seed(
+            json.dumps({key: doc[key] for key in sorted(doc)}, default=lambda value: type(value).__name__)
+        )
+        try:
+            return score(task, doc, results, **options)
+        except Exception as error:
+            return {SCORING_ERROR: f"scoring raised {type(error).__name__}: {error}"}
+
+    return process_results
+
+
+def _guard_aggregation(
+    metric: str, function: Callable[..., Any], broken_metrics: dict[str, str]
+) -> Callable[..., Any]:
+    @functools.wraps(function)  # lmms-eval looks at the signature
+    def aggregate(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except Exception as error:
+            broken_metrics[metric] = f"aggregation raised {type(error).__name__}: {error}"
+            return None
+
+    return aggregate
+
+
+@contextlib.contextmanager
+def _no_random_letters(task: str) -> Iterator[None]:
+    """Where MMBench's paid judge gives no answer, lmms-eval draws a letter: let it raise instead."""
+    if not task.startswith("mmbench"):
+        yield
+        return
+    from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
+
+    original = MMBench_Evaluator.extract_answer_from_item
+
+    def extract_answer_from_item(self: Any, item: Any) -> Any:
+        letter, said = original(self, item)
+        if said.startswith("Failed to predict"):
+            raise RuntimeError(f"the judge gave no letter for question {item['index']}")
+        return letter, said
+
+    MMBench_Evaluator.extract_answer_from_item = extract_answer_from_item
+    try:
+        yield
+    finally:
+        MMBench_Evaluator.extract_answer_from_item = original
