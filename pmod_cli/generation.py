@@ -14,9 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
-from pmod_cli.checkpoints.load import check_source as check_source
-from pmod_cli.checkpoints.load import check_tokenizer
-from pmod_cli.checkpoints.load import read_config as read_config
+from pmod_cli.checkpoints.load import check_tokenizer, read_config
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.output.errors import PmodError, first_line
 

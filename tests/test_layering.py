@@ -13,7 +13,8 @@ LAYERS = (
     {"report", "doctor"},
     {"visualize", "evaluation", "training", "conversion", "profiling"},
     {"generation", "data"},
-    {"recipe", "checkpoints", "devices", "extras"},
+    {"plots"},
+    {"recipe", "checkpoints", "devices", "extras", "published"},
     {"families"},
     {"modeling"},
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pmod_cli import plots
 from pmod_cli.demo import world
 from pmod_cli.modeling.schedule import kept_tokens, mean_retention
-from pmod_cli.output import plots
 
 GUESSING_MARGIN = 5.0
 """Points above text-only guessing that the shuffled baseline may score: two standard errors of the sample."""

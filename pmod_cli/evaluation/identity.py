@@ -13,8 +13,8 @@ from typing import Any
 from transformers.image_processing_backends import PilBackend
 
 import pmod_cli
+from pmod_cli.checkpoints.load import check_source
 from pmod_cli.checkpoints.source import open_source
-from pmod_cli.generation import check_source
 from pmod_cli.output.errors import PmodError
 
 _CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.bin", "*.model", "*.txt")

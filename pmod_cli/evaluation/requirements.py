@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints.load import check_source
 from pmod_cli.evaluation.catalogue import Tasks
-from pmod_cli.generation import check_source
 from pmod_cli.output.errors import PmodError
 
 FURTHER_DATA = {"gqa": [("lmms-lab-encoder/GQA", "testdev_balanced_images")]}

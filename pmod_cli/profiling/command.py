@@ -66,7 +66,7 @@ def _check(options: ProfileOptions) -> None:
     if tables > 1:
         raise PmodError("--sweep and --schedules are two tables", "one at a time")
     if options.plot is not None:
-        from pmod_cli.output.plots import check_target
+        from pmod_cli.plots import check_target
 
         check_target(options.plot, options.force)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.output import plots
+from pmod_cli import plots
 from pmod_cli.output.units import prefix
 from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
 

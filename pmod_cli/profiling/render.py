@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pmod_cli.output import units
-from pmod_cli.output.plots import NAMES
 from pmod_cli.output.tables import Table
 from pmod_cli.output.units import size
+from pmod_cli.plots import NAMES
 from pmod_cli.profiling.closed_form import PARTS
 from pmod_cli.profiling.explain import notes
 from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader
 
-from pmod_cli.output import plots
+from pmod_cli import plots
 from pmod_cli.output.tables import Table, markdown_text
 
 

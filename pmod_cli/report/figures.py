@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pmod_cli.output import plots
+from pmod_cli import plots
 from pmod_cli.output.units import prefix
 from pmod_cli.report.collect import Training
 from pmod_cli.report.document import Figure

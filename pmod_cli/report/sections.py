@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pmod_cli import plots
 from pmod_cli.modeling.schedule import mean_retention
-from pmod_cli.output import plots
 from pmod_cli.output.tables import Table
 from pmod_cli.output.units import milliseconds, share, si, signed, size
 from pmod_cli.report import figures

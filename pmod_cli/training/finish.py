@@ -10,9 +10,8 @@ from typing import Any
 import torch
 import yaml
 
-from pmod_cli import __version__
+from pmod_cli import __version__, plots
 from pmod_cli.checkpoints.write import Staging
-from pmod_cli.output import plots
 from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
 from pmod_cli.output.files import write_json
 from pmod_cli.output.versions import versions

@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
+from pmod_cli.checkpoints.load import check_source
 from pmod_cli.data.aspect import apply_aspect
 from pmod_cli.extras import require
 from pmod_cli.families.chat_templates import VICUNA_V1, fit_template
-from pmod_cli.generation import IMAGE_BACKEND, VisionLanguageModel, check_source
+from pmod_cli.generation import IMAGE_BACKEND, VisionLanguageModel
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.recipe import LoraSettings, TrainSettings

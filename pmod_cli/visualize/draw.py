@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pmod_cli.output import plots
+from pmod_cli import plots
 from pmod_cli.visualize.layout import Layout, View
 from pmod_cli.visualize.trace import Trace
 

@@ -10,7 +10,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 from PIL import Image
 
-from pmod_cli.output import plots
+from pmod_cli import plots
 from pmod_cli.visualize.trace import Trace
 
 _LONG_SIDE = 1600

@@ -8,9 +8,10 @@ from typing import Any
 
 from PIL.Image import Image
 
+from pmod_cli import plots
+from pmod_cli.checkpoints.load import read_config
 from pmod_cli.extras import require
-from pmod_cli.generation import Prompt, VisionLanguageModel, open_image, read_config
-from pmod_cli.output import plots
+from pmod_cli.generation import Prompt, VisionLanguageModel, open_image
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import write_file
 from pmod_cli.visualize.trace import Trace, check_routes, dense_twin, trace

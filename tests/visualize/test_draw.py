@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pmod_cli import plots
 from pmod_cli.generation import Prompt
-from pmod_cli.output import plots
 from pmod_cli.visualize import draw
 from pmod_cli.visualize.trace import trace
 from tests.common import visual_models

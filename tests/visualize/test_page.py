@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pmod_cli import plots
 from pmod_cli.generation import Prompt
-from pmod_cli.output import plots
 from pmod_cli.visualize.page import build_page
 from pmod_cli.visualize.trace import trace
 from tests.common import browser, visual_models
