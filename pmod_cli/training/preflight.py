@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from pmod_cli.checkpoints.load import check_source
 from pmod_cli.data.dataset import ConversationData
 from pmod_cli.extras import installed, require
 from pmod_cli.families import find_family
-from pmod_cli.generation import check_source
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import read_json, write_json
 from pmod_cli.recipe import Recipe, TrainSettings
