@@ -12,7 +12,7 @@ from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Images
 from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, stdout
+from pmod_cli.output.console import emit_json, show_lines, stdout
 from pmod_cli.output.errors import GateError
 from pmod_cli.output.tables import Table
 
@@ -89,10 +89,9 @@ def check_command(
 
 def _show(report: DataReport, limit: int) -> None:
     for problem in report.problems[:limit]:
-        line = f"record {problem.index} (id {problem.id or '-'}): {problem.detail}"
-        stdout.print(line, markup=False, soft_wrap=True)
+        show_lines(f"record {problem.index} (id {problem.id or '-'}): {problem.detail}")
     title = f"{report.good} of {report.records} records are fit"
     rows: list[Sequence[str]] = [[kind, str(count)] for kind, count in report.counts.items()]
     stdout.print(Table(title, ("problem", "records"), rows).to_rich())
     if report.fixed:
-        stdout.print(f"clean file: {report.fixed}", markup=False, soft_wrap=True)
+        show_lines(f"clean file: {report.fixed}")

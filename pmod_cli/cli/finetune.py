@@ -12,7 +12,7 @@ from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Images, Overrides
 from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import require_if_installed, starting
-from pmod_cli.output.console import emit_json, stderr, stdout
+from pmod_cli.output.console import emit_json, show_lines, stderr
 from pmod_cli.output.tables import Table
 
 if TYPE_CHECKING:
@@ -93,11 +93,9 @@ def finetune_command(
         emit_json("finetune", result.to_dict())
         return
     losses = [f"{loss:.4f}" for loss in (result.first_loss, result.final_loss) if loss is not None]
-    stdout.print(
+    show_lines(
         f"{result.output}: {result.steps} steps, loss {' -> '.join(losses)}, "
-        f"{result.seconds:.0f} s, {len(result.bad_samples)} bad samples",
-        markup=False,
-        soft_wrap=True,
+        f"{result.seconds:.0f} s, {len(result.bad_samples)} bad samples"
     )
 
 

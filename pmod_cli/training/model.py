@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
-from pmod_cli.checkpoints.load import check_source
+from pmod_cli.checkpoints.load import read_config
 from pmod_cli.data.aspect import apply_aspect
 from pmod_cli.extras import require
 from pmod_cli.families.chat_templates import VICUNA_V1, fit_template
@@ -88,9 +88,8 @@ def load_processor(model: str | Path, settings: TrainSettings) -> Any:
     Raises:
         PmodError: It cannot be loaded, or the recipe does not fit it.
     """
-    check_source(model)
+    config = read_config(model)
     try:
-        config = AutoConfig.from_pretrained(model)
         processor = AutoProcessor.from_pretrained(model, backend=IMAGE_BACKEND)
     except (OSError, ValueError, KeyError) as error:
         raise PmodError(f"cannot load the processor of {model}: {first_line(error)}") from error
