@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
@@ -101,6 +102,7 @@ def _show(result: EvalResult, missed: list[str], as_json: bool) -> None:
 def _print_whole(table: Table) -> None:
     """Print a table at its full width, however narrow the terminal or log is."""
     whole = table.to_rich()
+    whole.box, whole.pad_edge = SIMPLE_HEAD, False  # the paper's tables have ten columns
     wanted = Measurement.get(stdout, stdout.options.update(max_width=1000), whole).maximum
     Console(file=stdout.file, width=wanted, highlight=False).print(whole)
 

@@ -20,16 +20,16 @@ def tables(result: EvalResult, errors: bool) -> Iterator[Table]:
     """
     sides = ["baseline", "model"] if result.baseline else ["model"]
     header = ["task", "samples", *sides, *(["difference"] if result.baseline else [])]
-    table = Table("Scores in points", header)
+    rows: list[list[str]] = []
     for task in result.tasks:
         scores = [_score(getattr(task, side), errors) for side in sides]
         difference = [_difference(task)] if result.baseline else []
-        table.rows.append([task.name, str(task.model.samples), *scores, *difference])
-        table.rows += _parts(task, sides, len(header))
-    yield table
-    for number, rows in enumerate(result.paper, start=1):
-        columns = ["", *rows[0].values, "average"]
-        yield Table(f"The paper's table {number}", columns, [_paper_row(row) for row in rows])
+        rows.append([task.name, str(task.model.samples), *scores, *difference])
+        rows += _parts(task, sides, len(header))
+    yield Table("Scores in points", header, rows)
+    for number, lines in enumerate(result.paper, start=1):
+        columns = ["", *lines[0].values, "average"]
+        yield Table(f"The paper's table {number}", columns, [_paper_row(line) for line in lines])
 
 
 def notes(result: EvalResult) -> list[str]:

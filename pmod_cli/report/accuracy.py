@@ -42,14 +42,14 @@ def accuracy(models: Sequence[Model], other: Model | None) -> Section:
 
 
 def _scores(models: Sequence[Model], tasks: Sequence[str]) -> Table:
-    table = Table("Scores in points", ["", *(model.label for model in models)])
+    rows: list[list[str]] = []
     for task in tasks:
-        table.rows.append([task, *(_score(model.scores.get(task)) for model in models)])
-        table.rows += _kinds(models, task)
+        rows.append([task, *(_score(model.scores.get(task)) for model in models)])
+        rows += _kinds(models, task)
     if len(tasks) > 1 and all(task in model.scores for task in tasks for model in models):
         means = [mean_accuracy(model, tasks) for model in models]
-        table.rows.append(["mean", *("-" if math.isnan(mean) else f"{mean:.1f}" for mean in means)])
-    return table
+        rows.append(["mean", *("-" if math.isnan(mean) else f"{mean:.1f}" for mean in means)])
+    return Table("Scores in points", ["", *(model.label for model in models)], rows)
 
 
 def _gaps(models: Sequence[Model], other: Model, tasks: Sequence[str]) -> Table | None:
@@ -135,10 +135,10 @@ def _of_100(task: str, points: float) -> float:
 
 def _half_width(model: Model, tasks: Sequence[str]) -> float | None:
     """Half the 95 % interval of the mean, tasks being independent; None if an error is not known."""
-    errors = [model.scores[task].get("stderr") for task in tasks]
-    if any(error is None for error in errors):
+    errors = {task: model.scores[task].get("stderr") for task in tasks}
+    if None in errors.values():
         return None
-    squares = sum(_of_100(task, error) ** 2 for task, error in zip(tasks, errors, strict=True))
+    squares = sum(_of_100(task, float(error or 0)) ** 2 for task, error in errors.items())
     return _HALF_INTERVAL * squares**0.5 / len(tasks)
 
 
