@@ -8,17 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pmod_cli import __version__
 from pmod_cli.checkpoints.shards import INDEX, StoredTensor, shard_bytes
 from pmod_cli.checkpoints.source import Source, open_source
-from pmod_cli.conversion.card import model_card, provenance
+from pmod_cli.conversion.card import model_card
 from pmod_cli.conversion.decoder import DecoderLayout, find_decoder, router_tensors
 from pmod_cli.conversion.formats import Options, Shard, Translation, find_format
-from pmod_cli.conversion.formats.translation import to_json
 from pmod_cli.conversion.restore import baseline_files, index_of
 from pmod_cli.families import Family, check_decoder, find_family
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import to_json
 from pmod_cli.recipe import Recipe, check_recipe, default_recipe, mod_config
 
 ROUTERS = "model-routers.safetensors"
@@ -74,7 +75,15 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """Contents of the new ``config.json``."""
-        origin = provenance(self.source.name, self.source.revision, self.format, self.recipe)
+        recipe = self.recipe
+        # transformers keeps this section through fine-tuning.
+        origin = {
+            "version": __version__,
+            "source": self.source.name,
+            "revision": self.source.revision,
+            "format": self.format,
+            "recipe": {"name": recipe.name, "mod": recipe.mod.model_dump(mode="json")} if recipe else None,
+        }
         # auto_map names code of the source's repository, which is not run for our model types.
         config = {key: value for key, value in self.translation.config.items() if key != "auto_map"}
         changed = {"architectures": [self.family.architecture], "model_type": self.family.model_type}

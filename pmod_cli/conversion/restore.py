@@ -13,10 +13,11 @@ from typing import Any
 
 from pmod_cli.checkpoints.shards import INDEX, SINGLE
 from pmod_cli.checkpoints.source import Source
-from pmod_cli.conversion.formats.translation import Shard, Translation, to_json
+from pmod_cli.conversion.formats.translation import Shard, Translation
 from pmod_cli.families import Family, find_family
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import to_json
 
 FOLDER = "baseline"
 _MANIFEST = "manifest.json"

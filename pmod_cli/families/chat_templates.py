@@ -3,78 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Container
+from pathlib import Path
 from typing import Any
 
-VICUNA_V1 = (
-    "{{ bos_token }}"
-    "{% if messages[0]['role'] != 'system' %}"
-    '{{ "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, '
-    "detailed, and polite answers to the user's questions. \" }}{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['content'] is string %}{% set parts = [{'type': 'text', 'text': message['content']}] %}"
-    "{% else %}{% set parts = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'system' %}{% for part in parts %}{{ part['text'] + ' ' }}{% endfor %}"
-    "{% elif message['role'] == 'user' %}{{ 'USER: ' }}"
-    "{% for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in parts if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}"
-    "{% else %}{{ 'ASSISTANT:' }}"
-    "{% for part in parts if part['type'] == 'text' %}"
-    "{% generation %}{{ ' ' + part['text'] + eos_token }}{% endgeneration %}{% endfor %}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
+
+def _read(name: str) -> str:
+    """A template of the folder ``templates``, without the line breaks and indents that only people need."""
+    path = Path(__file__).parent / "templates" / f"{name}.jinja"
+    return "".join(line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+
+
+VICUNA_V1 = _read("vicuna_v1")
 """LLaVA's conversation format ``v1`` for Vicuna models, which the paper trained with."""
 
-MISTRAL_INSTRUCT = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['content'] is string %}{% set parts = [{'type': 'text', 'text': message['content']}] %}"
-    "{% else %}{% set parts = message['content'] %}{% endif %}"
-    "{% if message['role'] == 'system' %}{% for part in parts %}{{ '<<SYS>>\n' + part['text'] + '\n<</SYS>>\n\n' }}"
-    "{% endfor %}"
-    "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in parts if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{{ ' [/INST]' }}"
-    "{% else %}"
-    "{% for part in parts if part['type'] == 'text' %}"
-    "{% generation %}{{ ' ' + part['text'] + eos_token }}{% endgeneration %}{% endfor %}"
-    "{% endif %}{% endfor %}"
-)
+MISTRAL_INSTRUCT = _read("mistral_instruct")
 """LLaVA-NeXT's conversation format ``mistral_instruct``."""
 
-CHATML = (
-    "{% for message in messages %}"
-    "{% if message['content'] is string %}{% set parts = [{'type': 'text', 'text': message['content']}] %}"
-    "{% else %}{% set parts = message['content'] %}{% endif %}"
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in parts if part['type'] == 'text' %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ part['text'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% if message['role'] != 'assistant' %}{{ '<|im_end|>\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+CHATML = _read("chatml")
 """LLaVA-NeXT's conversation format ``qwen_1_5``."""
 
-LLAMA_3 = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message['content'] is string %}{% set parts = [{'type': 'text', 'text': message['content']}] %}"
-    "{% else %}{% set parts = message['content'] %}{% endif %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
-    "{% for part in parts if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in parts if part['type'] == 'text' %}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ part['text'] + '<|eot_id|>' }}{% endgeneration %}"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "{% if message['role'] != 'assistant' %}{{ '<|eot_id|>' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
+LLAMA_3 = _read("llama_3")
 """LLaVA-NeXT's conversation format ``llava_llama_3``, system prompt left to the user."""
 
 
@@ -94,7 +42,7 @@ def choose_template(decoder: str, vocabulary: Container[str]) -> str | None:
 
 
 def fit_template(template: str, tokenizer: Any, image_token: str = "<image>") -> str:
-    """Change a template such that a tokenizer makes of it the tokens that LLaVA's own code makes of the conversation.
+    """Change a template such that a tokenizer gives the tokens that LLaVA's own code gives for a conversation.
 
     LLaVA tokenises the text on each side of an image by itself, and sentencepiece puts a blank before each. Newer
     tokenizers put one at the start of the prompt alone, and none behind a beginning-of-sequence token that is written
@@ -114,5 +62,5 @@ def fit_template(template: str, tokenizer: Any, image_token: str = "<image>") ->
     alone = tokenizer.encode("\nx", add_special_tokens=False)
     for blank in ("", " "):
         if tokenizer.encode(f"{image_token}{blank}\nx", add_special_tokens=False)[1:] == alone:
-            return template.replace(f"{image_token}\n", f"{image_token}{blank}\n")
+            return template.replace(rf"{image_token}\n", rf"{image_token}{blank}\n")
     return template

@@ -1,4 +1,4 @@
-"""What transformers takes where a ``config.json`` is silent: counting of the usual models need not import it.
+"""transformers' defaults for what a ``config.json`` leaves out, so that counting usual models need not import it.
 
 Configs on the hub leave out what is a default of their class. A test holds these tables equal to transformers' own;
 for every other type transformers is asked.
@@ -58,15 +58,9 @@ PARTS: dict[str, dict[str, Any]] = {
 """By ``model_type`` of the language model or vision tower."""
 
 _SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "vocab_size",
-    "num_channels",
-    "image_size",
-    "patch_size",
-)
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_channels",
+    "image_size", "patch_size",
+)  # fmt: skip
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
@@ -76,7 +70,7 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
         raw: Its contents.
 
     Raises:
-        PmodError: A size that is none, or a config that transformers refuses.
+        PmodError: A size is not a number above 0, or transformers refuses the config.
     """
     text = {"model_type": "llama"} | (raw.get("text_config") or {})
     vision = {"model_type": "clip_vision_model"} | (raw.get("vision_config") or _CLIP_LARGE_336)

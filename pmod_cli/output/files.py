@@ -63,13 +63,18 @@ def write_file(path: Path, content: bytes | str) -> None:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def to_json(data: Any) -> bytes:
+    """JSON as it is written to files."""
+    return (json.dumps(data, indent=2) + "\n").encode()
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file in one step.
 
     Raises:
         PmodError: Its folder does not exist.
     """
-    write_file(path, json.dumps(data, indent=2) + "\n")
+    write_file(path, to_json(data))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.conversion.formats.translation import to_json
 from pmod_cli.modeling.schedule import Ratios, constant, interleaved
 from pmod_cli.modeling.settings import WEIGHT_NORMS, MoDConfig
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import to_json
 
 _DECODER_FIELDS = [
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",

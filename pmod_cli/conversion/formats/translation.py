@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -82,8 +81,3 @@ class Translation:
     routers: dict[str, StoredTensor] = field(default_factory=dict)
     originals: dict[str, Path | bytes] = field(default_factory=dict)
     notes: Sequence[str] = ()
-
-
-def to_json(data: Any) -> bytes:
-    """JSON as it is written to a checkpoint."""
-    return (json.dumps(data, indent=2) + "\n").encode()
