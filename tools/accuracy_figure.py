@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 
-from pmod_cli.evaluation.paper import PUBLISHED, average
+from pmod_cli.evaluation.paper import average
 from pmod_cli.output import plots
-from pmod_cli.profiling.published import published_family
+from pmod_cli.published import COSTS, SCORES
 
 MODELS = {"llava": "LLaVA-1.5-7B", "llava_next": "LLaVA-NeXT-7B"}
 
@@ -22,9 +22,8 @@ def main(path: str) -> None:
     figure, axes = plots.figure(1, 1, (6.4, 3.0))
     axis = axes[0, 0]
     for number, (family, name) in enumerate(MODELS.items()):
-        published = published_family(family)
-        assert published is not None
-        scores = [average(PUBLISHED[family][role]) or 0.0 for role in ("baseline", "model")]
+        published = COSTS[family]
+        scores = [average(SCORES[family][role]) or 0.0 for role in ("baseline", "model")]
         flops = [published.dense_tflops, published.pmod_tflops]
         axis.plot(flops, scores, color=plots.FAINT, linewidth=1, linestyle=":", zorder=1)
         for kind, x, y in zip(("dense", "pmod"), flops, scores, strict=True):
