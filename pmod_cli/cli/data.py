@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,10 +13,6 @@ from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, show_lines, stdout
 from pmod_cli.output.errors import GateError
-from pmod_cli.output.tables import Table
-
-if TYPE_CHECKING:
-    from pmod_cli.data.check import DataReport
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data: check it, clean it.")
 app.add_typer(data_app, name="data")
@@ -54,10 +49,10 @@ def check_command(
         typer.Option("--fix", help="Write the usable records here: a file, or a table's folder."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file of --fix.")] = False,
-    limit: Annotated[int, typer.Option("--limit", min=0, help="Problems to list.")] = 20,
+    limit: Annotated[int, typer.Option("--limit", min=0, help="Unfit records to list.")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Find what would go wrong in training. Exit code 1 if anything is, unless --fix writes a clean file."""
+    """Find what would go wrong in training. Exit 1 if any record is unfit, unless --fix writes a clean file."""
     from pmod_cli.recipe import default_recipe, load_recipe
 
     settings = (load_recipe(recipe) if recipe else default_recipe()).train
@@ -82,16 +77,10 @@ def check_command(
     if as_json:
         emit_json("data check", report.to_dict())
     else:
-        _show(report, limit)
+        for problem in report.problems[:limit]:
+            show_lines(problem.to_text())
+        stdout.print(report.to_table().to_rich())
+        if report.fixed:
+            show_lines(f"clean file: {report.fixed}")
     if report.problems and fix is None:
         raise GateError(f"{len(report.problems)} of {report.records} records are not fit for training")
-
-
-def _show(report: DataReport, limit: int) -> None:
-    for problem in report.problems[:limit]:
-        show_lines(f"record {problem.index} (id {problem.id or '-'}): {problem.detail}")
-    title = f"{report.good} of {report.records} records are fit"
-    rows: list[Sequence[str]] = [[kind, str(count)] for kind, count in report.counts.items()]
-    stdout.print(Table(title, ("problem", "records"), rows).to_rich())
-    if report.fixed:
-        show_lines(f"clean file: {report.fixed}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,20 +12,10 @@ from pmod_cli.cli.options import AsJson, Images, Overrides
 from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import require_if_installed, starting
 from pmod_cli.output.console import emit_json, show_lines, stderr
-from pmod_cli.output.tables import Table
 
 if TYPE_CHECKING:
     from pmod_cli.training.memory import MemoryEstimate
     from pmod_cli.training.model import PartCount
-
-_FIGURES = (
-    ("loss", "loss", ".4f"),
-    ("grad_norm", "grad", ".2f"),
-    ("learning_rate", "lr", ".2e"),
-    ("samples_per_second", "samples/s", ".1f"),
-    ("tokens_per_second", "tokens/s", ".0f"),
-)
-"""What the progress bar shows: key in the log, label, format."""
 
 
 @app.command(
@@ -72,6 +61,7 @@ def finetune_command(
 
         from pmod_cli.devices import is_main_process
         from pmod_cli.training.finetune import finetune
+        from pmod_cli.training.monitor import progress_text
 
     logging.disable_progress_bar()  # one bar is enough
     with late_progress("train") as show:
@@ -83,7 +73,7 @@ def finetune_command(
             recipe=chosen,
             resume=resume,
             force=force,
-            progress=lambda done, total, latest: show(done, total, _figures(latest)),
+            progress=lambda done, total, latest: show(done, total, progress_text(latest)),
             announce=_announce,
             merge_lora=merge,
         )
@@ -91,35 +81,12 @@ def finetune_command(
         return
     if as_json:
         emit_json("finetune", result.to_dict())
-        return
-    losses = [f"{loss:.4f}" for loss in (result.first_loss, result.final_loss) if loss is not None]
-    show_lines(
-        f"{result.output}: {result.steps} steps, loss {' -> '.join(losses)}, "
-        f"{result.seconds:.0f} s, {len(result.bad_samples)} bad samples"
-    )
-
-
-def _figures(latest: dict[str, float]) -> str:
-    figures = [f"{label} {latest[key]:{form}}" for key, label, form in _FIGURES if key in latest]
-    if "memory_bytes" in latest:
-        figures.append(f"{latest['memory_bytes'] / 2**30:.1f} GiB")
-    return "  ".join(figures)
+    else:
+        show_lines(result.to_text())
 
 
 def _announce(parts: list[PartCount], memory: MemoryEstimate) -> None:
-    rows: list[Sequence[str]] = [[part.part, f"{part.trained:,}", f"{part.frozen:,}"] for part in parts]
-    stderr.print(Table("Parameters", ("part", "trained", "frozen"), rows).to_rich())
-    names = ("weights", "gradients", "optimizer", "activations")
-    amounts = ", ".join(f"{name} {_gib(getattr(memory, name))}" for name in names)
-    available = "" if memory.available is None else f" of {_gib(memory.available)}"
-    stderr.print(
-        f"memory per device, at most about {_gib(memory.total)}{available}: {amounts}", soft_wrap=True
-    )
-    if not memory.fits:
-        stderr.print("[bold]that will not fit[/bold]; what would lower it, each on top of the ones before:")
-        for line in memory.advice:
-            stderr.print(f"  {line}", markup=False, soft_wrap=True)
+    from pmod_cli.training.model import parts_table
 
-
-def _gib(amount: int) -> str:
-    return f"{amount / 2**30:.2f} GiB"
+    stderr.print(parts_table(parts).to_rich())
+    stderr.print(memory.to_text(), markup=False, soft_wrap=True)

@@ -57,8 +57,8 @@ class ChatEncoder:
             image_tokens: How many tokens each image takes, in order.
 
         Raises:
-            BadSample: Nothing to learn, or an image cut, within the maximum length; a placeholder too many.
-            PmodError: A template that does not only append.
+            BadSample: No answer or not every image is within the maximum length; images and placeholders differ.
+            PmodError: The template does not only append.
         """
         text, spans = self.render(turns)
         has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
@@ -76,7 +76,7 @@ class ChatEncoder:
                 continue
             while span < len(spans) and spans[span][1] <= start:
                 span += 1
-            # A token such as "▁red" may take in the blank before the span: it is what the model has to say.
+            # A token such as "▁red" may begin with the blank before the answer: the model has to say it, too.
             answers = span < len(spans) and start < end and end > spans[span][0]
             ids.append(token)
             labels.append(token if answers else IGNORED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from pmod_cli.data.dataset import open_data
 from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation, parse_record
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.tables import Table
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,22 @@ class BadRecord:
     kind: str
     detail: str
 
+    def to_text(self) -> str:
+        """The record in one line."""
+        return f"record {self.index} (id {self.id or '-'}): {self.detail}"
+
 
 @dataclass(frozen=True)
 class DataReport:
     """What the check found.
 
     Attributes:
-        records: In the file.
-        good: Fit for training.
-        with_images: Of the good ones.
-        counts: Problems by kind.
-        problems: Each, in the order of the file.
-        longest_tokens: Of the good records, if a processor was given; else None.
+        records: Records in the file.
+        good: Records that are fit for training.
+        with_images: How many of the good ones have images.
+        counts: Unfit records by kind.
+        problems: The unfit records, in the order of the file.
+        longest_tokens: Tokens of the longest good record, if a processor was given; else None.
         fixed: The clean file, if one was asked for.
     """
 
@@ -57,6 +62,11 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         """Everything, in what JSON can write."""
         return asdict(self)
+
+    def to_table(self) -> Table:
+        """The counts as a table."""
+        rows: list[Sequence[str]] = [[kind, str(count)] for kind, count in self.counts.items()]
+        return Table(f"{self.good} of {self.records} records are fit", ("problem", "records"), rows)
 
 
 def check_data(
@@ -127,34 +137,25 @@ class _Checker:
             self.encoder = EncodedDataset([], pictures, processor, max_length)
         self.longest: int | None = None
         self._seen: set[str] = set()
-        self._decoded: dict[str, BadSample | None] = {}
+        self._readable: set[str] = set()
 
     def check(self, record: Any, index: int) -> Conversation:
         """Parse a record, decode its images and encode it.
 
         Raises:
-            BadSample: What is wrong with it.
+            BadSample: It is not fit.
         """
         sample = parse_record(record, index)
         key = json.dumps([record.get("image"), record["conversations"]], sort_keys=True)
         if key in self._seen:
             raise BadSample("duplicate", "the same image and conversation stand earlier in the file")
-        for name in sample.images:
-            self._decode(name)
         if self.encoder is not None:
             pictures = [self.pictures.load(name) for name in sample.images]
             self.longest = max(self.longest or 0, len(self.encoder.encode(sample, pictures).input_ids))
+        else:
+            for name in sample.images:
+                if name not in self._readable:  # many records may name one image
+                    self.pictures.load(name)
+                    self._readable.add(name)
         self._seen.add(key)
         return sample
-
-    def _decode(self, name: str) -> None:
-        """Decode an image once, however many records name it."""
-        if name not in self._decoded:
-            self._decoded[name] = None
-            try:
-                self.pictures.load(name)
-            except BadSample as error:
-                self._decoded[name] = error
-        error_before = self._decoded[name]
-        if error_before is not None:
-            raise error_before

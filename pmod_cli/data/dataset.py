@@ -22,11 +22,11 @@ _IMAGE_COLUMNS = ("image", "images")
 
 @dataclass(frozen=True)
 class DataSource:
-    """Records as they stand, and their pictures.
+    """Records as they are in the data, and their pictures.
 
     Attributes:
         name: The file, folder or hub id.
-        records: In LLaVA's form; what `parse_record` takes.
+        records: In LLaVA's form, for `parse_record`.
         pictures: Where the records' images are.
         fingerprint: SHA-256 of the file, or of a table's conversations.
         table: The `datasets.Dataset`, or None for a file.
@@ -54,7 +54,7 @@ class DataSource:
             raise PmodError(f"cannot write {path}: {path.parent} is not writable")
 
     def write(self, indices: Sequence[int], path: Path) -> None:
-        """Write some records as they stand: a JSON (or JSONL) file, or a table's folder. Complete or absent."""
+        """Write some records as they are: a JSON (or JSONL) file, or a table's folder. Complete or absent."""
         if self.table is not None:
             with replacing(path) as partial:
                 self.table.select(indices).save_to_disk(str(partial))
@@ -74,8 +74,8 @@ class ConversationData:
         source: See `open_data`.
 
     Attributes:
-        samples: What is usable.
-        bad: id -> reason of the records left out.
+        samples: The usable records.
+        bad: id -> reason, of the records left out.
 
     Raises:
         PmodError: No record is usable.
@@ -96,7 +96,7 @@ class ConversationData:
             raise PmodError(f"{source.name}: no usable record; the first: {first}", "see pmod data check")
 
     def missing_images(self) -> dict[str, str]:
-        """Id -> reason of the samples with an image that is not there, or may not be opened."""
+        """Id -> reason, of the samples with an image that is not there or may not be opened."""
         missing = {}
         for sample in self.samples:
             try:
@@ -116,10 +116,10 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     Args:
         data: A LLaVA JSON or JSONL file; or a folder or hub id that `datasets` opens, with the columns
             ``conversations`` and ``image`` (or ``images``).
-        images: The folder that a file's image names are relative to; a table has its own.
+        images: The folder that a file's image names are relative to; a table holds its images.
 
     Raises:
-        PmodError: There is none, it cannot be read, or it is of another form.
+        PmodError: The data is missing, cannot be read, or has another form.
         MissingExtraError: `datasets` is not installed.
         BrokenPackageError: `datasets` cannot be imported.
     """

@@ -1,4 +1,4 @@
-"""Where a sample's pictures lie: in a folder of files, or in the image column of a `datasets` table.
+"""Where a sample's pictures are: in a folder of files, or in the image column of a `datasets` table.
 
 A picture is opened only when a sample is asked for, in the loader's workers.
 """
@@ -19,10 +19,10 @@ class Pictures(ABC):
     """Finds pictures by the names in `Conversation.images`."""
 
     def find(self, name: str) -> None:  # noqa: B027
-        """See that a picture is there, without opening it; a table always holds its own.
+        """Check that a picture is there, without opening it; a table always holds its own.
 
         Raises:
-            BadSample: It is not, or may not be opened.
+            BadSample: It is not there, or may not be opened.
         """
 
     @abstractmethod
@@ -107,11 +107,20 @@ class ImageColumn(Pictures):
         return ImageFolder(self.root).load(str(path.resolve().relative_to(self.root.resolve())))
 
 
+def refuse_cut_pictures() -> None:
+    """Have Pillow raise an error for a picture that is cut short, as it does by default.
+
+    Importing lmms-eval switches that off for the whole process, and Pillow fills up cut pictures with grey. A sample
+    with such a picture has to be reported, neither learned from nor answered.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
 def decode(content: bytes, name: str) -> Image.Image:
     """Decode a picture as RGB.
 
     Args:
-        content: Of the image file.
+        content: The image file's bytes.
         name: For messages.
 
     Raises:
@@ -119,12 +128,9 @@ def decode(content: bytes, name: str) -> Image.Image:
     """
     if not content:
         raise BadSample("empty image", name)
-    # Importing lmms-eval makes Pillow fill up pictures that are cut short.
-    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    refuse_cut_pictures()
     try:
         with Image.open(io.BytesIO(content)) as image:
             return image.convert("RGB")
     except Exception as error:  # PIL's decoders raise whatever a broken file leads them into
         raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient

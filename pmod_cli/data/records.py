@@ -17,7 +17,7 @@ class BadSample(ValueError):
     """A record that cannot be trained on.
 
     Args:
-        kind: Short name of what is wrong, e.g. ``"missing image"``: what `pmod data check` counts by.
+        kind: What is wrong in a word or two, e.g. ``"missing image"``; `pmod data check` counts by it.
         detail: The particulars.
     """
 
@@ -42,7 +42,7 @@ class Conversation:
     Attributes:
         id: The record's own, or its place in the file.
         images: Names by which `Pictures` finds them: relative to the image folder, or rows of a table.
-        turns: At least one of the user's and one of the assistant's, in turn.
+        turns: The user's and the assistant's alternate, at least one of each; a system turn may come first.
     """
 
     id: str
@@ -54,15 +54,19 @@ def parse_json(content: bytes, path: Path) -> list[Any]:
     """The records of a JSON list or of a JSON-lines file, without looking into them.
 
     Args:
-        content: Of the file.
-        path: Its name: ``.jsonl`` means JSON lines; it stands in messages.
+        content: What the file holds.
+        path: The file, for its suffix (``.jsonl`` means JSON lines) and for messages.
 
     Raises:
         PmodError: Not JSON, not a list, or empty.
     """
     try:
         text = content.decode("utf-8")
-        records = _json_lines(text) if path.suffix == ".jsonl" else json.loads(text)
+        if path.suffix == ".jsonl":
+            # Not splitlines: strings in JSON may hold U+2028, which ends a line for Python.
+            records = [json.loads(line) for line in text.split("\n") if line.strip()]
+        else:
+            records = json.loads(text)
     except UnicodeDecodeError as error:
         raise PmodError(f"cannot read {path}: {error}") from error
     except json.JSONDecodeError as error:
@@ -79,10 +83,10 @@ def parse_record(record: Any, index: int) -> Conversation:
 
     Args:
         record: ``{"id", "image": absent | str | list, "conversations": [{"from", "value"}, ...]}``.
-        index: Its place in the file, its id where it has none.
+        index: Its place in the file, which is its id if it has none of its own.
 
     Raises:
-        BadSample: What is wrong with it.
+        BadSample: It cannot be trained on.
     """
     if not isinstance(record, dict):
         raise BadSample("not a record", f"a {type(record).__name__}")
@@ -101,10 +105,6 @@ def parse_record(record: Any, index: int) -> Conversation:
     if placeholders != len(images):
         raise BadSample("<image> count", f"{placeholders} placeholders, {len(images)} images")
     return Conversation(str(record.get("id", index)), tuple(images), turns)
-
-
-def _json_lines(text: str) -> list[Any]:
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
 
 
 def _parse_turn(turn: Any) -> Turn:

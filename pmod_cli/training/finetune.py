@@ -50,12 +50,12 @@ class FinetuneResult:
         resumed_from: The step that this process went on from, or None.
         samples: Usable records.
         bad_samples: id -> reason, of records left out or replaced.
-        first_loss: The first that was logged.
-        final_loss: The last that was logged.
+        first_loss: The first loss that was logged.
+        final_loss: The last loss that was logged.
         seconds: Wall time of this process's training loop.
         parts: Parameters by part.
         memory: The estimate, as `MemoryEstimate.to_dict` has it.
-        peak_memory_bytes: The most that this process really held.
+        peak_memory_bytes: The most memory that this process really held.
     """
 
     output: str
@@ -73,6 +73,14 @@ class FinetuneResult:
     def to_dict(self) -> dict[str, Any]:
         """Everything, in what JSON can write."""
         return asdict(self)
+
+    def to_text(self) -> str:
+        """The run in one line."""
+        losses = [f"{loss:.4f}" for loss in (self.first_loss, self.final_loss) if loss is not None]
+        return (
+            f"{self.output}: {self.steps} steps, loss {' -> '.join(losses)}, "
+            f"{self.seconds:.0f} s, {len(self.bad_samples)} bad samples"
+        )
 
 
 def finetune(
@@ -156,7 +164,7 @@ class _Run:
         self.main = self.arguments.process_index == 0
 
     def open_folder(self, *, anew: bool) -> None:
-        """Make the training folder, or see that it is of the same run; the other processes wait."""
+        """Make the training folder, or check that it is of the same run; the other processes wait."""
         try:
             if self.main:
                 if anew:
@@ -173,7 +181,7 @@ class _Run:
             torch.distributed.barrier()
 
     def load(self) -> None:
-        """Load model and processor; see that the disk takes the checkpoints, and estimate the memory."""
+        """Load model and processor; check that the disk takes the checkpoints; estimate the memory."""
         settings, samples = self.settings, self.conversations
         source = self.checkpoint if self.checkpoint and self.loads_checkpoint else self.model
         self.network, self.processor = load_for_training(source, settings)

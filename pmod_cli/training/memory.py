@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from pmod_cli.devices import local_world_size
 from pmod_cli.modeling.schedule import Ratios, mean_retention
 from pmod_cli.recipe import LoraSettings, TrainSettings
 from pmod_cli.training.model import LORA_TARGETS
@@ -37,8 +38,8 @@ class Workload:
         kv_width: Width of the keys, and of the values.
         vocabulary: Rows of the output head.
         retention: Retention ratios of the decoder layers; all None for a dense model.
-        tokens: Of the longest sample, pictures included.
-        vision_tokens: Of these.
+        tokens: Tokens of the longest sample, pictures included.
+        vision_tokens: How many of these are the pictures'.
     """
 
     trained: int
@@ -56,14 +57,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on each device, and what would make them fit (each with its own estimate; empty if they do)."""
+    """Bytes on each device.
+
+    Attributes:
+        weights: Parameters.
+        gradients: Gradients of the trained parameters.
+        optimizer: Adam's moments, and float32 copies where weights are held in half precision.
+        activations: Activations of one micro batch.
+        available: The device's memory; None if not known.
+        advice: What would make it fit, each with its own estimate; empty if it fits.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     available: int | None
-    advice: tuple[str, ...] = ()
+    advice: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
@@ -77,8 +87,22 @@ class MemoryEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in what JSON can write."""
-        fields = {**asdict(self), "advice": list(self.advice)}
-        return {**fields, "total": self.total, "fits": self.fits}
+        return {**asdict(self), "total": self.total, "fits": self.fits}
+
+    def to_text(self) -> str:
+        """The amounts in one line, and a line for each piece of advice."""
+        names = ("weights", "gradients", "optimizer", "activations")
+        amounts = ", ".join(f"{name} {gib(getattr(self, name))}" for name in names)
+        available = "" if self.available is None else f" of {gib(self.available)}"
+        lines = [f"memory per device, at most about {gib(self.total)}{available}: {amounts}"]
+        if not self.fits:
+            lines.append("that will not fit; what would lower it, each on top of the ones before:")
+        return "\n  ".join([*lines, *self.advice])
+
+
+def gib(amount: float) -> str:
+    """Bytes in GiB, as the memory of devices is given."""
+    return f"{amount / 2**30:.2f} GiB"
 
 
 def describe(network: nn.Module, tokens: int, vision_tokens: int) -> Workload:
@@ -86,8 +110,8 @@ def describe(network: nn.Module, tokens: int, vision_tokens: int) -> Workload:
 
     Args:
         network: As it will be trained (frozen parts frozen, LoRA added).
-        tokens: Of the longest sample.
-        vision_tokens: Of these.
+        tokens: Tokens of the longest sample, pictures included.
+        vision_tokens: How many of these are the pictures'.
     """
     config: Any = network.config
     text = config.text_config
@@ -136,9 +160,8 @@ def estimate(
     for change, changed in _changes(work, settings, world, shards):
         option = _estimate(*changed, available)
         if option.total < result.total:
-            size = f"{option.total / 2**30:.1f} GiB"
-            advice.append(f"{change}: {size}" + ("" if option.fits else " (still too much)"))
-    return replace(result, advice=tuple(advice))
+            advice.append(f"{change}: {gib(option.total)}{'' if option.fits else ' (still too much)'}")
+    return replace(result, advice=advice)
 
 
 def device_memory() -> int:
@@ -146,7 +169,7 @@ def device_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return total // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return total // local_world_size()
 
 
 def _estimate(

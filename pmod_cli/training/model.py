@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pmod_cli.families.chat_templates import VICUNA_V1, fit_template
 from pmod_cli.generation import IMAGE_BACKEND, VisionLanguageModel
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.tables import Table
 from pmod_cli.recipe import LoraSettings, TrainSettings
 
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -51,6 +53,12 @@ def count_parts(model: nn.Module) -> list[PartCount]:
     for name, parameter in model.named_parameters():
         counts.setdefault(part_of(name), [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
     return [PartCount(part, *counts[part]) for part in PARTS if part in counts]
+
+
+def parts_table(parts: Sequence[PartCount]) -> Table:
+    """The counts as a table."""
+    rows: list[Sequence[str]] = [[part.part, f"{part.trained:,}", f"{part.frozen:,}"] for part in parts]
+    return Table("Parameters", ("part", "trained", "frozen"), rows)
 
 
 def freeze(model: nn.Module, *, vision_tower: bool) -> None:

@@ -17,6 +17,7 @@ from pmod_cli.data.batches import Collator, EncodedDataset
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import GateError
 from pmod_cli.output.files import read_json_lines, write_file
+from pmod_cli.training.memory import gib
 
 ProgressCallback = Callable[[int, int, dict[str, float]], None]
 """Called after each step with the steps done, the steps in all, and what was last logged."""
@@ -24,7 +25,16 @@ ProgressCallback = Callable[[int, int, dict[str, float]], None]
 PROBE_SAMPLES = 8
 """Samples with images on which the routers are watched."""
 
-_LOGGED = ("loss", "grad_norm", "learning_rate", "samples_per_second", "tokens_per_second", "memory_bytes")
+_LOGGED: dict[str, Callable[[float], str]] = {
+    "loss": "loss {:.4f}".format,
+    "grad_norm": "grad {:.2f}".format,
+    "learning_rate": "lr {:.2e}".format,
+    "samples_per_second": "samples/s {:.1f}".format,
+    "tokens_per_second": "tokens/s {:.0f}".format,
+    "memory_bytes": gib,
+}
+"""What ``metrics.jsonl`` holds of what the Trainer logs, and how the progress bar shows it."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -88,6 +98,11 @@ class Monitor(TrainerCallback):
         should_log = control.should_log
         self.trainer.callback_handler.on_log(args, state, control, figures)
         control.should_log = should_log
+
+
+def progress_text(latest: dict[str, float]) -> str:
+    """What was last logged, for a progress bar: ``loss 1.2345  grad 0.50  ...``."""
+    return "  ".join(show(latest[key]) for key, show in _LOGGED.items() if key in latest)
 
 
 class BadSampleLog:

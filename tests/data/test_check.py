@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 
 from pmod_cli.data.check import check_data
+from pmod_cli.data.pictures import decode
+from pmod_cli.data.records import BadSample
 from pmod_cli.output.errors import PmodError
 
 
@@ -81,13 +83,14 @@ def test_each_kind(tmp_path, folder, processor, kind, record, monkeypatch):
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
 def test_duplicates_and_fix(tmp_path, folder, suffix):
     data, clean = tmp_path / f"data.{suffix}", tmp_path / f"clean.{suffix}"
-    records = [*GOOD, {**GOOD[0], "id": "again"}, CASES[0][1]]
+    # U+2028 ends a line for Python, not for JSON.
+    records = [*GOOD, {**GOOD[0], "id": "again"}, CASES[0][1], {"conversations": turns("One\u2028two?")}]
     lines = "\n".join(map(json.dumps, records))
     data.write_text(lines if suffix == "jsonl" else json.dumps(records))
     report = check_data(data, folder, fix=clean)
     assert report.counts == {"duplicate": 1, "missing image": 1}
     again = check_data(clean, folder)
-    assert (again.records, again.problems) == (3, [])
+    assert (again.records, again.problems) == (4, [])
     with pytest.raises(PmodError, match="exists"):
         check_data(data, folder, fix=clean)
 
@@ -115,3 +118,11 @@ def test_a_place_that_cannot_be_written_is_known_at_once(tmp_path, folder):
     for place, message in ((data / "clean.json", "Not a directory|File exists"), (folder, "is a folder")):
         with pytest.raises(PmodError, match=message):
             check_data(data, folder, fix=place, force=True, progress=never)
+
+
+def test_pillow_fills_up_cut_pictures_if_it_is_told_to(folder, monkeypatch):
+    """What `refuse_cut_pictures` is for; Pillow 10.1 to 12."""
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    Image.open(folder / "cut.png").load()
+    with pytest.raises(BadSample, match="unreadable image"):
+        decode((folder / "cut.png").read_bytes(), "cut.png")
