@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pmod_cli.data.pictures import refuse_cut_pictures
+
 SCORING_ERROR = "pmod_error"
 """Metric under which a document's scoring error is logged."""
 
@@ -21,7 +23,6 @@ def quiet() -> None:
     """Keep lmms-eval's log and progress bars off stdout, and let broken pictures raise."""
     import lmms_eval.evaluator
     from loguru import logger
-    from PIL import ImageFile
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     # lmms-eval points loguru at stdout, where only results belong.
@@ -31,8 +32,7 @@ def quiet() -> None:
     lmms_eval.evaluator.tqdm = lmms_eval.api.task.tqdm = lambda *args, **options: tqdm(
         *args, **(options | {"disable": True})
     )
-    # It lets Pillow fill up cut-off pictures with grey: such a sample is to be reported, not answered.
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    refuse_cut_pictures()
 
 
 @contextlib.contextmanager
