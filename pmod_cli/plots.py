@@ -6,7 +6,6 @@ matplotlib is imported when a figure is made, not before.
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any
 
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import write_file
 
 # Grey and colours of Okabe and Ito (2008): told apart by every kind of colour vision, and in grey.
 DENSE, PMOD = "#8C8C8C", "#0072B2"
@@ -172,23 +172,7 @@ def save(drawn: Any, path: str | Path, *, title: str = "", program: str = "pmod"
     with look():
         buffer = io.BytesIO()
         drawn.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
-    write(path, buffer.getvalue())
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Write a file beside its place, then move it there.
-
-    Raises:
-        PmodError: The folder does not exist.
-    """
-    if not path.parent.is_dir():
-        raise PmodError(f"no folder {path.parent}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, buffer.getvalue())
 
 
 def inline_svg(drawn: Any, label: str) -> str:
