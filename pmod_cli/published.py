@@ -5,8 +5,7 @@ Both tables are by family: the ``model_type`` of the dense model.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,6 @@ class Published:
     pmod_tflops: float
     kv_retention: float
     source: str = "p-MoD, arXiv 2412.04449"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 COSTS = {

@@ -208,15 +208,16 @@ class _Demo:
         )
 
     def profile(self) -> dict[str, Any]:
-        from pmod_cli.profiling.profile import Settings, profile
+        from pmod_cli.profiling.options import ProfileOptions
+        from pmod_cli.profiling.profile import profile
         from pmod_cli.profiling.subject import find_subject
 
         model, control = self.models / "pmod", self.models / "dense-control"
 
         def action() -> dict[str, Any]:
             subject = find_subject(str(model), baseline=str(control))
-            settings = Settings(dtype="float32", new_tokens=16, batch=BATCH)
-            return profile(subject, settings, measure_options={}).to_dict()
+            options = ProfileOptions(latency=True, dtype="float32", new_tokens=16, batch=BATCH)
+            return profile(subject, options).to_dict()
 
         how = ["--latency", "--dtype", "float32", "--new-tokens", "16", "--batch", str(BATCH)]
         return self.steps.command(

@@ -4,9 +4,9 @@
 - ``prompt``: how many vision tokens and crops an image becomes.
 - ``closed_form``: multiply-adds, KV cache, parameters and memory traffic by formula (no torch).
 - ``fvcore_counter``: the same multiply-adds counted from the real model, on the meta device.
-- ``latency`` (and ``bench``, ``placement``): real prefill, decode and end-to-end time, the KV cache's real bytes.
+- ``latency`` (and ``placement``): real prefill, decode and end-to-end time, the KV cache's real bytes.
 - ``subject``: finds the model that a user names. ``profile``: puts it all together into a ``ProfileResult``.
-- ``command``: what ``pmod profile`` does with its ``options``.
+- ``command``: what ``pmod profile`` does with its ``options``; ``render`` and ``plots`` show the result.
 
 Nothing is imported here: counting by formula must not load torch, and measuring must not need fvcore.
 """

@@ -3,11 +3,16 @@
 One MAC is one multiply-add, which is two FLOPs. Attention is counted over all query-key pairs: kernels may skip
 masked ones, but fvcore does not assume so. Element-wise operations are not counted, except the
 tower's LayerNorms, at fvcore's 5 per value.
+
+The ``paper`` convention leaves out the score and value products of attention, counts the tower's layers after the
+selected one, which transformers runs all the same, takes one crop however many the image has, and has the LM head
+without the rows that were added for the image token.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from pmod_cli.modeling.schedule import kept_tokens
 from pmod_cli.modeling.settings import MoDConfig
@@ -16,43 +21,12 @@ from pmod_cli.profiling.prompt import Workload
 
 LAYER_PARTS = ("attention_projections", "attention_scores", "mlp", "router")
 PARTS = ("vision_tower", "vision_norms", "projector", *LAYER_PARTS, "lm_head")
-
-
-@dataclass(frozen=True)
-class Convention:
-    """What a count includes.
-
-    Attributes:
-        name: Its name in output.
-        scores: Score and value products of attention.
-        unused_layers: Tower layers after the selected feature layer, which transformers runs all the same.
-        one_crop: Only one crop goes through the vision tower, however many the image has.
-        original_vocab: The LM head without the rows added for the image token.
-    """
-
-    name: str
-    scores: bool = True
-    unused_layers: bool = False
-    one_crop: bool = False
-    original_vocab: bool = False
-
-
-FULL = Convention("full")
-PAPER = Convention("paper", scores=False, unused_layers=True, one_crop=True, original_vocab=True)
-CONVENTIONS = {convention.name: convention for convention in (FULL, PAPER)}
+PAPER = "paper"
 
 
 @dataclass(frozen=True)
 class LayerCount:
-    """MACs of one decoder layer, over the whole batch.
-
-    Attributes:
-        tokens: Tokens per sample that the layer processes.
-        attention_projections: Query, key, value and output projections.
-        attention_scores: Score and value products.
-        mlp: Gate, up and down projections.
-        router: Router of an MoD layer.
-    """
+    """MACs of one decoder layer by part, over the whole batch; ``tokens`` is how many per sample it processes."""
 
     tokens: int
     attention_projections: int
@@ -63,7 +37,7 @@ class LayerCount:
     @property
     def macs(self) -> int:
         """All of the layer's MACs."""
-        return self.attention_projections + self.attention_scores + self.mlp + self.router
+        return sum(getattr(self, part) for part in LAYER_PARTS)
 
 
 @dataclass(frozen=True)
@@ -75,12 +49,12 @@ class PhaseCount:
     vision_tower: int = 0
     vision_norms: int = 0
     projector: int = 0
-    parts: dict[str, int] = field(init=False, compare=False, repr=False)
 
-    def __post_init__(self) -> None:
-        totals = {part: sum(getattr(layer, part) for layer in self.layers) for part in LAYER_PARTS}
-        totals |= {part: getattr(self, part) for part in PARTS if part not in LAYER_PARTS}
-        object.__setattr__(self, "parts", {part: totals[part] for part in PARTS})
+    @property
+    def parts(self) -> dict[str, int]:
+        """MACs by part, decoder layers summed up, in the order of `PARTS`."""
+        layers = {part: sum(getattr(layer, part) for layer in self.layers) for part in LAYER_PARTS}
+        return {part: layers[part] if part in layers else getattr(self, part) for part in PARTS}
 
     @property
     def macs(self) -> int:
@@ -100,7 +74,7 @@ def layer_tokens(geometry: Geometry, mod: MoDConfig | None, work: Workload) -> l
 
 
 def prefill(
-    geometry: Geometry, mod: MoDConfig | None, work: Workload, convention: Convention = FULL
+    geometry: Geometry, mod: MoDConfig | None, work: Workload, convention: str = "full"
 ) -> PhaseCount:
     """Count the prompt's forward pass, image included.
 
@@ -108,55 +82,45 @@ def prefill(
         geometry: The dense model.
         mod: What makes it p-MoD; None to count it dense.
         work: Image, text and batch.
-        convention: What to include.
+        convention: ``full`` or ``paper``.
     """
-    decoder = geometry.decoder
-    crops = work.batch * (0 if work.image is None else 1 if convention.one_crop else work.image.crops)
-    routed = 0 if mod is None else work.routed_tokens(mod.target_tokens)
-    ratios = mod.retention_ratios if mod else [None] * decoder.layers
-    layers = tuple(
-        _decoder_layer(
-            geometry,
-            tokens,
-            keys=tokens,
-            batch=work.batch,
-            # The router sees the whole sequence; the logits of tokens that are not routed go unused.
-            routed=0 if ratio is None or not routed else work.prompt_tokens,
-            scores=convention.scores,
+    paper, tower = convention == PAPER, geometry.tower
+    routed = work.routed_tokens(mod.target_tokens) if mod else 0
+    layers = _layers(geometry, work, layer_tokens(geometry, mod, work), paper=paper)
+    if mod and routed:
+        # The router sees the whole sequence; the logits of tokens that are not routed go unused.
+        router = work.batch * work.prompt_tokens * geometry.decoder.hidden
+        layers = tuple(
+            layer if ratio is None else replace(layer, router=router)
+            for layer, ratio in zip(layers, mod.retention_ratios, strict=True)
         )
-        for tokens, ratio in zip(layer_tokens(geometry, mod, work), ratios, strict=True)
-    )
-    positions = work.batch * (work.prompt_tokens if work.all_logits else 1)
+    crops = work.batch * (0 if work.image is None else 1 if paper else work.image.crops)
+    depth = tower.layers if paper else tower.used_layers
+    patches = tower.grid**2 * tower.channels * tower.patch**2 * tower.hidden
+    per_token = 4 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate
+    if not paper:
+        per_token += 2 * tower.tokens * tower.hidden
     return PhaseCount(
         layers=layers,
-        lm_head=positions * _lm_head(geometry, convention),
-        vision_tower=crops * _tower(geometry, convention),
-        vision_norms=crops * _tower_norms(geometry, convention),
-        projector=crops * _projector(geometry),
+        lm_head=work.batch * (work.prompt_tokens if work.all_logits else 1) * _lm_head(geometry, paper),
+        vision_tower=crops * (patches + depth * tower.tokens * per_token),
+        vision_norms=crops * 5 * (tower.has_cls + 2 * depth) * tower.tokens * tower.hidden,
+        projector=crops * tower.selected * _projector_weights(geometry),
     )
 
 
 def decode_step(
-    geometry: Geometry, mod: MoDConfig | None, work: Workload, convention: Convention = FULL, step: int = 0
+    geometry: Geometry, mod: MoDConfig | None, work: Workload, convention: str = "full", step: int = 0
 ) -> PhaseCount:
-    """Count one new token per sample; every layer processes it, whatever its ratio.
-
-    Args:
-        geometry: The dense model.
-        mod: What makes it p-MoD; None to count it dense.
-        work: Image, text and batch.
-        convention: What to include.
-        step: Tokens decoded before this one.
-    """
-    layers = tuple(
-        _decoder_layer(geometry, 1, keys=cached + step + 1, batch=work.batch, scores=convention.scores)
-        for cached in layer_tokens(geometry, mod, work)
-    )
-    return PhaseCount(layers=layers, lm_head=work.batch * _lm_head(geometry, convention))
+    """Count one new token per sample, ``step`` tokens after the first; every layer processes it, whatever its ratio."""
+    paper = convention == PAPER
+    cached = layer_tokens(geometry, mod, work)
+    layers = _layers(geometry, work, [1] * len(cached), [count + step + 1 for count in cached], paper)
+    return PhaseCount(layers=layers, lm_head=work.batch * _lm_head(geometry, paper))
 
 
 def generation_macs(
-    geometry: Geometry, mod: MoDConfig | None, work: Workload, convention: Convention = FULL
+    geometry: Geometry, mod: MoDConfig | None, work: Workload, convention: str = "full"
 ) -> int:
     """MACs of prefill and all decode steps: the first new token comes from prefill, so there are N - 1 steps."""
     steps = work.new_tokens - 1
@@ -220,46 +184,31 @@ def least_traffic(geometry: Geometry, mod: MoDConfig | None, work: Workload) -> 
     }
 
 
-def _decoder_layer(
-    geometry: Geometry, tokens: int, *, keys: int, batch: int, routed: int = 0, scores: bool = True
-) -> LayerCount:
-    decoder = geometry.decoder
+def _layers(
+    geometry: Geometry,
+    work: Workload,
+    tokens: Sequence[int],
+    keys: Sequence[int] | None = None,
+    paper: bool = False,
+) -> tuple[LayerCount, ...]:
+    """Each layer's MACs without router, from its tokens and keys (the same if none are given) per sample."""
+    decoder, batch = geometry.decoder, work.batch
     attention, kv = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    return LayerCount(
-        tokens=tokens,
-        attention_projections=batch * tokens * 2 * decoder.hidden * (attention + kv),
-        attention_scores=batch * tokens * keys * 2 * attention if scores else 0,
-        mlp=batch * tokens * 3 * decoder.hidden * decoder.intermediate,
-        router=batch * routed * decoder.hidden,
+    return tuple(
+        LayerCount(
+            tokens=queries,
+            attention_projections=batch * queries * 2 * decoder.hidden * (attention + kv),
+            attention_scores=0 if paper else batch * queries * seen * 2 * attention,
+            mlp=batch * queries * 3 * decoder.hidden * decoder.intermediate,
+        )
+        for queries, seen in zip(tokens, keys or tokens, strict=True)
     )
 
 
-def _lm_head(geometry: Geometry, convention: Convention) -> int:
-    vocab = geometry.original_vocab if convention.original_vocab else geometry.decoder.vocab
-    return geometry.decoder.hidden * vocab
-
-
-def _tower_layers(geometry: Geometry, convention: Convention) -> int:
-    return geometry.tower.layers if convention.unused_layers else geometry.tower.used_layers
-
-
-def _tower(geometry: Geometry, convention: Convention) -> int:
-    tower = geometry.tower
-    patches = tower.grid**2 * tower.channels * tower.patch**2 * tower.hidden
-    weights = 4 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate
-    scores = 2 * tower.tokens * tower.hidden if convention.scores else 0
-    return patches + _tower_layers(geometry, convention) * tower.tokens * (weights + scores)
-
-
-def _tower_norms(geometry: Geometry, convention: Convention) -> int:
-    tower = geometry.tower
-    return 5 * (tower.has_cls + 2 * _tower_layers(geometry, convention)) * tower.tokens * tower.hidden
+def _lm_head(geometry: Geometry, paper: bool) -> int:
+    return geometry.decoder.hidden * (geometry.original_vocab if paper else geometry.decoder.vocab)
 
 
 def _projector_weights(geometry: Geometry) -> int:
     width = geometry.decoder.hidden
     return width * (geometry.tower.features * geometry.tower.hidden + width)
-
-
-def _projector(geometry: Geometry) -> int:
-    return geometry.tower.selected * _projector_weights(geometry)

@@ -11,7 +11,6 @@ output does not depend on (the vision tower's layers after the selected one).
 from __future__ import annotations
 
 import dataclasses
-import gc
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from pmod_cli.extras import require
 from pmod_cli.modeling.cache import adopt_cache
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.plan import RoutingPlan
+from pmod_cli.modeling.twin import meta_model
 from pmod_cli.profiling.closed_form import LayerCount, PhaseCount
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import Variant
@@ -38,9 +38,6 @@ Counts = Mapping[str, Mapping[str, int]]
 
 def distinct_layers(variant: Variant) -> tuple[Variant, list[int]]:
     """A model with one decoder layer of each kind: layers of one ratio and attention do the same work.
-
-    Args:
-        variant: The whole model.
 
     Returns:
         The model with the first layer of each kind only, and for each layer of the whole model its index there.
@@ -58,22 +55,18 @@ def distinct_layers(variant: Variant) -> tuple[Variant, list[int]]:
     return dataclasses.replace(variant, raw=raw, mod=mod), [first.index(kind) for kind in kinds]
 
 
-def repeat_layers(count: PhaseCount, indices: list[int]) -> PhaseCount:
-    """The count of a whole model from that of its `distinct_layers`.
-
-    Args:
-        count: Of the model with one layer of each kind.
-        indices: Where each layer of the whole model is among them.
-    """
-    return dataclasses.replace(count, layers=tuple(count.layers[index] for index in indices))
+def trace(variant: Variant, work: Workload) -> tuple[PhaseCount, PhaseCount]:
+    """MACs of a prefill and of the first decode step; of layers that do the same work one is traced."""
+    short, places = distinct_layers(variant)
+    prefill, step = (
+        dataclasses.replace(found, layers=tuple(found.layers[place] for place in places))
+        for found in count(meta_model(short.config, work.dtype), work)
+    )
+    return prefill, step
 
 
 def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
-    """Trace a prefill and the first decode step.
-
-    Args:
-        model: Dense or p-MoD, on the meta device.
-        work: Image, text and batch.
+    """Trace a prefill and the first decode step of a dense or p-MoD model on the meta device.
 
     Returns:
         MACs of prefill and of the decode step.
@@ -81,19 +74,37 @@ def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
     Raises:
         MissingExtraError: If fvcore is not installed.
     """
-    tokens = work.prompt_tokens
-    cache = _empty_cache(model)
+    text, mod = model.config.text_config, getattr(model.model, "mod", None)
+    shape = work.batch, work.prompt_tokens
+    cache = DynamicCache(config=text)
+    plan = None
+    if mod:
+        adopt_cache(cache, mod.mod_layers, text.num_hidden_layers)
+        if routed := work.routed_tokens(mod.target_tokens):
+            mask = torch.empty(shape, dtype=torch.bool, device=model.device)
+            counts, lengths = [routed] * work.batch, [work.prompt_tokens] * work.batch
+            ratios = model.model.language_model.retention_ratios
+            plan = RoutingPlan.from_counts(mask, None, counts, lengths, ratios)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=model.dtype, device=model.device)
+
+    def decode(tokens: int, keys: int, plan: RoutingPlan | None) -> Counts:
+        # A 4-D mask keeps transformers from building one.
+        inputs = zeros(work.batch, tokens, text.hidden_size), zeros(work.batch, 1, tokens, keys)
+        return _trace(_DecoderPath(model, work.all_logits, cache, plan), *inputs)
+
     with _autocast_off():
         with _NoReinterpretation():
-            path = _DecoderPath(model, work, cache, _routing_plan(model, work))
-            prefill = _trace(path, *_decoder_input(model, work, tokens, tokens))
+            prefill = decode(work.prompt_tokens, work.prompt_tokens, plan)
         lengths = [layer.keys.shape[-2] for layer in cache.layers]
-        step = _trace(_DecoderPath(model, work, cache), *_decoder_input(model, work, 1, tokens + 1))
+        step = decode(1, work.prompt_tokens + 1, None)
         vision: Counts = {}
         if work.image:
-            encoder = _VisionPath(model)
-            with _traceable_patches(encoder.tower):
-                vision = _trace(encoder, _pixels(model, work))
+            size = model.config.vision_config
+            crops = work.batch * work.image.crops
+            pixels = zeros(crops, size.num_channels, size.image_size, size.image_size)
+            vision = _trace(_VisionPath(model), pixels)
     return _assemble(prefill, vision, lengths), _assemble(step, {}, [1] * len(lengths))
 
 
@@ -103,6 +114,8 @@ class _VisionPath(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        embeddings = self.tower.embeddings
+        embeddings.patch_embedding = _UnfoldedPatches(embeddings.patch_embedding)
         selected = model.config.vision_feature_layer
         self.layers = [selected] if isinstance(selected, int) else list(selected)
         self.drop_cls = model.config.vision_feature_select_strategy == "default"
@@ -115,20 +128,13 @@ class _VisionPath(nn.Module):
 
 
 class _DecoderPath(nn.Module):
-    """Embeddings to logits: the language model and the LM head.
+    """Embeddings to logits: the language model, which fills or continues the KV cache, and the LM head."""
 
-    Args:
-        model: The whole model.
-        work: Which positions need logits, and how many tokens are routed.
-        cache: The KV cache to fill or continue.
-        plan: The routing plan of a p-MoD prefill.
-    """
-
-    def __init__(self, model: Any, work: Workload, cache: Any, plan: RoutingPlan | None = None) -> None:
+    def __init__(self, model: Any, all_logits: bool, cache: Any, plan: RoutingPlan | None) -> None:
         super().__init__()
         self.language_model, self.lm_head = model.model.language_model, model.lm_head
-        self.first_logit = 0 if work.all_logits else -1
-        self.options: dict[str, Any] = {CACHE_ARGUMENT: cache, "use_cache": True}
+        self.first_logit = 0 if all_logits else -1
+        self.options = {CACHE_ARGUMENT: cache, "use_cache": True}
         if plan is not None:
             self.options["routing_plan"] = plan
 
@@ -138,50 +144,8 @@ class _DecoderPath(nn.Module):
         return self.lm_head(output.last_hidden_state[:, self.first_logit :])
 
 
-def _pixels(model: Any, work: Workload) -> Tensor:
-    """Pixels of all crops of the batch, [crops, channels, height, width]."""
-    assert work.image is not None
-    vision = model.config.vision_config
-    shape = (work.batch * work.image.crops, vision.num_channels, vision.image_size, vision.image_size)
-    return torch.empty(shape, dtype=model.dtype, device=model.device)
-
-
-def _decoder_input(model: Any, work: Workload, tokens: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Embeddings [batch, tokens, hidden] and a 4-D mask, which keeps transformers from building one."""
-    width = model.config.text_config.hidden_size
-    embeddings = torch.empty(work.batch, tokens, width, dtype=model.dtype, device=model.device)
-    mask = torch.zeros(work.batch, 1, tokens, keys, dtype=model.dtype, device=model.device)
-    return embeddings, mask
-
-
-def _routing_plan(model: Any, work: Workload) -> RoutingPlan | None:
-    """The plan of a prefill whose token counts the host knows; None for a dense model."""
-    mod = getattr(model.model, "mod", None)
-    routed = work.routed_tokens(mod.target_tokens) if mod else 0
-    if not routed:
-        return None
-    mask = torch.empty(work.batch, work.prompt_tokens, dtype=torch.bool, device=model.device)
-    counts, lengths = [routed] * work.batch, [work.prompt_tokens] * work.batch
-    return RoutingPlan.from_counts(mask, None, counts, lengths, model.model.language_model.retention_ratios)
-
-
-def _empty_cache(model: Any) -> Any:
-    """The KV cache that the model's own prefill starts with."""
-    config = model.config.text_config
-    cache = DynamicCache(config=config)
-    if mod := getattr(model.model, "mod", None):
-        adopt_cache(cache, mod.mod_layers, config.num_hidden_layers)
-    return cache
-
-
 def _assemble(decoder: Counts, vision: Counts, tokens: list[int]) -> PhaseCount:
-    """Sort counts by module into parts and layers.
-
-    Args:
-        decoder: Counts of a `_DecoderPath`.
-        vision: Counts of a `_VisionPath`; empty if no image was encoded.
-        tokens: Tokens that each decoder layer processed.
-    """
+    """Sort counts by module into parts and layers, of which each processed so many ``tokens``."""
 
     def total(counts: Counts, module: str) -> int:
         return sum(counts.get(module, {}).values())
@@ -208,7 +172,7 @@ def _assemble(decoder: Counts, vision: Counts, tokens: list[int]) -> PhaseCount:
 
 
 def _trace(module: nn.Module, *inputs: Tensor) -> Counts:
-    with torch.no_grad(), warnings.catch_warnings(), _collector_paused():
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fvcore's use of torch.jit
         require("fvcore")
         from fvcore.nn import FlopCountAnalysis
@@ -242,18 +206,6 @@ def _autocast_off() -> Iterator[None]:
         torch.is_autocast_enabled = ask
 
 
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Spares a fifth of the time: a trace makes many objects, and none of them is garbage before its end."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 class _NoReinterpretation(TorchFunctionMode):
     """Casts where a model reinterprets bits (``view(dtype)``, which torch.jit cannot trace): shapes stay the same."""
 
@@ -274,14 +226,3 @@ class _UnfoldedPatches(nn.Module):
         patches = F.unfold(pixels, self.convolution.kernel_size, stride=self.convolution.stride)
         features = F.linear(patches.transpose(1, 2), self.weight.flatten(1), self.convolution.bias)
         return features.transpose(1, 2)[..., None]
-
-
-@contextmanager
-def _traceable_patches(tower: Any) -> Iterator[None]:
-    embeddings = tower.embeddings
-    convolution = embeddings.patch_embedding
-    embeddings.patch_embedding = _UnfoldedPatches(convolution)
-    try:
-        yield
-    finally:
-        embeddings.patch_embedding = convolution

@@ -6,19 +6,78 @@ from the cache object that a real prefill leaves.
 
 from __future__ import annotations
 
+import gc
 import resource
+import statistics
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pmod_cli.devices import find_device
+from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.output.errors import PmodError
-from pmod_cli.profiling.bench import Bench, Measured
 from pmod_cli.profiling.placement import load_models, quiet_transformers
 from pmod_cli.profiling.prompt import Workload
+from pmod_cli.profiling.result import kv_cache_dict
 from pmod_cli.profiling.subject import Subject
+
+_BOUND = "bound"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one phase over the repeats."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Middle of the repeats."""
+        return statistics.median(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: median, fastest, slowest, and every run in its order."""
+        runs = self.seconds
+        return {"median": self.median, "min": min(runs), "max": max(runs), "runs": runs}
+
+
+@dataclass
+class Measured:
+    """What was measured of one model.
+
+    Attributes:
+        decoded: Tokens that ``decode`` made, over the whole batch.
+        seconds: By phase: ``prefill`` (time to first token, image included), ``decode`` (all further tokens, if there
+            are any), ``end_to_end`` (``generate``).
+        kv_prefill: Real bytes of KV cache by layer after the prompt.
+        kv_final: Real bytes of KV cache by layer when the last token was generated.
+        peak_memory: Most bytes allocated on the device in this model's runs, the other's weights included if they
+            are not shared; None on a CPU.
+        bound: Seconds of prefill if the layers ran on their kept tokens and did nothing else; p-MoD only.
+    """
+
+    decoded: int
+    seconds: dict[str, Timing] = field(default_factory=dict)
+    kv_prefill: list[int] = field(default_factory=list)
+    kv_final: list[int] = field(default_factory=list)
+    peak_memory: int | None = None
+    bound: Timing | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "seconds": {phase: timing.to_dict() for phase, timing in self.seconds.items()},
+            "decode_tokens_per_second": self.decoded / self.seconds["decode"].median
+            if self.decoded
+            else None,
+            "kv_cache": kv_cache_dict(self.kv_prefill, self.kv_final),
+            "peak_memory_bytes": self.peak_memory,
+            "kept_tokens_bound": self.bound.to_dict() if self.bound else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -27,13 +86,10 @@ class Latency:
 
     Attributes:
         device: E.g. ``cuda:0 (NVIDIA H100)``.
-        dtype: Of weights and cache.
         threads: CPU threads of torch.
-        repeats: Measured runs of each phase.
         random_weights: Whether only a config was known and the weights are random.
-        batch: Samples.
+        process_peak_bytes: Most resident memory of the whole process.
         models: By ``pmod`` and ``dense``.
-        process_peak: Most resident memory of the whole process, bytes.
     """
 
     device: str
@@ -41,9 +97,8 @@ class Latency:
     threads: int
     repeats: int
     random_weights: bool
-    batch: int
+    process_peak_bytes: int
     models: dict[str, Measured]
-    process_peak: int
 
     @property
     def ratios(self) -> dict[str, float]:
@@ -53,78 +108,163 @@ class Latency:
         pmod, dense = self.models["pmod"].seconds, self.models["dense"].seconds
         return {f"{phase}_seconds": pmod[phase].median / dense[phase].median for phase in dense}
 
-    @property
-    def bound_overhead(self) -> float | None:
-        """p-MoD's prefill over the kept-tokens-only bound, minus 1."""
-        pmod = self.models.get("pmod")
-        if pmod is None or pmod.bound is None:
-            return None
-        return pmod.seconds["prefill"].median / pmod.bound.median - 1
-
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "device": self.device,
-            "dtype": self.dtype,
-            "threads": self.threads,
-            "repeats": self.repeats,
-            "random_weights": self.random_weights,
-            "process_peak_bytes": self.process_peak,
-            "bound_overhead": self.bound_overhead,
-            "models": {role: measured.to_dict(self.batch) for role, measured in self.models.items()},
-        }
+        """For JSON; ``bound_overhead`` is p-MoD's prefill over the kept-tokens-only bound, minus 1."""
+        pmod = self.models.get("pmod")
+        overhead = pmod.seconds["prefill"].median / pmod.bound.median - 1 if pmod and pmod.bound else None
+        models = {role: measured.to_dict() for role, measured in self.models.items()}
+        return vars(self) | {"bound_overhead": overhead, "models": models}
 
 
 def measure(
     subject: Subject,
     works: dict[str, Workload],
-    *,
     device: str = "auto",
     repeats: int = 5,
-    warmup: int = 1,
     progress: Callable[[str], None] | None = None,
 ) -> Latency:
-    """Measure a p-MoD model and its baseline alternately.
+    """Measure a p-MoD model and its baseline alternately, after one warm-up.
 
     Args:
         subject: The models; weights are random where only a config is known.
         works: The prompt of each model, by ``pmod`` and ``dense``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
         repeats: Measured runs.
-        warmup: Runs before them that do not count.
         progress: Called with a short text at each step.
 
     Raises:
         PmodError: The device is not there or its memory too small.
     """
-    if repeats < 1:
-        raise PmodError("--repeats must be at least 1")
     target = find_device(device)
     if target.type not in ("cpu", "cuda"):
         raise PmodError(f"cannot measure on {device!r}", "cpu or cuda")
     say = progress or (lambda _text: None)
     say("loading the models")
     work = next(iter(works.values()))
+    found = {role: Measured(works[role].batch * (works[role].new_tokens - 1)) for role in works}
     try:
         models = load_models(subject, target, work.dtype)
-        benches = {role: Bench(model, works[role]) for role, model in models.items()}
-        for index in range(-warmup, repeats):
+        inputs = {role: make_inputs(model, works[role]) for role, model in models.items()}
+        for index in range(-1, repeats):
             say(f"measuring: {'warm-up' if index < 0 else f'run {index + 1} of {repeats}'}")
             # Alternately, and in changing order, so that a drift of the machine's speed affects both alike.
-            for role, bench in list(benches.items())[:: 1 if index % 2 else -1]:
+            for role in list(models)[:: 1 if index % 2 else -1]:
                 with quiet_transformers():
-                    bench.run(count=index >= 0, bound=role == "pmod")
+                    seconds = _run(models[role], works[role], inputs[role], found[role], role == "pmod")
+                if index >= 0:
+                    _add(found[role], seconds)
     except torch.OutOfMemoryError as error:
         hint = "a smaller --batch or image, or --dtype bfloat16"
         raise PmodError(f"out of memory on {target}", hint) from error
-    name = f"{target} ({torch.cuda.get_device_name(target)})" if target.type == "cuda" else str(target)
     return Latency(
-        device=name,
+        device=f"{target} ({torch.cuda.get_device_name(target)})" if target.type == "cuda" else str(target),
         dtype=work.dtype,
         threads=torch.get_num_threads(),
         repeats=repeats,
         random_weights=any(variant.weights is None for variant in subject.variants.values()),
-        batch=work.batch,
-        models={role: bench.measured for role, bench in benches.items()},
-        process_peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        process_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        models=found,
     )
+
+
+def _add(found: Measured, seconds: dict[str, float]) -> None:
+    """Count one run."""
+    for phase, value in seconds.items():
+        if phase == _BOUND:
+            found.bound = found.bound or Timing()
+            found.bound.seconds.append(value)
+        else:
+            found.seconds.setdefault(phase, Timing()).seconds.append(value)
+
+
+@torch.inference_mode()
+def _run(
+    model: Any, work: Workload, inputs: dict[str, Tensor], found: Measured, bound: bool
+) -> dict[str, float]:
+    """Seconds of a prefill, the decode steps after it, a ``generate``, and the bound; notes their memory."""
+    device = model.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    gc.collect()
+    start = _clock(device)
+    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    token = output.logits[:, -1:].argmax(-1)
+    seconds = {"prefill": _clock(device) - start}
+    cache = output[CACHE_ARGUMENT]
+    kept = [layer.keys.shape[-2] for layer in cache.layers]
+    found.kv_prefill = _cache_bytes(cache)
+    if work.new_tokens > 1:
+        start = _clock(device)
+        for _ in range(work.new_tokens - 1):
+            step = {CACHE_ARGUMENT: cache, "use_cache": True, "logits_to_keep": 1}
+            token = model(input_ids=token, **step).logits[:, -1:].argmax(-1)
+        seconds["decode"] = _clock(device) - start
+    found.kv_final = _cache_bytes(cache)
+    del cache, output
+    length = {"min_new_tokens": work.new_tokens, "max_new_tokens": work.new_tokens}
+    start = _clock(device)
+    model.generate(**inputs, do_sample=False, **length)
+    seconds["end_to_end"] = _clock(device) - start
+    if device.type == "cuda":
+        found.peak_memory = torch.cuda.max_memory_allocated(device)
+    if bound:
+        seconds[_BOUND] = _bound(model, work, inputs, kept)
+    return seconds
+
+
+def _bound(model: Any, work: Workload, inputs: dict[str, Tensor], kept: list[int]) -> float:
+    """Seconds of a prefill in which each layer sees its kept tokens only.
+
+    The vision tower, the same layers as plain decoder layers on as many tokens as they keep, and the LM head: no
+    router, no choice, no gathering and scattering.
+    """
+    decoder, width, device = model.model.language_model, model.config.text_config.hidden_size, model.device
+    states = torch.randn(work.batch, work.prompt_tokens, width, dtype=model.dtype, device=device)
+    positions = torch.arange(work.prompt_tokens, device=device)[None]
+    images = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_sizes")}
+    start = _clock(device)
+    if images:
+        model.get_image_features(**images)
+    tables = decoder.rotary_emb(states, position_ids=positions)
+    for layer, count in zip(decoder.layers, kept, strict=True):
+        if count:
+            # Without a routing plan an MoD layer is the plain decoder layer.
+            layer(
+                states[:, :count],
+                attention_mask=None,
+                position_ids=positions[:, :count],
+                position_embeddings=tuple(table[:, :count] for table in tables),
+            )
+    model.lm_head(decoder.norm(states[:, -1:]))
+    return _clock(device) - start
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _cache_bytes(cache: Any) -> list[int]:
+    """Bytes of keys and values of each layer of a KV cache, from the tensors themselves."""
+    return [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+
+
+def make_inputs(model: Any, work: Workload) -> dict[str, Tensor]:
+    """What the model's processor would give for one image and some text per sample; pixels and words are random."""
+    generator = torch.Generator().manual_seed(0)
+    config = model.config
+    shape = work.batch, work.text_tokens
+    words = torch.randint(0, config.text_config.vocab_size - 1, shape, generator=generator)
+    words += words >= config.image_token_id  # any id but the image token's
+    image = torch.full((work.batch, work.vision_tokens), config.image_token_id)
+    prompt = torch.cat([words[:, :1], image, words[:, 1:]], dim=1)
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    if work.image:
+        vision = config.vision_config
+        tile: tuple[int, ...] = (vision.num_channels, vision.image_size, vision.image_size)
+        if hasattr(config, "image_grid_pinpoints"):
+            tile = (work.image.crops, *tile)
+            inputs["image_sizes"] = torch.tensor([work.image_size] * work.batch)
+        inputs["pixel_values"] = torch.randn(work.batch, *tile, generator=generator).to(model.dtype)
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}

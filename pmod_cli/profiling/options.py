@@ -7,15 +7,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pmod_cli.output.errors import PmodError
+from pmod_cli.profiling.geometry import Geometry
+from pmod_cli.profiling.prompt import DTYPE_BYTES, Workload, default_image_size, image_tokens, parse_size
+
+_KNOWN = {
+    "convention": ("full", "paper"),
+    "counter": ("auto", "fvcore", "formula"),
+    "dtype": ("auto", *DTYPE_BYTES),
+}
+
 
 @dataclass(frozen=True)
 class ProfileOptions:
     """What the user asks for; `pmod_cli.cli.profile` has each option's help.
 
     Attributes:
-        image_size: ``WIDTHxHEIGHT`` in pixels.
-        dtype: ``auto``, or one of `pmod_cli.profiling.prompt.DTYPE_BYTES`.
+        image_size: ``WIDTHxHEIGHT`` in pixels; None for the size with the most vision tokens.
+        text_tokens: Text tokens per sample; None for 35, or the paper's 30 under its convention.
+        counter: ``fvcore`` (checked against the formula), ``formula``, or ``auto`` (fvcore where it is installed).
         compare: Two files that ``--json`` wrote; nothing is profiled.
+
+    Raises:
+        PmodError: A value that is not known, or a number below 1.
     """
 
     model: str | None = None
@@ -46,3 +60,48 @@ class ProfileOptions:
     max_flops_ratio: float | None = None
     max_kv_ratio: float | None = None
     max_prefill_ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise PmodError(f"unknown {name} {getattr(self, name)!r}", f"one of {', '.join(known)}")
+        if min(self.batch, self.new_tokens, self.text_tokens or 1, self.repeats) < 1:
+            raise PmodError("batch, text tokens, new tokens and repeats must be at least 1")
+
+    def workload(self, geometry: Geometry) -> Workload:
+        """The prompt in a model's tokens.
+
+        Raises:
+            PmodError: The picture cannot be read, or has a size that the model cannot take.
+        """
+        size = None if self.no_image else self._image_size() or default_image_size(geometry)
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "bfloat16"
+            if self.latency:
+                from pmod_cli.devices import find_device
+
+                dtype = "float32" if find_device(self.device).type == "cpu" else dtype
+        return Workload(
+            image=image_tokens(geometry, size) if size else None,
+            image_size=size,
+            text_tokens=self.text_tokens or (30 if self.convention == "paper" else 35),
+            new_tokens=self.new_tokens,
+            batch=self.batch,
+            dtype=dtype,
+            all_logits=self.logits == "all",
+        )
+
+    def _image_size(self) -> tuple[int, int] | None:
+        """(height, width) as asked for, or of the picture."""
+        if self.image_size:
+            return parse_size(self.image_size)
+        if self.image is None:
+            return None
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(self.image) as picture:
+                return picture.height, picture.width
+        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise PmodError(f"cannot read the picture {self.image}: {error}") from error

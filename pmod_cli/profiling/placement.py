@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +21,6 @@ from pmod_cli.profiling.subject import Subject, Variant
 
 def load_models(subject: Subject, device: torch.device, dtype: str) -> dict[str, Any]:
     """Load the models by ``pmod`` and ``dense``; random weights where only a config is known.
-
-    Args:
-        subject: The models.
-        device: Where to.
-        dtype: Of the weights.
 
     Raises:
         PmodError: They do not fit in memory, or cannot be read.
@@ -66,13 +62,10 @@ def _check_memory(variants: list[Variant], device: torch.device, dtype: str) -> 
 
 
 def _free_memory() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass  # not Linux: no cheap way to know
-    return None
+    """Bytes of memory that can be had; None where there is no cheap way to know."""
+    table = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable:\s*(\d+)", table.read_text()) if table.is_file() else None
+    return int(found[1]) * 1024 if found else None
 
 
 @contextmanager

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 
 from pmod_cli.families.anyres import high_resolution_size
 from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.geometry import Geometry
-
-_SHRINK_ABOVE = 1.1
-"""transformers shrinks a feature map whose side is more than so many times too long."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -113,7 +109,7 @@ def image_tokens(geometry: Geometry, size: tuple[int, int]) -> ImageTokens:
     if it is more than the features of nine tiles (``anyres_max_9``).
 
     Args:
-        geometry: The model.
+        geometry: Of the model.
         size: (height, width) of the image, pixels.
 
     Raises:
@@ -124,29 +120,11 @@ def image_tokens(geometry: Geometry, size: tuple[int, int]) -> ImageTokens:
     if not geometry.pinpoints:
         return ImageTokens(base, base, 1)
     grid_height, grid_width = _best_grid(size, geometry.pinpoints)
-    tiles_down, tiles_across = grid_height // tower.image, grid_width // tower.image
-    if geometry.released_anyres:
-        rows, columns = high_resolution_size(size, (tiles_down, tiles_across), tower.grid, geometry.max_tiles)
-    else:
-        rows, columns = _unpadded(size, (tower.grid * tiles_down, tower.grid * tiles_across))
-        if geometry.max_tiles:
-            times = math.sqrt(rows * columns / (geometry.max_tiles * tower.grid**2))
-            if times > _SHRINK_ABOVE:
-                rows, columns = int(rows // times), int(columns // times)
-    return ImageTokens(base + rows * (columns + 1), base, 1 + tiles_down * tiles_across)
-
-
-def _unpadded(size: tuple[int, int], features: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a feature map that show the image, not the padding around it."""
-    (height, width), (rows, columns) = size, features
-    if width / height > columns / rows:
-        return rows - (rows - _shown(height, columns / width)) // 2 * 2, columns
-    return rows, columns - (columns - _shown(width, rows / height)) // 2 * 2
-
-
-def _shown(side: int, scale: float) -> int:
-    # Rounding to 7 places before truncation is transformers' (the released code truncates at once).
-    return int(round(side * scale, 7))
+    tiles = grid_height // tower.image, grid_width // tower.image
+    rows, columns = high_resolution_size(
+        size, tiles, tower.grid, geometry.max_tiles, released=geometry.released_anyres
+    )
+    return ImageTokens(base + rows * (columns + 1), base, 1 + tiles[0] * tiles[1])
 
 
 def _best_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...]) -> tuple[int, int]:

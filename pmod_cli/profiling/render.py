@@ -1,9 +1,8 @@
-"""A profile as tables of text, for the terminal and for Markdown."""
+"""A profile as tables of text, for the terminal and for Markdown, and in words what its figures mean."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pmod_cli.output import units
@@ -11,27 +10,111 @@ from pmod_cli.output.tables import Table
 from pmod_cli.output.units import size
 from pmod_cli.plots import NAMES
 from pmod_cli.profiling.closed_form import PARTS
-from pmod_cli.profiling.explain import notes
 from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
+
+Line = tuple[str] | tuple[str, str, Callable[[Any], str]]
+"""A heading, or the label of a figure, where it is in one model's JSON, and how it is shown."""
 
 
 def profile_tables(result: ProfileResult, by_layer: bool = False) -> list[Table]:
-    """The tables of one profile.
-
-    Args:
-        result: The profile.
-        by_layer: Whether to add a table with one row per decoder layer.
-    """
-    tables = [_main_table(result)]
+    """The tables of one profile, with one of the decoder layers if it is asked for."""
+    data = result.to_dict()
+    work, measured, new = data["workload"], data["latency"] or {}, data["workload"]["new_tokens"]
+    lines: list[Line] = [
+        ("prefill, MACs / FLOPs",),
+        ("all", "prefill.macs", macs),
+        *(
+            (f"  {part.replace('_', ' ').replace('lm', 'LM')}", f"prefill.parts.{part}.macs", macs)
+            for part in PARTS
+        ),
+        ("published", "published", lambda tera: f"- / {tera:.2f} T"),
+        ("decode, MACs / FLOPs",),
+        ("one step (the first)", "decode_step.macs", macs),
+        (f"prefill + {new} new tokens", "generation.macs", macs),
+        ("KV cache",),
+        ("after prefill", "kv_cache.prefill_bytes", size),
+        (f"with {new} new tokens", "kv_cache.final_bytes", size),
+        ("tokens that a layer keeps (mean)",),
+        ("vision tokens", "retention.vision", percent),
+        ("all tokens", "retention.all", percent),
+        ("least memory traffic",),
+        ("prefill", "least_traffic_bytes.prefill", size),
+        ("one decode step", "least_traffic_bytes.decode_step", size),
+        ("model",),
+        ("parameters", "parameters.total", lambda count: f"{count:,}"),
+        (f"measured on {measured.get('device')}, {measured.get('dtype')}",),
+        ("prefill (first token)", "latency.seconds.prefill", _spread),
+        ("decode (all further)", "latency.seconds.decode", _spread),
+        ("generate, end to end", "latency.seconds.end_to_end", _spread),
+        ("decode speed", "latency.decode_tokens_per_second", lambda speed: f"{speed:.1f} tokens/s"),
+        ("KV cache, real bytes", "latency.kv_cache.prefill_bytes", size),
+        ("peak device memory", "latency.peak_memory_bytes", size),
+    ]
+    title = (
+        f"{result.model}: {work['vision_tokens']} vision + {work['text_tokens']} text tokens, "
+        f"batch {work['batch']}, {work['dtype']}, {result.convention} convention"
+    )
+    tables = [cost_table(title, data, lines, "ratio", percent)]
     if by_layer:
-        tables.append(_layer_table(result))
+        tables.append(_layer_table(data))
     return tables
 
 
 def profile_markdown(result: ProfileResult, by_layer: bool = False) -> str:
     """A profile as Markdown, notes included."""
     blocks = [table.to_markdown() for table in profile_tables(result, by_layer)]
-    return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in notes(result))]) + "\n"
+    return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in notes(result))])
+
+
+def cost_table(
+    title: str,
+    data: Mapping[str, Any],
+    lines: Sequence[Line],
+    ratio_title: str,
+    show_ratio: Callable[[float], str],
+) -> Table:
+    """Figures of a profile, one column per model, and p-MoD over dense if there are both.
+
+    Args:
+        title: Of the table.
+        data: A profile in its JSON form.
+        lines: What to show. ``published`` and ``latency`` in a path are the model's own; figures that no model has
+            are left out, and headings without figures.
+        ratio_title: Of the last column.
+        show_ratio: How a ratio is written.
+    """
+    published, latency = data.get("published") or {}, (data.get("latency") or {}).get("models", {})
+    sides = {
+        role: data[role] | {"latency": latency.get(role), "published": published.get(f"{role}_tflops")}
+        for role in ("dense", "pmod")
+        if data.get(role)
+    }
+    rows: list[Sequence[str]] = []
+    heading = ""
+    for line in lines:
+        if len(line) == 1:
+            heading = line[0]
+            continue
+        label, path, show = line
+        values = [_at(side, path) for side in sides.values()]
+        if not any(values):
+            continue
+        if heading:
+            rows.append([heading])
+            heading = ""
+        row = [label, *(show(value) if value else "-" for value in values)]
+        if len(sides) == 2:
+            dense, pmod = (value["median"] if isinstance(value, dict) else value for value in values)
+            row.append(show_ratio(pmod / dense) if dense and pmod is not None else "-")
+        rows.append(row)
+    header = ["", *(NAMES[role] for role in sides), *([ratio_title] if len(sides) == 2 else [])]
+    return Table(title, header, rows)
+
+
+def _at(side: Any, path: str) -> Any:
+    for key in path.split("."):
+        side = (side or {}).get(key)
+    return side
 
 
 def macs(count: int) -> str:
@@ -41,175 +124,109 @@ def macs(count: int) -> str:
     return f"{units.digits(count / factor)} / {units.digits(flops / factor)} {prefix}"
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
     """A ratio or share, without the space of `units.share`: the columns are many and narrow."""
     return "-" if value is None else f"{value:.1%}"
 
 
-@dataclass
-class _Rows:
-    """Rows with one column per model, and their ratio if there are two."""
-
-    models: int
-    rows: list[Sequence[str]] = field(default_factory=list)
-
-    def heading(self, text: str) -> None:
-        self.rows.append([text])
-
-    def add(self, label: str, cells: Sequence[str], ratio: float | None = None) -> None:
-        self.rows.append([label, *cells, *([_percent(ratio)] if self.models == 2 else [])])
-
-    def compare(self, label: str, values: Sequence[int], show: Callable[[int], str] = macs) -> None:
-        ratio = values[1] / values[0] if self.models == 2 and values[0] else None
-        self.add(label, [show(value) if value else "-" for value in values], ratio)
+def _spread(timing: Mapping[str, float]) -> str:
+    return f"{units.milliseconds(timing['median'])} ({timing['min'] * 1e3:.1f}-{timing['max'] * 1e3:.1f})"
 
 
-def _main_table(result: ProfileResult) -> Table:
-    work = result.work
-    roles = [role for role in ("dense", "pmod") if role in result.variants]
-    models = [result.variants[role] for role in roles]
-    rows = _Rows(len(models))
-    rows.heading("prefill, MACs / FLOPs")
-    rows.compare("all", [model.prefill.macs for model in models])
-    for part in PARTS:
-        values = [model.prefill.parts[part] for model in models]
-        if any(values):
-            rows.compare(f"  {part.replace('_', ' ').replace('lm', 'LM')}", values)
-    if result.published:
-        tera = {"dense": result.published.dense_tflops, "pmod": result.published.pmod_tflops}
-        rows.add("published", [f"- / {tera[role]:.2f} T" for role in roles], tera["pmod"] / tera["dense"])
-    rows.heading("decode, MACs / FLOPs")
-    rows.compare("one step (the first)", [model.decode_step.macs for model in models])
-    rows.compare(f"prefill + {work.new_tokens} new tokens", [model.generation_macs for model in models])
-    rows.heading("KV cache")
-    rows.compare("after prefill", [sum(model.kv_prefill) for model in models], size)
-    rows.compare(f"with {work.new_tokens} new tokens", [sum(model.kv_final) for model in models], size)
-    rows.heading("tokens a layer keeps (mean)")
-    rows.add("vision tokens", [_percent(model.vision_retention) for model in models])
-    rows.add("all tokens", [_percent(model.token_retention) for model in models])
-    rows.heading("least memory traffic")
-    rows.compare("prefill", [model.traffic["prefill"] for model in models], size)
-    rows.compare("one decode step", [model.traffic["decode_step"] for model in models], size)
-    rows.heading("model")
-    rows.compare("parameters", [sum(model.parameters.values()) for model in models], lambda n: f"{n:,}")
-    _add_latency(rows, result, roles)
-    title = (
-        f"{result.model}: {work.vision_tokens} vision + {work.text_tokens} text tokens, batch {work.batch}, "
-        f"{work.dtype}, {result.convention} convention"
-    )
-    ratio = ["ratio"] if len(models) == 2 else []
-    return Table(title, ["", *(NAMES[role] for role in roles), *ratio], rows.rows)
-
-
-def _add_latency(rows: _Rows, result: ProfileResult, roles: Sequence[str]) -> None:
-    latency = result.latency
-    if latency is None:
-        return
-    rows.heading(f"measured on {latency.device}, {latency.dtype}")
-    models = [latency.models[role] for role in roles]
-    labels = {
-        "prefill": "prefill (first token)",
-        "decode": "decode (all further)",
-        "end_to_end": "generate, end to end",
-    }
-    for phase in models[0].seconds:
-        cells = []
-        for measured in models:
-            timing = measured.seconds[phase]
-            spread = f"{min(timing.seconds) * 1e3:.1f}-{max(timing.seconds) * 1e3:.1f}"
-            cells.append(f"{units.milliseconds(timing.median)} ({spread})")
-        rows.add(labels[phase], cells, latency.ratios.get(f"{phase}_seconds"))
-    if models[0].decoded:
-        speeds = [m.decoded * latency.batch / m.seconds["decode"].median for m in models]
-        rows.add("decode speed", [f"{speed:.1f} tokens/s" for speed in speeds], speeds[-1] / speeds[0])
-    rows.compare("KV cache, real bytes", [sum(measured.kv_prefill) for measured in models], size)
-    if models[0].peak_memory:
-        rows.add("peak device memory", [size(measured.peak_memory or 0) for measured in models])
-
-
-def _layer_table(result: ProfileResult) -> Table:
-    profile = result.variants.get("pmod") or result.variants["dense"]
-    dense = result.variants.get("dense")
-    ratios = profile.retention_ratios or [None] * len(profile.prefill.layers)
+def _layer_table(data: Mapping[str, Any]) -> Table:
+    side, dense = data["pmod"] or data["dense"], data["dense"]
+    layers = side["prefill"]["layers"]
+    ratios = side["retention_ratios"] or [None] * len(layers)
     rows: list[Sequence[str]] = [
         [
             str(index),
             "dense" if ratio is None else f"{ratio:.3f}",
-            str(layer.tokens),
-            macs(layer.macs),
-            size(profile.kv_prefill[index]),
-            _percent(layer.macs / dense.prefill.layers[index].macs if dense else None),
+            str(layer["tokens"]),
+            macs(layer["macs"]),
+            size(side["kv_cache"]["prefill_layers"][index]),
+            percent(layer["macs"] / dense["prefill"]["layers"][index]["macs"] if dense else None),
         ]
-        for index, (layer, ratio) in enumerate(zip(profile.prefill.layers, ratios, strict=True))
+        for index, (layer, ratio) in enumerate(zip(layers, ratios, strict=True))
     ]
     header = ["layer", "keeps", "tokens", "MACs / FLOPs", "KV cache", "of dense"]
-    return Table(f"{NAMES['pmod' if profile.retention_ratios else 'dense']} prefill by layer", header, rows)
+    return Table(f"{NAMES['pmod' if data['pmod'] else 'dense']} prefill by layer", header, rows)
 
 
-_COLUMNS = {
-    "ratio": "ratio",
-    "tokens": "text tokens",
-    "batch": "batch",
-    "schedule": "schedule",
-    "mod_layers": "MoD",
-    "mean_retention": "vision",
-    "pmod": "prefill MACs / FLOPs",
-    "prefill_flops": "of dense",
-    "kv_prefill": "KV",
-    "decode_step_traffic": "decode traffic",
-    "prefill_seconds": "prefill time",
-    "decode_seconds": "decode time",
-    "end_to_end_seconds": "end to end",
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "ratio": ("ratio", str),
+    "tokens": ("text tokens", str),
+    "batch": ("batch", str),
+    "schedule": ("schedule", str),
+    "mod_layers": ("MoD", str),
+    "mean_retention": ("vision", percent),
+    "pmod": ("prefill MACs / FLOPs", lambda side: macs(side["prefill_macs"])),
+    "prefill_flops": ("of dense", percent),
+    "kv_prefill": ("KV", percent),
+    "decode_step_traffic": ("decode traffic", percent),
+    "prefill_seconds": ("prefill time", percent),
+    "decode_seconds": ("decode time", percent),
+    "end_to_end_seconds": ("end to end", percent),
 }
 
 
 def rows_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """A sweep or a comparison of schedules: one row per value, ratios in percent.
-
-    Args:
-        title: What it shows.
-        rows: What `pmod_cli.profiling.sweep` gave.
-    """
-    keys = [key for key in _COLUMNS if key in rows[0]]
-    if "schedule" in keys:
-        keys.remove("decode_step_traffic")  # the same at an equal mean
-
-    def cell(row: dict[str, Any], key: str) -> str:
-        if key == "pmod":
-            return macs(row["pmod"]["prefill_macs"])
-        if key == "schedule":
-            return " ".join([row[key], *(f"{value:.4g}" for value in row["setting"].values())])
-        plain = key in ("ratio", "tokens", "batch", "mod_layers")
-        return str(row[key]) if plain else _percent(row[key])
-
-    cells: list[Sequence[str]] = [[cell(row, key) for key in keys] for row in rows]
-    return Table(title, [_COLUMNS[key] for key in keys], cells)
-
-
-def changes_table(comparison: dict[str, Any]) -> Table:
-    """What `compare_files` found, as a table.
-
-    Args:
-        comparison: Its result.
-    """
-
-    def show(value: Any) -> str:
-        if isinstance(value, int) and abs(value) >= 10_000:
-            return units.si(value)
-        if isinstance(value, float):
-            return f"{value:.4g}"
-        text = str(value)
-        return text if len(text) <= 24 else f"{text[:21]}..."
-
-    rows: list[Sequence[str]] = [
-        [
-            change["key"].replace(".parts", "").replace(".macs", " MACs"),
-            show(change["before"]),
-            show(change["after"]),
-            _percent(change["ratio"]),
+    """What `pmod_cli.profiling.sweep.sweep` gave: one row per value, ratios in percent."""
+    columns = {key: column for key, column in _COLUMNS.items() if key in rows[0]}
+    if "schedule" in columns:
+        del columns["decode_step_traffic"]  # the same at an equal mean
+        settings = ["".join(f" {value:.4g}" for value in row["setting"].values()) for row in rows]
+        rows = [
+            row | {"schedule": row["schedule"] + setting} for row, setting in zip(rows, settings, strict=True)
         ]
-        for change in comparison["changes"]
-        if not change["key"].endswith(".flops")  # twice the MACs
-    ]
-    title = f"{comparison['before']} -> {comparison['after']}: {len(rows)} figures changed"
-    return Table(title, ["figure", "before", "after", "ratio"], rows)
+    cells = [[show(row[key]) for key, (_, show) in columns.items()] for row in rows]
+    return Table(title, [name for name, _ in columns.values()], cells)
+
+
+def notes(result: ProfileResult) -> list[str]:
+    """Sentences to print under the table: how was counted and measured, and where a saving does not show."""
+    how = "by formula (docs/profile.md)"
+    if result.counted_by != "formula":
+        how = f"by {result.counted_by} on the meta device"
+    lines = [f"MACs {how}; one MAC is one multiply-add, two FLOPs."]
+    if "formula" in result.checks:
+        lines.append(
+            "The closed form agrees in every part and layer."
+            if result.checks["formula"]
+            else "WARNING: the closed form does NOT agree; please report this model's config."
+        )
+    if result.convention == "paper":
+        lines.append(
+            "Paper convention: 30 text tokens by default, no attention score and value products, one crop through the "
+            "whole vision tower, LM head on all positions over the original vocabulary."
+        )
+        if result.published is None:
+            lines.append("The paper publishes no TFLOPs for this model.")
+    if result.latency is None:
+        return lines
+    latency = result.latency.to_dict()
+    if latency["random_weights"]:
+        lines.append("Weights are random (only a config was given); times do not depend on their values.")
+    lines.append(
+        f"Dense and p-MoD alternate: medians of {latency['repeats']} runs, fastest and slowest in brackets; "
+        f"CPU threads: {latency['threads']}; the process used at most {size(latency['process_peak_bytes'])} of memory."
+    )
+    overhead = latency["bound_overhead"]
+    if overhead is not None and overhead < 0:
+        lines.append(
+            "p-MoD's prefill came out below its own bound: the runs scatter by more than its overhead. Use more "
+            "--repeats on a quiet machine."
+        )
+    elif overhead is not None:
+        lines.append(
+            f"p-MoD's prefill takes {overhead:+.0%} over the bound in which each layer runs on its kept tokens and "
+            "nothing else is done; routing, gathering and scattering make the difference."
+        )
+    if "decode_seconds" in result.ratios:
+        dense = result.variants["dense"]
+        traffic = dense.traffic["decode_step"]
+        lines.append(
+            f"Of the {size(traffic)} that a dense decode step must read, the KV cache is "
+            f"{sum(dense.kv_prefill) / traffic:.1%} and the rest weights, so p-MoD's traffic falls to "
+            f"{result.ratios['decode_step_traffic']:.1%} and no further; larger batches and longer prompts save more."
+        )
+    return lines

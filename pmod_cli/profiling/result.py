@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.output.errors import GateError, PmodError
-from pmod_cli.profiling.closed_form import PhaseCount
+from pmod_cli.profiling.closed_form import LAYER_PARTS, PhaseCount
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.published import Published
 
@@ -25,13 +25,10 @@ class VariantProfile:
     """The figures of one model.
 
     Attributes:
-        name: What was profiled.
-        model_type: transformers' name.
         retention_ratios: One per layer, None for dense layers; None for the dense model.
         work: The prompt, in this model's tokens.
         parameters: By part.
-        prefill: MACs of the prompt's forward pass.
-        decode_step: MACs of the first token decoded after it.
+        decode_step: Of the first token decoded after the prefill.
         generation_macs: MACs of prefill and all decode steps.
         kv_prefill: Bytes of KV cache by layer after the prompt.
         kv_final: Bytes of KV cache by layer once the new tokens are generated.
@@ -54,6 +51,20 @@ class VariantProfile:
     vision_retention: float | None
     token_retention: float
     traffic: dict[str, int]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """What is compared between two models."""
+        return {
+            "prefill_flops": FLOPS_PER_MAC * self.prefill.macs,
+            "decode_step_flops": FLOPS_PER_MAC * self.decode_step.macs,
+            "generation_flops": FLOPS_PER_MAC * self.generation_macs,
+            "kv_prefill": sum(self.kv_prefill),
+            "kv_final": sum(self.kv_final),
+            "prefill_traffic": self.traffic["prefill"],
+            "decode_step_traffic": self.traffic["decode_step"],
+            "parameters": sum(self.parameters.values()),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -80,9 +91,6 @@ class ProfileResult:
     Attributes:
         model: As the user named it.
         variants: Profiles by ``pmod`` and ``dense``; one of them may be missing.
-        work: The prompt.
-        convention: ``full`` or ``paper``.
-        counted_by: ``fvcore`` or ``formula``.
         checks: Whether each other count that was made (``formula``) agrees, part by part and layer by layer.
         published: The paper's own figures, under its convention.
         latency: What was measured, or None.
@@ -102,24 +110,16 @@ class ProfileResult:
     @property
     def ratios(self) -> dict[str, float]:
         """p-MoD divided by dense, of everything worth comparing; empty if there is only one model."""
-        pmod, dense = self.variants.get("pmod"), self.variants.get("dense")
-        if pmod is None or dense is None:
+        if len(self.variants) < 2:
             return {}
-        ratios = {
-            "prefill_flops": pmod.prefill.macs / dense.prefill.macs,
-            "decode_step_flops": pmod.decode_step.macs / dense.decode_step.macs,
-            "generation_flops": pmod.generation_macs / dense.generation_macs,
-            "kv_prefill": sum(pmod.kv_prefill) / sum(dense.kv_prefill),
-            "kv_final": sum(pmod.kv_final) / sum(dense.kv_final),
-            "prefill_traffic": pmod.traffic["prefill"] / dense.traffic["prefill"],
-            "decode_step_traffic": pmod.traffic["decode_step"] / dense.traffic["decode_step"],
-            "parameters": sum(pmod.parameters.values()) / sum(dense.parameters.values()),
-        }
-        return ratios | (self.latency.ratios if self.latency else {})
+        pmod, dense = self.variants["pmod"].totals, self.variants["dense"].totals
+        counted = {key: pmod[key] / dense[key] for key in dense}
+        return counted | (self.latency.ratios if self.latency else {})
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         work = self.work
+        sides = {role: variant.to_dict() for role, variant in self.variants.items()}
         return {
             "model": self.model,
             "workload": {
@@ -134,10 +134,10 @@ class ProfileResult:
             "convention": self.convention,
             "counted_by": self.counted_by,
             "checks": self.checks,
-            "pmod": self.variants["pmod"].to_dict() if "pmod" in self.variants else None,
-            "dense": self.variants["dense"].to_dict() if "dense" in self.variants else None,
+            "pmod": sides.get("pmod"),
+            "dense": sides.get("dense"),
             "ratios": self.ratios,
-            "published": self.published.to_dict() if self.published else None,
+            "published": vars(self.published) if self.published else None,
             "latency": self.latency.to_dict() if self.latency else None,
             "versions": self.versions,
         }
@@ -151,11 +151,7 @@ GATES = {
 
 
 def check_gates(result: ProfileResult, limits: Mapping[str, float]) -> None:
-    """Hold the ratios of p-MoD to dense against limits.
-
-    Args:
-        result: A profile with both models.
-        limits: By name as in `GATES`.
+    """Hold the ratios of p-MoD to dense against limits, by name as in `GATES`.
 
     Raises:
         GateError: Names every ratio above its limit.
@@ -192,14 +188,8 @@ def _phase(count: PhaseCount) -> dict[str, Any]:
         **_work(count.macs),
         "parts": {part: _work(macs) for part, macs in count.parts.items()},
         "layers": [
-            {
-                "tokens": layer.tokens,
-                **_work(layer.macs),
-                "attention_projections_macs": layer.attention_projections,
-                "attention_scores_macs": layer.attention_scores,
-                "mlp_macs": layer.mlp,
-                "router_macs": layer.router,
-            }
+            {"tokens": layer.tokens, **_work(layer.macs)}
+            | {f"{part}_macs": getattr(layer, part) for part in LAYER_PARTS}
             for layer in count.layers
         ],
     }

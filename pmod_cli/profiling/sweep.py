@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from pmod_cli.modeling.schedule import SCHEDULES, Ratios, mean_retention
 from pmod_cli.output.errors import PmodError
-from pmod_cli.profiling.profile import Settings, profile
-from pmod_cli.profiling.result import FLOPS_PER_MAC
+from pmod_cli.profiling.options import ProfileOptions
+from pmod_cli.profiling.profile import profile
 from pmod_cli.profiling.subject import Subject
 
 KNOBS: dict[str, tuple[float, ...]] = {
@@ -22,132 +22,94 @@ KNOBS: dict[str, tuple[float, ...]] = {
 
 
 def sweep(
-    subject: Subject,
-    settings: Settings,
-    knob: str,
-    measure_options: dict[str, Any] | None = None,
-    progress: Callable[[str], None] | None = None,
+    subject: Subject, options: ProfileOptions, knob: str, progress: Callable[[str], None] | None = None
 ) -> list[dict[str, Any]]:
     """Vary one thing and profile each.
 
     Args:
         subject: The models, both.
-        settings: Everything that stays.
-        knob: ``ratio`` (every MoD layer keeps this share), ``tokens`` (text tokens of the prompt) or ``batch``.
-        measure_options: Options of `measure`; None to count only.
+        options: Everything that stays; the counter is the formula, which takes no time.
+        knob: ``ratio`` (every MoD layer keeps this share), ``tokens`` (text tokens of the prompt), ``batch``, or
+            ``schedules`` (each kind of schedule, set to the model's own mean retention).
         progress: Called with a short text at each step.
 
     Returns:
-        One row per value: the value under the knob's name, the ratios of p-MoD to dense, and under ``pmod`` and
-        ``dense`` each model's ``prefill_macs``, ``prefill_flops`` and ``kv_prefill_bytes``.
+        One row per value: the value under the knob's name (of a schedule see `_schedules`), the ratios of p-MoD to
+        dense, and under ``pmod`` and ``dense`` each model's ``prefill_macs``, ``prefill_flops`` and
+        ``kv_prefill_bytes``.
 
     Raises:
-        PmodError: Only one model.
+        PmodError: There is only one model.
     """
-    own = _own_ratios(subject)
+    if subject.pmod is None or subject.pmod.mod is None or subject.dense is None:
+        raise PmodError("--sweep and --schedules compare a p-MoD model with its dense baseline")
+    pmod, mod = subject.pmod, subject.pmod.mod
+    options = replace(options, counter="formula")
+    own = mod.retention_ratios
+    cases: list[tuple[dict[str, Any], Ratios, ProfileOptions]]
+    if knob == "schedules":
+        cases = [(found, ratios, options) for found, ratios in _schedules(own)]
+    elif knob == "ratio":
+        kept = KNOBS[knob]
+        cases = [({knob: v}, [None if ratio is None else v for ratio in own], options) for v in kept]
+    else:
+        field = {"tokens": "text_tokens"}.get(knob, knob)
+        changes: list[dict[str, Any]] = [{field: value} for value in KNOBS[knob]]
+        cases = [({knob: change[field]}, own, replace(options, **change)) for change in changes]
     rows = []
-    for value in KNOBS[knob]:
+    for row, ratios, varied in cases:
         if progress:
-            progress(f"{knob} {value}")
-        if knob == "ratio":
-            varied = with_ratios(subject, [None if ratio is None else value for ratio in own])
-            row = _row(varied, settings, measure_options)
-        else:
-            change: dict[str, Any] = {"text_tokens" if knob == "tokens" else "batch": value}
-            row = _row(subject, dataclasses.replace(settings, **change), measure_options)
-        rows.append({knob: value, **row})
-    return rows
-
-
-def compare_schedules(
-    subject: Subject,
-    settings: Settings,
-    measure_options: dict[str, Any] | None = None,
-    progress: Callable[[str], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Profile each kind of schedule, set to the subject's own mean retention.
-
-    Args:
-        subject: The models; the p-MoD model's mean retention is the target.
-        settings: The prompt.
-        measure_options: Options of `measure`; None to count only.
-        progress: Called with a short text at each step.
-
-    Returns:
-        One row per schedule: ``schedule``, ``setting`` (the parameter that was solved for),
-        ``mean_retention``, ``mod_layers``, and what `sweep` gives; the subject's own first. A
-        kind that cannot reach the mean is left out.
-
-    Raises:
-        PmodError: If there is only one model.
-    """
-    own = _own_ratios(subject)
-    candidates: list[tuple[str, dict[str, float], Ratios]] = [("this model", {}, own)]
-    for name, schedule in SCHEDULES.items():
-        accepted = inspect.signature(schedule).parameters
-        parameter = next((each for each in ("shift", "ratio") if each in accepted), None)
-        if parameter and (solved := _solve(name, parameter, len(own), mean_retention(own))):
-            candidates.append((name, {parameter: solved[0]}, solved[1]))
-    rows = []
-    for name, setting, ratios in candidates:
-        if progress:
-            progress(name)
+            progress(f"{knob}: {next(iter(row.values()))}")
+        routed = replace(subject, pmod=replace(pmod, mod=replace(mod, retention_ratios=ratios)))
+        result = profile(routed, varied)
+        sides = {role: variant.to_dict() for role, variant in result.variants.items()}
         rows.append(
-            {
-                "schedule": name,
-                "setting": setting,
-                "mean_retention": mean_retention(ratios),
-                "mod_layers": sum(ratio is not None for ratio in ratios),
-                **_row(with_ratios(subject, ratios), settings, measure_options),
+            row
+            | result.ratios
+            | {
+                role: {
+                    "prefill_macs": side["prefill"]["macs"],
+                    "prefill_flops": side["prefill"]["flops"],
+                    "kv_prefill_bytes": side["kv_cache"]["prefill_bytes"],
+                }
+                for role, side in sides.items()
             }
         )
     return rows
 
 
-def with_ratios(subject: Subject, ratios: Ratios) -> Subject:
-    """The same subject with other retention ratios."""
-    assert subject.pmod is not None
-    assert subject.pmod.mod is not None
-    mod = dataclasses.replace(subject.pmod.mod, retention_ratios=ratios)
-    return dataclasses.replace(subject, pmod=dataclasses.replace(subject.pmod, mod=mod))
+def _schedules(own: Ratios) -> list[tuple[dict[str, Any], Ratios]]:
+    """The model's own schedule, then each kind that can reach its mean, with its ratios.
 
-
-def _own_ratios(subject: Subject) -> Ratios:
-    if subject.pmod is None or subject.pmod.mod is None or subject.dense is None:
-        raise PmodError("--sweep and --schedules compare a p-MoD model with its dense baseline")
-    return subject.pmod.mod.retention_ratios
-
-
-def _row(subject: Subject, settings: Settings, measure_options: dict[str, Any] | None) -> dict[str, Any]:
-    """The ratios, and each model's MACs, FLOPs and cache."""
-    # The formula agrees with fvcore's trace (a test says so) and takes no time.
-    result = profile(subject, dataclasses.replace(settings, counter="formula"), measure_options)
-    figures = {
-        role: {
-            "prefill_macs": variant.prefill.macs,
-            "prefill_flops": FLOPS_PER_MAC * variant.prefill.macs,
-            "kv_prefill_bytes": sum(variant.kv_prefill),
-        }
-        for role, variant in result.variants.items()
-    }
-    return {**result.ratios, **figures}
-
-
-def _solve(name: str, parameter: str, layers: int, target: float) -> tuple[float, Ratios] | None:
-    """The parameter in (0, 1] whose schedule has this mean retention, by bisection; None if none has.
-
-    The mean never falls as the parameter grows, but jumps where a layer turns dense, so it may be missed.
+    Returns:
+        For each ``schedule``, ``setting`` (the parameter that was solved for), ``mean_retention`` and ``mod_layers``;
+        and its ratios.
     """
-
-    def schedule(value: float) -> Ratios:
-        return SCHEDULES[name](layers, **{parameter: value})
-
-    low, high = 1e-6, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        if mean_retention(schedule(middle)) < target:
-            low = middle
-        else:
-            high = middle
-    ratios = schedule(high)
-    return (high, ratios) if abs(mean_retention(ratios) - target) < 0.01 else None
+    found: list[tuple[str, dict[str, float], Ratios]] = [("this model", {}, own)]
+    target = mean_retention(own)
+    for name, schedule in SCHEDULES.items():
+        accepted = inspect.signature(schedule).parameters
+        parameter = next((each for each in ("shift", "ratio") if each in accepted), None)
+        if parameter is None:
+            continue
+        # The mean never falls as the parameter grows, but jumps where a layer turns dense, so it may be missed.
+        low, high = 1e-6, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            reached = mean_retention(schedule(len(own), **{parameter: middle})) >= target
+            low, high = (low, middle) if reached else (middle, high)
+        ratios = schedule(len(own), **{parameter: high})
+        if abs(mean_retention(ratios) - target) < 0.01:
+            found.append((name, {parameter: high}, ratios))
+    return [
+        (
+            {
+                "schedule": name,
+                "setting": setting,
+                "mean_retention": mean_retention(ratios),
+                "mod_layers": sum(ratio is not None for ratio in ratios),
+            },
+            ratios,
+        )
+        for name, setting, ratios in found
+    ]

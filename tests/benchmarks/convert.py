@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pmod_cli.profiling.geometries import find_geometry
+from pmod_cli.profiling.geometry import find_geometry
 
 SHARD_BYTES = 4_990_000_000
 FIRST_MOD_LAYER = 8

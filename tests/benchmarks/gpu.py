@@ -24,9 +24,9 @@ from pmod_cli.devices import find_device
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling import closed_form, latency
-from pmod_cli.profiling.bench import make_inputs
+from pmod_cli.profiling.latency import make_inputs
+from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.placement import load_models
-from pmod_cli.profiling.profile import Settings
 
 WAITS = (
     "cudaStreamSynchronize",
@@ -36,7 +36,7 @@ WAITS = (
 )
 
 
-def timed(model: str, settings: Settings, device: str, repeats: int) -> dict[str, Any]:
+def timed(model: str, settings: ProfileOptions, device: str, repeats: int) -> dict[str, Any]:
     """What ``pmod profile --latency`` measures, and the counted FLOPs ratio beside it."""
     subject = subject_of(model)
     works = {role: settings.workload(variant.geometry) for role, variant in subject.variants.items()}
@@ -113,7 +113,7 @@ def profiled(model: Any, work: Any, folder: Path, name: str) -> dict[str, Any]:
 
 def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """All results of one geometry."""
-    settings = Settings(dtype=args.dtype, new_tokens=args.new_tokens, all_logits=False, counter="formula")
+    settings = ProfileOptions(dtype=args.dtype, new_tokens=args.new_tokens, logits="last", counter="formula")
     result: dict[str, Any] = {"batch_1": timed(model, settings, args.device, args.repeats)}
     subject = subject_of(model)
     models = load_models(subject, find_device(args.device), args.dtype)

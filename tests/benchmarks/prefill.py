@@ -23,9 +23,9 @@ import transformers
 
 from pmod_cli.devices import find_device
 from pmod_cli.profiling import closed_form
-from pmod_cli.profiling.bench import make_inputs
+from pmod_cli.profiling.latency import make_inputs
+from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.placement import load_models
-from pmod_cli.profiling.profile import Settings
 from pmod_cli.profiling.subject import Subject, find_subject
 
 
@@ -93,7 +93,7 @@ def prefill_seconds(model: Any, inputs: dict[str, torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def measure(model: str, settings: Settings, device: str, repeats: int) -> dict[str, Any]:
+def measure(model: str, settings: ProfileOptions, device: str, repeats: int) -> dict[str, Any]:
     """Counted and measured ratios of one geometry."""
     subject = subject_of(model)
     variants = subject.variants
@@ -147,8 +147,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    settings = Settings(
-        text_tokens=args.text_tokens, batch=args.batch, dtype=args.dtype, all_logits=False, counter="formula"
+    settings = ProfileOptions(
+        text_tokens=args.text_tokens, batch=args.batch, dtype=args.dtype, logits="last", counter="formula"
     )
     result = measure(args.model, settings, args.device, args.repeats)
     if args.json:

@@ -1,8 +1,7 @@
 """Shared by the profiling tests: configs and geometries by name, the paper's schedule."""
 
 from pmod_cli.modeling.settings import MoDConfig
-from pmod_cli.profiling.geometries import find_geometry
-from pmod_cli.profiling.geometry import Geometry
+from pmod_cli.profiling.geometry import Geometry, find_geometry
 from pmod_cli.recipe import default_recipe
 
 
@@ -76,15 +75,13 @@ def tiny_raw(model_type="llava", text=None):
 TINY_MOD = MoDConfig([None, 0.7, 0.5, 0.3])
 
 
-def profile_checkpoint(
-    model, baseline="auto", *, latency=False, device="auto", repeats=5, progress=None, **settings
-):
-    """What ``pmod profile`` does with a checkpoint, a config.json or a name; ``settings`` are those of `Settings`."""
-    from pmod_cli.profiling.profile import Settings, profile
+def profile_checkpoint(model, baseline="auto", *, progress=None, **options):
+    """What ``pmod profile`` does with a checkpoint, a config.json or a name."""
+    from pmod_cli.profiling.options import ProfileOptions
+    from pmod_cli.profiling.profile import profile
     from pmod_cli.profiling.subject import find_subject
 
-    options = {"device": device, "repeats": repeats} if latency else None
-    return profile(find_subject(str(model), baseline=baseline), Settings(**settings), options, progress)
+    return profile(find_subject(str(model), baseline=baseline), ProfileOptions(**options), progress)
 
 
 def save_tiny(folder, model_type="llava", mod=None, text=None):

@@ -117,13 +117,14 @@ def test_what_cannot_be_inspected(tmp_path, pmod):
 
 
 def test_the_dry_run_counts_what_profile_counts(tmp_path):
-    from pmod_cli.profiling.profile import Settings, profile
+    from pmod_cli.profiling.options import ProfileOptions
+    from pmod_cli.profiling.profile import profile
     from pmod_cli.profiling.prompt import Workload, default_image_size, image_tokens
     from pmod_cli.profiling.subject import find_subject
 
     source = make_checkpoint(tmp_path / "source", shards=2)
     told = preview(plan_conversion(source, recipe=load_recipe("demo")), tmp_path / "pmod")
-    counted = profile(find_subject(str(source), recipe="demo"), Settings(counter="formula"))
+    counted = profile(find_subject(str(source), recipe="demo"), ProfileOptions(counter="formula"))
     expected = told.expected
     assert expected is not None
     for role in ("dense", "pmod"):

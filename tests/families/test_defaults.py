@@ -8,8 +8,7 @@ import pytest
 
 from pmod_cli.families.defaults import MODELS, PARTS, complete, transformers_config
 from pmod_cli.output.errors import PmodError
-from pmod_cli.profiling.geometries import find_geometry, shipped_geometries
-from pmod_cli.profiling.geometry import Geometry
+from pmod_cli.profiling.geometry import Geometry, find_geometry, shipped_geometries
 from tests.common.profiling_models import tiny_raw
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from pmod_cli.output.errors import PmodError
-from pmod_cli.profiling.bench import make_inputs
-from pmod_cli.profiling.latency import measure
+from pmod_cli.profiling.latency import make_inputs, measure
+from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.placement import load_models
-from pmod_cli.profiling.profile import Settings, profile
+from pmod_cli.profiling.profile import profile
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import find_subject
 from tests.common.profiling_models import TINY_MOD, profile_checkpoint, save_tiny
@@ -18,8 +18,8 @@ from tests.common.profiling_models import TINY_MOD, profile_checkpoint, save_tin
     [
         ("llava", {"dtype": "float32"}),
         ("llava", {"dtype": "bfloat16", "batch": 3, "text_tokens": 7}),
-        ("llava_next", {"dtype": "float32", "batch": 2, "image_size": (20, 31)}),
-        ("llava", {"dtype": "float32", "with_image": False}),
+        ("llava_next", {"dtype": "float32", "batch": 2, "image_size": "31x20"}),
+        ("llava", {"dtype": "float32", "no_image": True}),
     ],
 )
 def test_real_cache_has_the_counted_bytes_in_every_layer(tmp_path, model_type, options):
@@ -30,7 +30,7 @@ def test_real_cache_has_the_counted_bytes_in_every_layer(tmp_path, model_type, o
         assert real.kv_prefill == counted.kv_prefill
         assert real.kv_final == counted.kv_final
         assert set(real.seconds) == {"prefill", "decode", "end_to_end"}
-    if options.get("with_image", True):
+    if not options.get("no_image"):
         assert sum(result.variants["pmod"].kv_prefill) < sum(result.variants["dense"].kv_prefill)
 
 
@@ -53,7 +53,7 @@ def test_dense_view_differs_from_p_mod_where_tokens_are_dropped(tmp_path):
     save_tiny(tmp_path, mod=TINY_MOD)
     subject = find_subject(str(tmp_path))
     models = load_models(subject, torch.device("cpu"), "float32")
-    work = Settings(dtype="float32").workload(subject.main.geometry)
+    work = ProfileOptions(dtype="float32").workload(subject.main.geometry)
     inputs = make_inputs(models["dense"], work)
     assert int((inputs["input_ids"] == 60).sum()) == 16
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_too_big_for_this_machine(monkeypatch):
 
     monkeypatch.setattr(placement, "_free_memory", lambda: 10**9)
     subject = find_subject("llava-1.5-7b")
-    works = {role: v.work for role, v in profile(subject, Settings(counter="formula")).variants.items()}
+    works = {role: v.work for role, v in profile(subject, ProfileOptions(counter="formula")).variants.items()}
     with pytest.raises(PmodError, match=r"14\.1 GB in bfloat16 and 1\.0 GB are free"):
         measure(subject, works)
 

@@ -10,19 +10,19 @@ from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.modeling.twin import meta_model
 from pmod_cli.output.errors import GateError, MissingExtraError, PmodError
 from pmod_cli.output.units import size
-from pmod_cli.profiling.bench import Timing
 from pmod_cli.profiling.compare import compare_files
-from pmod_cli.profiling.explain import notes
-from pmod_cli.profiling.profile import Settings, profile
-from pmod_cli.profiling.render import macs, profile_markdown, profile_tables
+from pmod_cli.profiling.latency import Timing
+from pmod_cli.profiling.options import ProfileOptions
+from pmod_cli.profiling.profile import profile
+from pmod_cli.profiling.render import macs, notes, profile_markdown, profile_tables
 from pmod_cli.profiling.result import check_gates
 from pmod_cli.profiling.subject import find_subject
-from pmod_cli.profiling.sweep import compare_schedules, sweep
+from pmod_cli.profiling.sweep import sweep
 from tests.common.profiling_models import TINY_MOD, profile_checkpoint, save_tiny, tiny_raw
 
 
 def seven_b(**changes):
-    return profile(find_subject("llava-1.5-7b"), Settings(**{"counter": "formula", **changes}))
+    return profile(find_subject("llava-1.5-7b"), ProfileOptions(**{"counter": "formula", **changes}))
 
 
 def test_retention_of_vision_and_of_all_tokens_differ():
@@ -34,7 +34,7 @@ def test_retention_of_vision_and_of_all_tokens_differ():
 
 def test_vision_retention_is_unknown_where_text_competes():
     subject = find_subject("llava-1.5-7b", overrides=["mod.target_tokens=all"])
-    assert profile(subject, Settings(counter="formula")).variants["pmod"].vision_retention is None
+    assert profile(subject, ProfileOptions(counter="formula")).variants["pmod"].vision_retention is None
 
 
 def test_fvcore_is_checked_against_the_formula(tmp_path):
@@ -55,7 +55,7 @@ def test_layers_of_a_kind_are_counted_once_and_as_in_the_whole_model(tmp_path):
     short, places = fvcore_counter.distinct_layers(subject.pmod)
     assert (short.mod.retention_ratios, places) == ([None, 0.5], [0, 1, 0, 1])
     assert short.config.text_config.num_hidden_layers == 2
-    counted = profile(subject, Settings(counter="fvcore")).variants["pmod"]
+    counted = profile(subject, ProfileOptions(counter="fvcore")).variants["pmod"]
     whole = meta_model(subject.pmod.config, "bfloat16")
     assert (counted.prefill, counted.decode_step) == fvcore_counter.count(whole, counted.work)
 
@@ -79,11 +79,11 @@ def test_without_fvcore(monkeypatch):
 
 
 def test_paper_convention_shows_what_was_published():
-    result = profile(find_subject(None, recipe="llava-1.5-7b"), Settings(convention="paper"))
+    result = profile(find_subject(None, recipe="llava-1.5-7b"), ProfileOptions(convention="paper"))
     assert (result.published.dense_tflops, result.published.pmod_tflops) == (8.38, 4.92)
     assert result.work.text_tokens == 30
     assert any("published" in row[0] for table in profile_tables(result) for row in table.rows)
-    assert profile(find_subject("llava-1.5-13b"), Settings(convention="paper")).published is None
+    assert profile(find_subject("llava-1.5-13b"), ProfileOptions(convention="paper")).published is None
     with pytest.raises(PmodError, match="by formula only"):
         seven_b(convention="paper", counter="fvcore")
 
@@ -108,7 +108,7 @@ def test_gates():
         check_gates(result, {"max_flops_ratio": 0.5, "max_kv_ratio": 0.5})
     with pytest.raises(PmodError, match="needs --latency"):
         check_gates(result, {"max_prefill_ratio": 0.9})
-    alone = profile(find_subject("llava-1.5-7b", baseline="none"), Settings(counter="formula"))
+    alone = profile(find_subject("llava-1.5-7b", baseline="none"), ProfileOptions(counter="formula"))
     with pytest.raises(PmodError, match="needs a p-MoD model and its dense baseline"):
         check_gates(alone, {"max_flops_ratio": 0.9})
 
@@ -116,11 +116,11 @@ def test_gates():
 @pytest.mark.parametrize("bad", [{"convention": "x"}, {"counter": "x"}, {"dtype": "int8"}, {"batch": 0}])
 def test_bad_settings(bad):
     with pytest.raises(PmodError):
-        Settings(**bad)
+        ProfileOptions(**bad)
 
 
 def test_sweep_of_ratios_rises():
-    rows = sweep(find_subject("llava-1.5-7b"), Settings(), "ratio")
+    rows = sweep(find_subject("llava-1.5-7b"), ProfileOptions(), "ratio")
     flops = [row["prefill_flops"] for row in rows]
     assert flops == sorted(flops)
     assert rows[-1]["ratio"] == 1.0
@@ -128,7 +128,7 @@ def test_sweep_of_ratios_rises():
 
 
 def test_sweep_of_batch_saves_more_decode_traffic():
-    rows = sweep(find_subject("llava-next-7b"), Settings(), "batch")
+    rows = sweep(find_subject("llava-next-7b"), ProfileOptions(), "batch")
     traffic = [row["decode_step_traffic"] for row in rows]
     assert traffic == sorted(traffic, reverse=True)
     assert len({row["prefill_flops"] for row in rows}) == 1
@@ -138,9 +138,8 @@ def test_sweep_of_tokens_measured(tmp_path):
     save_tiny(tmp_path, mod=TINY_MOD, text={"max_position_embeddings": 2048})
     rows = sweep(
         find_subject(str(tmp_path)),
-        Settings(dtype="float32", new_tokens=2),
+        ProfileOptions(dtype="float32", new_tokens=2, latency=True, repeats=1),
         "tokens",
-        {"repeats": 1, "warmup": 0},
     )
     kv = [row["kv_prefill"] for row in rows]
     assert kv == sorted(kv)
@@ -151,13 +150,13 @@ def test_sweep_needs_two_models(tmp_path):
     alone = find_subject("llava-1.5-7b", baseline="none")
     for knob in ("ratio", "tokens"):
         with pytest.raises(PmodError, match="dense baseline"):
-            sweep(alone, Settings(), knob)
+            sweep(alone, ProfileOptions(), knob)
     with pytest.raises(PmodError, match="dense baseline"):
-        compare_schedules(alone, Settings())
+        sweep(alone, ProfileOptions(), "schedules")
 
 
 def test_schedules_at_equal_mean():
-    rows = compare_schedules(find_subject("llava-1.5-7b"), Settings())
+    rows = sweep(find_subject("llava-1.5-7b"), ProfileOptions(), "schedules")
     assert [row["schedule"] for row in rows] == [
         "this model",
         "shifted_cosine",
@@ -244,7 +243,7 @@ def test_plot_of_a_sweep_and_bad_targets(tmp_path):
     pytest.importorskip("matplotlib")
     from pmod_cli.profiling.plots import plot_sweep
 
-    rows = sweep(find_subject("llava-1.5-7b"), Settings(), "batch")
+    rows = sweep(find_subject("llava-1.5-7b"), ProfileOptions(), "batch")
     plot_sweep(rows, "batch", tmp_path / "curve.svg")
     assert "<svg" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
     with pytest.raises(PmodError, match="cannot write a picture"):
@@ -254,10 +253,10 @@ def test_plot_of_a_sweep_and_bad_targets(tmp_path):
 
 
 def test_shipped_geometries_are_all_profiled():
-    from pmod_cli.profiling.geometries import shipped_geometries
+    from pmod_cli.profiling.geometry import shipped_geometries
 
     for name in shipped_geometries():
-        ratio = profile(find_subject(name), Settings(counter="formula")).ratios["prefill_flops"]
+        ratio = profile(find_subject(name), ProfileOptions(counter="formula")).ratios["prefill_flops"]
         # The 0.5B model's vision tower is a third of it and not routed.
         assert 0.5 < ratio < (0.75 if "0.5b" in name else 0.6)
 
@@ -295,7 +294,7 @@ def test_the_tables_in_the_documentation_are_what_is_counted():
     }
     for title, name in rows.items():
         for convention in ("full", "paper"):
-            result = profile(find_subject(name), Settings(convention=convention, counter="formula"))
+            result = profile(find_subject(name), ProfileOptions(convention=convention, counter="formula"))
             dense, pmod = (2 * result.variants[role].prefill.macs / 1e12 for role in ("dense", "pmod"))
             row = f"| {title} | {convention} | {dense:.2f} | {pmod:.2f} | {pmod / dense:.1%}".replace(
                 "%", " %"
