@@ -15,45 +15,39 @@ from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
 def plot_profile(result: ProfileResult, path: Path) -> None:
     """Draw retention, FLOPs and KV cache by layer, and time by phase (FLOPs by phase if nothing was measured).
 
-    Args:
-        result: The profile.
-        path: Where to write; the suffix says the format (png, pdf, svg).
-
     Raises:
         MissingExtraError: matplotlib is not installed.
-        PmodError: The format is not known, or the folder does not exist.
+        PmodError: The path's suffix is not a known format, or the folder does not exist.
     """
     figure, axes = plots.figure(2, 2, (9, 6))
-    roles = [role for role in ("dense", "pmod") if role in result.variants]
-    largest = result.variants[roles[0]]
+    sides = {role: result.variants[role] for role in ("dense", "pmod") if role in result.variants}
+    largest = next(iter(sides.values()))
     flops_unit, flops_factor = prefix(max(FLOPS_PER_MAC * layer.macs for layer in largest.prefill.layers))
     bytes_unit, bytes_factor = prefix(max(largest.kv_prefill))
-    for role in roles:
-        profile = result.variants[role]
-        layers = profile.prefill.layers
-        curves = (
-            [100 * layer.tokens / profile.work.prompt_tokens for layer in layers],
-            [FLOPS_PER_MAC * layer.macs / flops_factor for layer in layers],
-            [count / bytes_factor for count in profile.kv_prefill],
+    for role, side in sides.items():
+        layers = side.prefill.layers
+        panels = (
+            (
+                "Tokens processed",
+                "% of the prompt",
+                [100 * layer.tokens / side.work.prompt_tokens for layer in layers],
+            ),
+            (
+                "Prefill FLOPs",
+                f"{flops_unit}FLOPs (2 per MAC)",
+                [FLOPS_PER_MAC * layer.macs / flops_factor for layer in layers],
+            ),
+            ("KV cache after prefill", f"{bytes_unit}B", [count / bytes_factor for count in side.kv_prefill]),
         )
-        # Dense below and wider, so that both are seen where they agree.
-        look = {
-            "color": plots.COLOURS[role],
-            "label": plots.NAMES[role],
-            "linewidth": 3.2 if role == "dense" else 1.6,
-        }
-        for axis, curve in zip(axes.flat, curves, strict=False):
+        for axis, (title, unit, curve) in zip(axes.flat, panels, strict=False):
+            # Dense below and wider, so that both are seen where they agree.
+            width = 3.2 if role == "dense" else 1.6
+            look = {"color": plots.COLOURS[role], "label": plots.NAMES[role], "linewidth": width}
             axis.step(range(len(layers)), curve, where="mid", **look)
-    titles = (
-        ("Tokens processed", "% of the prompt"),
-        ("Prefill FLOPs", f"{flops_unit}FLOPs (2 per MAC)"),
-        ("KV cache after prefill", f"{bytes_unit}B"),
-    )
-    for axis, (title, unit) in zip(axes.flat, titles, strict=False):
-        axis.set(title=title, ylabel=unit, xlabel="decoder layer")
-        axis.set_ylim(bottom=0)
+            axis.set(title=title, ylabel=unit, xlabel="decoder layer")
+            axis.set_ylim(bottom=0)
     axes[0][0].legend()
-    _draw_phases(axes[1][1], result, roles)
+    _draw_phases(axes[1][1], result, list(sides))
     work = result.work
     figure.suptitle(
         f"{result.model}: {work.vision_tokens} vision + {work.text_tokens} text tokens, batch {work.batch}"
@@ -63,17 +57,11 @@ def plot_profile(result: ProfileResult, path: Path) -> None:
 
 @plots.look()
 def plot_sweep(rows: list[dict[str, Any]], knob: str, path: Path, title: str = "") -> None:
-    """Draw the ratios of p-MoD to dense over what was swept.
-
-    Args:
-        rows: What `pmod_cli.profiling.sweep.sweep` gave.
-        knob: ``ratio``, ``tokens`` or ``batch``.
-        path: Where to write.
-        title: The title of the picture.
+    """Draw the ratios of p-MoD to dense over what was swept (``ratio``, ``tokens`` or ``batch``).
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        PmodError: The format is not known, or the folder does not exist.
+        PmodError: The path's suffix is not a known format, or the folder does not exist.
     """
     figure, [[axis]] = plots.figure(1, 1, (5.5, 3.8))
     labels = {
@@ -86,10 +74,10 @@ def plot_sweep(rows: list[dict[str, Any]], knob: str, path: Path, title: str = "
     }
     values = [row[knob] for row in rows]
     for (key, label), colour, marker in zip(labels.items(), plots.SERIES, plots.MARKERS, strict=False):
-        if all(key in row for row in rows):
+        if key in rows[0]:
             axis.plot(values, [row[key] for row in rows], marker=marker, color=colour, label=label)
-    axis.set(xlabel={"ratio": "ratio of the MoD layers", "tokens": "text tokens"}.get(knob, knob))
-    axis.set(ylabel="p-MoD / dense", title=title)
+    names = {"ratio": "ratio of the MoD layers", "tokens": "text tokens"}
+    axis.set(xlabel=names.get(knob, knob), ylabel="p-MoD / dense", title=title)
     axis.axhline(1, color=plots.FAINT, linewidth=0.8)
     axis.set_ylim(bottom=0)
     if knob != "ratio":
@@ -100,7 +88,7 @@ def plot_sweep(rows: list[dict[str, Any]], knob: str, path: Path, title: str = "
 
 
 def _draw_phases(axis: Any, result: ProfileResult, roles: Sequence[str]) -> None:
-    """Bars of the phases: measured time, or else FLOPs."""
+    """Bars of the phases: measured time with its range, or else FLOPs."""
     measured = result.latency
     unit, factor = prefix(FLOPS_PER_MAC * max(result.variants[role].generation_macs for role in roles))
     for offset, role in enumerate(roles):
@@ -109,14 +97,12 @@ def _draw_phases(axis: Any, result: ProfileResult, roles: Sequence[str]) -> None
             timings = measured.models[role].seconds
             names = [phase.replace("_", " ") for phase in timings]
             heights = [1e3 * timing.median for timing in timings.values()]
-            spread = [
-                [1e3 * (timing.median - min(timing.seconds)) for timing in timings.values()],
-                [1e3 * (max(timing.seconds) - timing.median) for timing in timings.values()],
-            ]
+            ends = [(1e3 * min(timing.seconds), 1e3 * max(timing.seconds)) for timing in timings.values()]
+            spread = [[h - low for h, (low, _) in zip(heights, ends, strict=True)]]
+            spread.append([high - h for h, (_, high) in zip(heights, ends, strict=True)])
         else:
-            profile = result.variants[role]
             names = ["prefill", "decode", "end to end"]
-            prefill, total = profile.prefill.macs, profile.generation_macs
+            prefill, total = result.variants[role].prefill.macs, result.variants[role].generation_macs
             heights = [FLOPS_PER_MAC * count / factor for count in (prefill, total - prefill, total)]
         middles = [index + 0.4 * (offset - (len(roles) - 1) / 2) for index in range(len(names))]
         axis.bar(middles, heights, 0.38, yerr=spread, capsize=2, color=plots.COLOURS[role])

@@ -34,7 +34,7 @@ def profile_tables(result: ProfileResult, by_layer: bool = False) -> list[Table]
         ("KV cache",),
         ("after prefill", "kv_cache.prefill_bytes", size),
         (f"with {new} new tokens", "kv_cache.final_bytes", size),
-        ("tokens that a layer keeps (mean)",),
+        ("kept by a layer (mean)",),
         ("vision tokens", "retention.vision", percent),
         ("all tokens", "retention.all", percent),
         ("least memory traffic",),

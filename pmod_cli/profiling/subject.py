@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,8 @@ class Variant:
         Raises:
             PmodError: transformers refuses it.
         """
-        raw = dict(self.raw)
-        if self.mod is not None:
-            raw |= {"model_type": self.model_type, "mod": self.mod.to_dict()}
-        return transformers_config(raw)
+        routing = {"model_type": self.model_type, "mod": self.mod.to_dict()} if self.mod else {}
+        return transformers_config(self.raw | routing)
 
     @property
     def model_type(self) -> str:
@@ -121,66 +119,66 @@ def find_subject(
         PmodError: Nothing of that name, an unsupported model, or settings that do not fit it.
     """
     chosen = load_recipe(recipe, overrides) if recipe else None
-    if model is None:
-        if chosen is None:
-            raise PmodError("nothing to profile", "name a MODEL or a --recipe")
-        name, raw, weights = chosen.name, _config_of_recipe(chosen), None
-    else:
-        name = model
-        raw, weights, named = _read(model)
-        if chosen is None and named:
+    if model is not None:
+        found = _read(model)
+        if chosen is None and model in shipped_recipes() and not Path(model).exists():
             chosen = load_recipe(model, overrides)
-    family = find_family(raw["model_type"])
-    raw, mod = _split(raw, name)
-    if mod is not None and (chosen or overrides):
-        raise PmodError(f"{name} is p-MoD already", "a recipe or --set says how to convert a dense model")
-    dense = Variant(name, raw, None, weights)
+    elif chosen is not None:
+        found = _of_recipe(chosen, chosen.name)
+    else:
+        raise PmodError("nothing to profile", "name a MODEL or a --recipe")
+    if found.mod is not None and (chosen or overrides):
+        raise PmodError(
+            f"{found.name} is p-MoD already", "a recipe or --set says how to convert a dense model"
+        )
+    dense, mod = replace(found, mod=None), found.mod
     if mod is None and baseline == "none":
-        return Subject(name, None, dense)
+        return Subject(found.name, None, dense)
+    layers = dense.geometry.decoder.layers
     if mod is None:
         settings = chosen or default_recipe(overrides)
+        family = find_family(dense.raw["model_type"])
         check_recipe(settings, family.name)
-        check_decoder(family, raw)
-        mod = mod_config(settings, dense.geometry.decoder.layers)
-    layers = dense.geometry.decoder.layers
+        check_decoder(family, dense.raw)
+        mod = mod_config(settings, layers)
     if len(mod.retention_ratios) != layers:
-        raise PmodError(f"{name}: {len(mod.retention_ratios)} retention ratios for {layers} decoder layers")
-    pmod = Variant(name, raw, mod, weights)
-    if baseline == "none":
-        return Subject(name, pmod, None)
-    if baseline != "auto":
-        other, other_weights, _ = _read(baseline)
-        other, other_mod = _split(other, baseline)
-        if other_mod is not None:
+        raise PmodError(
+            f"{found.name}: {len(mod.retention_ratios)} retention ratios for {layers} decoder layers"
+        )
+    if baseline not in ("auto", "none"):
+        dense = _read(baseline)
+        if dense.mod is not None:
             raise PmodError(f"baseline {baseline} is p-MoD too", "a baseline is dense")
-        dense = Variant(baseline, other, None, other_weights)
-    return Subject(name, pmod, dense)
+    return Subject(found.name, replace(found, mod=mod), None if baseline == "none" else dense)
 
 
-def _read(model: str) -> tuple[dict[str, Any], str | None, bool]:
-    """Config, where weights are, and whether MODEL is the name of a recipe."""
+def _read(model: str) -> Variant:
+    """A model by its path, name or hub id."""
     path = Path(model)
     if path.is_file():
-        return _read_config(path), None, False
+        return _variant(model, _read_config(path), None)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise PmodError(f"{model} has no config.json", "give a checkpoint folder or a config.json")
         has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
-        return _read_config(path / "config.json"), model if has_weights else None, False
+        return _variant(model, _read_config(path / "config.json"), model if has_weights else None)
     if model in shipped_recipes():
-        return _config_of_recipe(load_recipe(model)), None, True
-    shipped = find_geometry(model)
-    if shipped is not None:
-        return shipped, model if "/" in model else None, False
+        return _of_recipe(load_recipe(model), model)
+    if shipped := find_geometry(model):
+        return _variant(model, shipped, model if "/" in model else None)
+    offline = f"offline by name: {', '.join(shipped_geometries())}"
     if is_hub_id(model):
-        return _read_hub(model), model, False
+        from transformers import PreTrainedConfig
+
+        try:
+            return _variant(model, dict(PreTrainedConfig.get_config_dict(model)[0]), model)
+        except (OSError, ValueError) as error:
+            reason = f"its config cannot be had from the hub: {first_line(error)}"
+            raise PmodError(f"no folder {model}, and {reason}", offline) from error
     if path.suffix == ".json" or model.startswith((".", "/", "~")):
         raise PmodError(f"no file or folder {model}", "give a checkpoint folder, a config.json or a name")
     near = nearest(model, [*shipped_geometries(), *shipped_recipes()])
-    raise PmodError(
-        f"nothing to profile at {model!r}",
-        f"did you mean {near}?" if near else f"offline by name: {', '.join(shipped_geometries())}",
-    )
+    raise PmodError(f"nothing to profile at {model!r}", f"did you mean {near}?" if near else offline)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -193,38 +191,26 @@ def _read_config(path: Path) -> dict[str, Any]:
     return data
 
 
-def _read_hub(model: str) -> dict[str, Any]:
-    from transformers import PreTrainedConfig
-
-    try:
-        return dict(PreTrainedConfig.get_config_dict(model)[0])
-    except (OSError, ValueError) as error:
-        raise PmodError(
-            f"no folder {model}, and its config cannot be had from the hub: {first_line(error)}",
-            f"offline by name: {', '.join(shipped_geometries())}",
-        ) from error
-
-
-def _config_of_recipe(recipe: Recipe) -> dict[str, Any]:
-    for name in (recipe.config, recipe.source, recipe.name):
-        if isinstance(name, str) and (found := find_geometry(name)):
-            return found
+def _of_recipe(recipe: Recipe, name: str) -> Variant:
+    """The dense model that a recipe is for, without weights."""
+    for model in (recipe.config, recipe.source, recipe.name):
+        if isinstance(model, str) and (found := find_geometry(model)):
+            return _variant(name, found, None)
     if isinstance(recipe.source, str) and recipe.config is None:
-        return _read(recipe.source)[0]
+        return replace(_read(recipe.source), name=name, weights=None)
     raise PmodError(
         f"recipe {recipe.name} does not say which geometry it is for",
         f"name a MODEL, or set config: to one of {', '.join(shipped_geometries())}",
     )
 
 
-def _split(raw: dict[str, Any], name: str) -> tuple[dict[str, Any], MoDConfig | None]:
-    """The dense config and the ``mod`` section of either kind of config."""
+def _variant(name: str, raw: dict[str, Any], weights: str | None) -> Variant:
+    """Of either kind of config."""
     family = find_family(raw["model_type"])
     dense = {key: value for key, value in raw.items() if key != "mod"} | {"model_type": family.base_type}
     if raw["model_type"] == family.base_type:
-        return dense, None
+        return Variant(name, dense, None, weights)
     try:
-        mod = MoDConfig.from_dict(raw.get("mod") or {})
+        return Variant(name, dense, MoDConfig.from_dict(raw.get("mod") or {}), weights)
     except (TypeError, ValueError) as error:
         raise PmodError(f"{name}: bad mod section in config.json: {error}") from error
-    return dense, mod

@@ -1,8 +1,7 @@
-"""Scores, differences, accuracy against FLOPs, and answers that changed."""
+"""Scores, differences to the dense model, and accuracy against FLOPs."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,52 +11,60 @@ from pmod_cli.output.units import signed
 from pmod_cli.published import COSTS, SCORES
 from pmod_cli.report import figures
 from pmod_cli.report.document import Block, Notes, Section, Text
-from pmod_cli.report.examples import changes
 from pmod_cli.report.models import Model, compare
 
 _HALF_INTERVAL = 1.96
 """Half a 95 % interval, in standard errors."""
 
-_EXAMPLES = 8
 _PAPER_TASKS = {task: title for columns in TABLES for title, task in columns.items()} | {JUDGED: "MMB"}
 
 
 def accuracy(models: Sequence[Model], other: Model | None) -> Section:
-    """Scores with intervals, and differences to the dense model.
-
-    Args:
-        models: All models, one column each.
-        other: The dense model, if there is one.
-    """
+    """Scores with intervals, one column per model, and differences to the dense model."""
     tasks = list(dict.fromkeys(task for model in models for task in model.scores))
     if not tasks:
         return Section("Accuracy")
-    blocks: list[Block] = [_scores(models, tasks)]
-    notes = ["± is half the 95 % interval (1.96 bootstrap standard errors over the samples)."]
-    gaps = _gaps([model for model in models if model is not other], other, tasks) if other else None
-    if gaps:
-        blocks.append(gaps)
-        notes.append("95 % interval of a paired bootstrap over the samples; * where it excludes 0.")
-    return Section("Accuracy", [*blocks, Notes(notes)])
-
-
-def _scores(models: Sequence[Model], tasks: Sequence[str]) -> Table:
+    header = ["", *(model.label for model in models)]
     rows: list[list[str]] = []
     for task in tasks:
         rows.append([task, *(_score(model.scores.get(task)) for model in models)])
-        rows += _kinds(models, task)
+        kinds = [_kinds(model, task) for model in models]
+        for kind in sorted({kind for found in kinds for kind in found}):
+            rows.append([f"– {kind}", *(f"{found[kind]:.1f}" if kind in found else "-" for found in kinds)])
     if len(tasks) > 1 and all(task in model.scores for task in tasks for model in models):
-        means = [mean_accuracy(model, tasks) for model in models]
-        rows.append(["mean", *("-" if math.isnan(mean) else f"{mean:.1f}" for mean in means)])
-    return Table("Scores in points", ["", *(model.label for model in models)], rows)
+        means = [_mean(model, tasks) for model in models]
+        rows.append(["mean", *("-" if mean is None else f"{mean:.1f}" for mean in means)])
+    blocks: list[Block] = [Table("Scores in points", header, rows)]
+    notes = ["± is half the 95 % interval (1.96 bootstrap standard errors over the samples)."]
+    if other:
+        others = [model for model in models if model is not other]
+        gaps = [[task, *(_gap(model, other, task) for model in others)] for task in tasks]
+        gaps = [row for row in gaps if any(cell != "-" for cell in row[1:])]
+        if gaps:
+            header = ["", *(model.label for model in others)]
+            blocks.append(Table(f"Difference to {other.label}, in points", header, gaps))
+            notes.append("95 % interval of a paired bootstrap over the samples; * where it excludes 0.")
+    return Section("Accuracy", [*blocks, Notes(notes)])
 
 
-def _gaps(models: Sequence[Model], other: Model, tasks: Sequence[str]) -> Table | None:
-    """Differences to the dense model; None if nothing can be compared."""
-    rows = [[task, *(_gap(model, other, task) for model in models)] for task in tasks]
-    rows = [row for row in rows if any(cell != "-" for cell in row[1:])]
-    header = ["", *(model.label for model in models)]
-    return Table(f"Difference to {other.label}, in points", header, rows) if rows else None
+def _score(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    if score["value"] is None:
+        return f"{score['failed']} failed" if score.get("failed") else "none"
+    error = score.get("stderr")
+    return f"{score['value']:.1f}" + (f" ± {_HALF_INTERVAL * error:.1f}" if error is not None else "")
+
+
+def _kinds(model: Model, task: str) -> dict[str, float]:
+    """A task's scores by kind of question, where it tells them apart (exact match by kind)."""
+    score = model.scores.get(task)
+    if score is None or len(score["tasks"]) != 1:
+        return {}
+    metrics = dict(score["metrics"][score["tasks"][0]])
+    if metrics.pop("exact_match,none", None) is None:
+        return {}
+    return {key.removesuffix(",none"): value * score["scale"] for key, value in metrics.items()}
 
 
 def _gap(model: Model, other: Model, task: str) -> str:
@@ -86,7 +93,7 @@ def accuracy_and_flops(models: Sequence[Model]) -> Section:
         figures.Point(
             model.label,
             model.flops or 0,
-            mean_accuracy(model, shared),
+            _mean(model, shared) or 0,
             _half_width(model, shared),
             model.is_pmod,
         )
@@ -100,45 +107,23 @@ def accuracy_and_flops(models: Sequence[Model]) -> Section:
         caption += " Hollow: the paper's 7B models on the same tasks, FLOPs as the paper counts them."
     elif theirs:
         caption += " Beside it the paper's 7B models, on their 14 tasks."
-    return Section(
-        title, [figures.accuracy_figure(ours, theirs, together=together, what=what, caption=caption)]
-    )
+    drawn = figures.accuracy_figure(ours, theirs, together=together, what=what, caption=caption)
+    return Section(title, [drawn])
 
 
-def differences(models: Sequence[Model], other: Model | None) -> Section:
-    """Samples that a p-MoD model and the dense one scored differently, with pictures."""
-    blocks: list[Block] = []
-    for model in models if other else ():
-        if other is None or not model.is_pmod:
-            continue
-        found, examples = changes(model, other, _EXAMPLES)
-        if found.compared:
-            words = (
-                f"{model.label} against {other.label}: of {found.compared} samples {len(found.better)} became right "
-                f"or better, {len(found.worse)} wrong or worse."
-            )
-            blocks += [Text(words), *examples]
-    return Section("Samples that differ", blocks)
-
-
-def mean_accuracy(model: Model, tasks: Sequence[str]) -> float:
-    """Mean over tasks, MME taken out of 100 instead of 2000; NaN if a score is missing."""
-    values = [model.scores[task]["value"] for task in tasks]
-    if any(value is None for value in values):
-        return math.nan
-    return sum(_of_100(task, value) for task, value in zip(tasks, values, strict=True)) / len(tasks)
-
-
-def _of_100(task: str, points: float) -> float:
-    return points / 20 if task == "mme" else points
+def _mean(model: Model, tasks: Sequence[str]) -> float | None:
+    """Mean over tasks, MME taken out of 100 instead of 2000; None if a score is missing."""
+    return average({"MME" if task == "mme" else task: model.scores[task]["value"] for task in tasks})
 
 
 def _half_width(model: Model, tasks: Sequence[str]) -> float | None:
     """Half the 95 % interval of the mean, tasks being independent; None if an error is not known."""
-    errors = {task: model.scores[task].get("stderr") for task in tasks}
-    if None in errors.values():
-        return None
-    squares = sum(_of_100(task, float(error or 0)) ** 2 for task, error in errors.items())
+    squares = 0.0
+    for task in tasks:
+        error = model.scores[task].get("stderr")
+        if error is None:
+            return None
+        squares += (error / 20 if task == "mme" else error) ** 2
     return _HALF_INTERVAL * squares**0.5 / len(tasks)
 
 
@@ -146,47 +131,13 @@ def _published(family: str, tasks: Sequence[str] | None) -> list[figures.Point]:
     """The paper's dense and p-MoD model of a family, on some of its tasks or on all."""
     if family not in COSTS or family not in SCORES:
         return []
-    costs = COSTS[family]
-    points = []
+    costs, points = COSTS[family], []
     for role, tera, name in (
         ("baseline", costs.dense_tflops, costs.model),
         ("model", costs.pmod_tflops, f"p-MoD-{costs.model}"),
     ):
-        values: dict[str, float | None] = dict(SCORES[family][role])
-        if tasks is not None:
-            values = {_PAPER_TASKS[task]: values[_PAPER_TASKS[task]] for task in tasks}
-        mean = average(values)
-        assert mean is not None
-        points.append(figures.Point(f"{name} (paper)", tera * 1e12, mean, None, role == "model"))
+        scores = SCORES[family][role]
+        titles = scores if tasks is None else [_PAPER_TASKS[task] for task in tasks]
+        mean = average({title: scores[title] for title in titles})
+        points.append(figures.Point(f"{name} (paper)", tera * 1e12, mean or 0, None, role == "model"))
     return points
-
-
-def _score(score: dict[str, Any] | None) -> str:
-    if score is None:
-        return "-"
-    if score["value"] is None:
-        return f"{score['failed']} failed" if score.get("failed") else "none"
-    error = score.get("stderr")
-    return f"{score['value']:.1f}" + (f" ± {_HALF_INTERVAL * error:.1f}" if error is not None else "")
-
-
-def _kinds(models: Sequence[Model], task: str) -> list[list[str]]:
-    """Rows of a task's kinds of question, where it tells them apart (exact match by kind)."""
-    found: dict[str, dict[int, float]] = {}
-    for column, model in enumerate(models):
-        score = model.scores.get(task)
-        if score is None or len(score["tasks"]) != 1:
-            continue
-        metrics = score["metrics"][score["tasks"][0]]
-        if "exact_match,none" not in metrics:
-            continue
-        for key, value in metrics.items():
-            if key != "exact_match,none":
-                found.setdefault(key.removesuffix(",none"), {})[column] = value * score["scale"]
-    return [
-        [
-            f"– {kind}",
-            *(f"{values[column]:.1f}" if column in values else "-" for column in range(len(models))),
-        ]
-        for kind, values in sorted(found.items())
-    ]

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import read_json_lines
@@ -26,36 +28,23 @@ _VISUALIZE = "pmod visualize"
 
 
 @dataclass(frozen=True)
-class Profile:
-    """One ``pmod profile --json``."""
-
-    path: Path
-    result: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Training:
     """One fine-tuning, finished (``training.json``) or under way.
 
     Attributes:
         path: The checkpoint, ``OUTPUT.training``, or a file with ``--json``.
-        summary: ``training.json`` (of a ``--json`` only its ``result``); None while it runs.
+        summary: ``training.json`` (of a ``--json`` only its ``result``); empty while it runs.
         rows: Of ``metrics.jsonl``.
     """
 
     path: Path
-    summary: dict[str, Any] | None
-    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One output folder of ``pmod eval`` (or its ``--json``: then without samples).
-
-    Attributes:
-        path: The folder, or the file.
-        result: ``results.json``.
-    """
+    """``results.json`` in an output folder of ``pmod eval``, or the file of its ``--json``: then without samples."""
 
     path: Path
     result: dict[str, Any]
@@ -66,9 +55,7 @@ class Found:
     """Everything that was found.
 
     Attributes:
-        profiles: See `Profile`.
-        trainings: See `Training`.
-        evaluations: See `Evaluation`.
+        profiles: Results of ``pmod profile --json``.
         conversions: The ``pmod`` section of a converted checkpoint's config, by the checkpoint.
         pictures: PNG sheets of ``pmod visualize``.
         pages: HTML pages of ``pmod visualize``.
@@ -76,7 +63,7 @@ class Found:
         unread: What looked like a result and could not be read, with the reason.
     """
 
-    profiles: list[Profile] = field(default_factory=list)
+    profiles: list[dict[str, Any]] = field(default_factory=list)
     trainings: list[Training] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     conversions: dict[Path, dict[str, Any]] = field(default_factory=dict)
@@ -86,16 +73,13 @@ class Found:
     unread: dict[Path, str] = field(default_factory=dict)
 
     @property
-    def results(self) -> int:
+    def counts(self) -> dict[str, int]:
         """How many outputs of the three commands."""
-        return len(self.profiles) + len(self.trainings) + len(self.evaluations)
+        return {name: len(getattr(self, name)) for name in ("profiles", "trainings", "evaluations")}
 
 
 def collect(places: Sequence[Path]) -> Found:
-    """Look through folders (five levels deep) and files.
-
-    Args:
-        places: Folders, or JSON files that a command's ``--json`` wrote.
+    """Look through folders (five levels deep) and JSON files that a command's ``--json`` wrote.
 
     Raises:
         PmodError: A place does not exist, or holds nothing of the three commands.
@@ -104,47 +88,34 @@ def collect(places: Sequence[Path]) -> Found:
     for place in places:
         if not place.exists():
             raise PmodError(f"no folder {place}")
-        before = found.results
+        before = found.counts
         if place.is_file():
             _read_result(place, found)
-        else:
-            for folder, files in _walk(place):
-                _read_folder(folder, files, found)
-        if found.results == before:
+        for folder, names, files in os.walk(place):
+            here = Path(folder)
+            deep = len(here.relative_to(place).parts) >= _DEPTH
+            names[:] = [] if deep else sorted(filter(_worth_a_look, names))
+            _read_folder(here, sorted(files), found)
+        if found.counts == before:
             broken = next((f"; {path} could not be read: {why}" for path, why in found.unread.items()), "")
             raise PmodError(
                 f"{place} holds no output of pmod profile, finetune or eval{broken}",
                 "give a checkpoint of finetune, an --output of eval, or a file with a command's --json",
             )
-    _drop_repeated(found)
+    # What --json printed is left out where the folder that the same run wrote was found too: it holds more.
+    trained = [run.summary.get("result") for run in found.trainings if run.path.is_dir()]
+    found.trainings = [
+        run for run in found.trainings if run.path.is_dir() or run.summary["result"] not in trained
+    ]
+    evaluated = [_run_of(run) for run in found.evaluations if run.path.is_dir()]
+    found.evaluations = [
+        run for run in found.evaluations if run.path.is_dir() or _run_of(run) not in evaluated
+    ]
     return found
 
 
-def _drop_repeated(found: Found) -> None:
-    """Leave out what ``--json`` printed where the folder that the same run wrote was found too: it holds more."""
-    trained = [run.summary["result"] for run in found.trainings if run.summary and run.path.is_dir()]
-    found.trainings = [
-        run for run in found.trainings if run.path.is_dir() or (run.summary or {})["result"] not in trained
-    ]
-    evaluated = [_run_of(evaluation) for evaluation in found.evaluations if evaluation.path.is_dir()]
-    found.evaluations = [
-        evaluation
-        for evaluation in found.evaluations
-        if evaluation.path.is_dir() or _run_of(evaluation) not in evaluated
-    ]
-
-
 def _run_of(evaluation: Evaluation) -> tuple[Any, Any]:
-    """What tells one run of ``pmod eval`` from another: when it started, and the model."""
     return evaluation.result.get("started"), evaluation.result["model"]["source"]
-
-
-def _walk(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    for folder, names, files in os.walk(top):
-        here = Path(folder)
-        deep = len(here.relative_to(top).parts) >= _DEPTH
-        names[:] = [] if deep else sorted(filter(_worth_a_look, names))
-        yield here, sorted(files)
 
 
 def _worth_a_look(name: str) -> bool:
@@ -155,7 +126,7 @@ def _worth_a_look(name: str) -> bool:
 def _read_folder(folder: Path, files: list[str], found: Found) -> None:
     if "metrics.jsonl" in files or "training.json" in files:
         summary = _load(folder / "training.json", found) if "training.json" in files else None
-        found.trainings.append(Training(folder, summary, read_json_lines(folder / "metrics.jsonl")))
+        found.trainings.append(Training(folder, summary or {}, read_json_lines(folder / "metrics.jsonl")))
     if "config.json" in files:
         config = _load(folder / "config.json", found) or {}
         if isinstance(config.get("mod"), dict):
@@ -167,8 +138,18 @@ def _read_folder(folder: Path, files: list[str], found: Found) -> None:
             _read_result(path, found)
         elif path.suffix == ".png" and _is_sheet(path):
             found.pictures.append(path)
-        elif path.suffix == ".html" and _is_visualize_page(path):
-            found.pages.append(path)
+        elif path.suffix == ".html":
+            with path.open(encoding="utf-8", errors="replace") as file:
+                if f'<meta name="generator" content="{_VISUALIZE}">' in file.read(1000):
+                    found.pages.append(path)
+
+
+def _is_sheet(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == _VISUALIZE
+    except OSError:
+        return False
 
 
 def _read_result(path: Path, found: Found) -> None:
@@ -178,11 +159,11 @@ def _read_result(path: Path, found: Found) -> None:
         return
     command, result = document.get("command"), document.get("result", document)
     if command == "profile":
-        found.profiles.append(Profile(path, result))
+        found.profiles.append(result)
     elif command == "eval" and "tasks" in result and "model" in result:  # --prepare and --diff have no scores
         found.evaluations.append(Evaluation(path.parent if path.name == "results.json" else path, result))
     elif command == "finetune":
-        found.trainings.append(Training(path, {"result": result}, []))
+        found.trainings.append(Training(path, {"result": result}))
     elif command == "demo":
         found.names |= result.get("models", {})
     elif command is None and path.name == "results.json":
@@ -201,18 +182,3 @@ def _load(path: Path, found: Found) -> dict[str, Any] | None:
         found.unread[path] = first_line(error)
         return None
     return document if isinstance(document, dict) else None
-
-
-def _is_sheet(path: Path) -> bool:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Software") == _VISUALIZE
-    except OSError:
-        return False
-
-
-def _is_visualize_page(path: Path) -> bool:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        return f'<meta name="generator" content="{_VISUALIZE}">' in file.read(1000)

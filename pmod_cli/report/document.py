@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -19,9 +17,10 @@ from pmod_cli.output.tables import Table, markdown_text
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph; plain text."""
+    """A paragraph; plain text, a link if it has a ``target`` relative to the report."""
 
     text: str
+    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,7 @@ class Example:
     pictures: Sequence[bytes]
 
 
-@dataclass(frozen=True)
-class Link:
-    """Another page, by a path relative to the report."""
-
-    text: str
-    target: str
-
-
-Block = Text | Notes | Table | Figure | Tiles | Example | Link
+Block = Text | Notes | Table | Figure | Tiles | Example
 
 
 @dataclass
@@ -102,28 +93,23 @@ class Document:
 
 def to_html(document: Document) -> str:
     """The page; pictures are inside it. All text is escaped, but for the figures' own SVG."""
-    return _render("page.html.jinja", document, css=plots.CSS, uri=_uri)
+
+    def uri(data: bytes) -> str:
+        return f"data:image/{_kind(data)};base64,{base64.b64encode(data).decode()}"
+
+    return _render("page.html.jinja", document, css=plots.CSS, uri=uri)
 
 
 def to_markdown(document: Document, folder: str) -> tuple[str, dict[str, bytes]]:
-    """The report as Markdown.
-
-    Args:
-        document: The report.
-        folder: Of the pictures, relative to the Markdown file.
-
-    Returns:
-        The text, and the pictures by file name.
-    """
+    """The report as Markdown, and its pictures by file name; ``folder`` is theirs, relative to the Markdown file."""
     files: dict[str, bytes] = {}
 
     def picture(name: str, data: bytes) -> str:
         """Keep a picture, under a name that no other has; returns its path."""
-        suffix, number = "png" if _is_png(data) else "jpg", 1
-        file = f"{name}.{suffix}"
+        number, file = 1, f"{name}.{_kind(data)}"
         while files.get(file, data) != data:
             number += 1
-            file = f"{name}-{number}.{suffix}"
+            file = f"{name}-{number}.{_kind(data)}"
         files[file] = data
         return f"{folder}/{file}"
 
@@ -151,14 +137,5 @@ def _anchor(title: str) -> str:
     return re.sub(r"[^a-z]+", "-", title.lower()).strip("-")
 
 
-def _uri(data: bytes) -> str:
-    return f"data:image/{'png' if _is_png(data) else 'jpeg'};base64,{base64.b64encode(data).decode()}"
-
-
-def _is_png(data: bytes) -> bool:
-    return data.startswith(b"\x89PNG")
-
-
-def relative(target: Path, folder: Path) -> str:
-    """A link from a folder to a file."""
-    return Path(os.path.relpath(target, folder)).as_posix()
+def _kind(data: bytes) -> str:
+    return "png" if data.startswith(b"\x89PNG") else "jpeg"

@@ -18,20 +18,20 @@ class Model:
 
     Attributes:
         source: Where it is, as the evaluation names it.
-        label: Short name.
         model_type: transformers' name.
         ratios: Retention ratios by layer; None for a dense model.
         scores: By task, as in ``results.json``.
         samples: By task: where its answers are.
+        label: Short name.
         flops: Of the prefill of one sample; None if no profile fits.
     """
 
     source: str
-    label: str
     model_type: str
     ratios: list[float | None] | None
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     samples: dict[str, tuple[Evaluation, str]] = field(default_factory=dict)
+    label: str = ""
     flops: float | None = None
 
     @property
@@ -46,41 +46,49 @@ class Model:
 
 
 def gather(found: Found) -> list[Model]:
-    """One entry a model, over all evaluations; dense ones first."""
+    """One entry per model, over all evaluations; dense ones first."""
     models: dict[str, Model] = {}
     for evaluation in found.evaluations:
         for role in ("baseline", "model"):
             described = evaluation.result.get(role)
             if not described:
                 continue
-            key = str(described.get("fingerprint") or described["source"])
             source = str(described["source"])
             model = models.setdefault(
-                key,
-                Model(
-                    source,
-                    source,
-                    str(described.get("model_type")),
-                    described.get("retention_ratios"),
-                ),
+                str(described.get("fingerprint") or source),
+                Model(source, str(described.get("model_type")), described.get("retention_ratios")),
             )
             for task in evaluation.result["tasks"]:
                 if task.get(role):
                     model.scores[task["name"]] = task[role] | {"scale": task["scale"], "tasks": task["tasks"]}
-                    for leaf in task["tasks"]:
-                        model.samples[leaf] = (evaluation, role)
+                    model.samples |= dict.fromkeys(task["tasks"], (evaluation, role))
     gathered = sorted(models.values(), key=lambda model: model.is_pmod)
     labels = short_names([model.source for model in gathered], found.names)
     for model, label in zip(gathered, labels, strict=True):
         model.label = label
-        model.flops = _flops(model, found)
+        model.flops = _flops(model, found.profiles)
     return gathered
+
+
+def _flops(model: Model, profiles: Sequence[dict[str, Any]]) -> float | None:
+    """Prefill FLOPs of one sample, from the profile of this very model, else of one with the same ratios."""
+    role, alike = "pmod" if model.is_pmod else "dense", None
+    for profile in profiles:
+        if not (side := profile.get(role)):
+            continue
+        flops = side["prefill"]["flops"] / profile["workload"]["batch"]
+        if side["name"] == model.source:
+            return flops
+        kind = side["model_type"].removeprefix("pmod_"), side["retention_ratios"]
+        if alike is None and kind == (model.family, model.ratios):
+            alike = flops
+    return alike
 
 
 def main_model(models: list[Model], found: Found) -> Model | None:
     """The p-MoD model that the report is about: the one that was profiled, else the last one that was trained."""
     routed = [model for model in models if model.is_pmod]
-    profiled = {(profile.result.get("pmod") or {}).get("name") for profile in found.profiles}
+    profiled = {(profile.get("pmod") or {}).get("name") for profile in found.profiles}
     trained = {str(training.summary["result"]["output"]) for training in found.trainings if training.summary}
     for named in (profiled, trained):
         for model in reversed(routed):
@@ -91,7 +99,7 @@ def main_model(models: list[Model], found: Found) -> Model | None:
 
 def reference(models: list[Model], found: Found) -> Model | None:
     """The dense model to compare with: the one that a profile or an evaluation names as baseline, else the first."""
-    named = {(profile.result.get("dense") or {}).get("name") for profile in found.profiles}
+    named = {(profile.get("dense") or {}).get("name") for profile in found.profiles}
     named |= {(evaluation.result.get("baseline") or {}).get("source") for evaluation in found.evaluations}
     dense = [model for model in models if not model.is_pmod]
     return next((model for model in dense if model.source in named), dense[0] if dense else None)
@@ -103,15 +111,14 @@ def compare(model: Model, other: Model, task: str) -> Difference | None:
     An evaluation of both at once has computed it; else it is computed here, for tasks whose score is the mean of
     their samples' scores.
     """
-    for evaluation in {id(found[0]): found[0] for found in model.samples.values()}.values():
+    for evaluation, _ in model.samples.values():
+        baseline = evaluation.result.get("baseline") or {}
         for entry in evaluation.result["tasks"]:
             known = entry.get("difference")
-            if entry["name"] == task and known and _is(evaluation.result.get("baseline"), other):
+            if entry["name"] == task and known and baseline.get("source") == other.source:
                 return Difference(known["points"], known["low"], known["high"])
-    sides = [_mean_of_samples(side, task) for side in (model, other)]
-    if sides[0] is None or sides[1] is None:
-        return None
-    return difference({"all": sides[0]}, {"all": sides[1]})
+    ours, theirs = (_mean_of_samples(side, task) for side in (model, other))
+    return difference({"all": ours}, {"all": theirs}) if ours and theirs else None
 
 
 def answers(model: Model, task: str) -> Answers:
@@ -122,17 +129,12 @@ def answers(model: Model, task: str) -> Answers:
     return read_answers(evaluation.path, task, role)
 
 
-def _is(described: dict[str, Any] | None, model: Model) -> bool:
-    return bool(described) and str((described or {}).get("source")) == model.source
-
-
 def _mean_of_samples(model: Model, task: str) -> Stratum | None:
     score = model.scores.get(task)
     if score is None or score["value"] is None or len(score["tasks"]) != 1:
         return None
-    rows = answers(model, score["tasks"][0])
-    values = {key: row["score"] for key, row in rows.items()}
-    if not values or any(value is None for value in values.values()):
+    values = {key: row["score"] for key, row in answers(model, score["tasks"][0]).items()}
+    if not values or None in values.values():
         return None
     if abs(score["scale"] * sum(values.values()) / len(values) - score["value"]) > 1e-6:
         return None  # another kind of score
@@ -140,12 +142,7 @@ def _mean_of_samples(model: Model, task: str) -> Stratum | None:
 
 
 def short_names(sources: Sequence[str], names: Mapping[str, str]) -> list[str]:
-    """A label for each path: what it is called, else its last part and as many above as tell it from the others.
-
-    Args:
-        sources: Paths.
-        names: What some of them are called.
-    """
+    """A label for each path: what it is called, else its last part and as many above as tell it from the others."""
     labels = []
     for place, source in enumerate(sources):
         parts = Path(source).parts
@@ -155,29 +152,3 @@ def short_names(sources: Sequence[str], names: Mapping[str, str]) -> list[str]:
             length += 1
         labels.append(names.get(source) or "/".join(parts[-length:]) or source)
     return labels
-
-
-def _flops(model: Model, found: Found) -> float | None:
-    """Prefill FLOPs of one sample, from the profile of this very model, else of one with the same ratios."""
-    same, alike = [], []
-    for profile in found.profiles:
-        for role in ("pmod", "dense"):
-            side = profile.result.get(role)
-            if not side or (role == "pmod") != model.is_pmod:
-                continue
-            flops = side["prefill"]["flops"] / profile.result["workload"]["batch"]
-            if side["name"] == model.source:
-                same.append(flops)
-            elif str(side["model_type"]).removeprefix("pmod_") == model.family and _equal(
-                side["retention_ratios"], model.ratios
-            ):
-                alike.append(flops)
-    return next(iter([*same, *alike]), None)
-
-
-def _equal(first: list[float | None] | None, second: list[float | None] | None) -> bool:
-    if first is None or second is None or len(first) != len(second):
-        return first is None and second is None
-    return all(
-        a == b if a is None or b is None else abs(a - b) < 1e-6 for a, b in zip(first, second, strict=True)
-    )

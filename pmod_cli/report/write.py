@@ -12,8 +12,11 @@ from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import replacing, write_file
 from pmod_cli.report import accuracy, sections
 from pmod_cli.report.collect import collect
+from pmod_cli.report.differences import differences
 from pmod_cli.report.document import Document, to_html, to_markdown
 from pmod_cli.report.models import gather, main_model, reference
+
+_PICTURES = {".png", ".jpg", ".jpeg"}
 
 
 def write_report(places: Sequence[str | Path], output: str | Path, *, force: bool = False) -> dict[str, Any]:
@@ -22,7 +25,7 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
     Args:
         places: Folders that commands wrote to, or files with a command's ``--json``.
         output: The HTML page; the Markdown file and the folder of its pictures get its name.
-        force: Replace them if they exist.
+        force: Whether to replace them if they exist.
 
     Returns:
         What ``pmod report --json`` prints (see ``docs/visualize.md``).
@@ -53,23 +56,23 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
         accuracy.accuracy(models, other),
         accuracy.accuracy_and_flops(models),
         sections.training(found),
-        accuracy.differences(models, other),
+        differences(models, other),
         sections.environment(found),
     ]
-    counts = {
-        "profiles": len(found.profiles),
-        "trainings": len(found.trainings),
-        "evaluations": len(found.evaluations),
-    }
-    told = ", ".join(
-        f"{number} {name if number != 1 else name[:-1]}" for name, number in counts.items() if number
-    )
+    counts = found.counts
+    told = ", ".join(f"{n} {name if n != 1 else name[:-1]}" for name, n in counts.items() if n)
     names = ", ".join(str(place) for place in places)
     document = Document(
         "p-MoD report", f"{told} in {names}; pmod {__version__}", [c for c in chapters if c.blocks]
     )
     text, pictures = to_markdown(document, folder.name)
-    _write_folder(folder, pictures)
+    if folder.exists() and not (folder.is_dir() and {path.suffix for path in folder.iterdir()} <= _PICTURES):
+        raise PmodError(f"{folder} is not a folder of a report's pictures", "choose another output")
+    with replacing(folder) as partial:
+        partial.mkdir()
+        for name, data in pictures.items():
+            (partial / name).write_bytes(data)
+        shutil.rmtree(folder, ignore_errors=True)
     write_file(markdown, text)
     write_file(page, to_html(document))
     return {
@@ -90,20 +93,3 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
         ],
         "unread": {str(path): reason for path, reason in found.unread.items()},
     }
-
-
-def _write_folder(folder: Path, pictures: dict[str, bytes]) -> None:
-    """Put the folder of pictures in place of an older one.
-
-    Raises:
-        PmodError: What is there holds other things.
-    """
-    if folder.exists() and not (
-        folder.is_dir() and all(path.suffix in (".png", ".jpg") for path in folder.iterdir())
-    ):
-        raise PmodError(f"{folder} is not a folder of a report's pictures", "choose another output")
-    with replacing(folder) as partial:
-        partial.mkdir()
-        for name, data in pictures.items():
-            (partial / name).write_bytes(data)
-        shutil.rmtree(folder, ignore_errors=True)
