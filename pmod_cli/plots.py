@@ -5,16 +5,21 @@ matplotlib is imported when a figure is made, not before.
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import write_file
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 # Grey and colours of Okabe and Ito (2008): told apart by every kind of colour vision, and in grey.
 DENSE, PMOD = "#8C8C8C", "#0072B2"
@@ -105,13 +110,7 @@ def look() -> Iterator[None]:
 
 
 def figure(rows: int, columns: int, inches: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure with a grid of plots.
-
-    Args:
-        rows: Plots down.
-        columns: Plots across.
-        inches: Width and height.
-        options: For ``subplots``.
+    """A figure of ``inches`` (width, height) with a grid of plots; ``options`` are those of ``subplots``.
 
     Returns:
         The figure, and its axes [rows, columns].
@@ -133,13 +132,9 @@ def figure(rows: int, columns: int, inches: tuple[float, float], **options: Any)
 def check_target(path: Path, force: bool = False) -> None:
     """Refuse a place where no picture can be written; called before the work, so that none of it is lost.
 
-    Args:
-        path: Where to write.
-        force: Whether a file there may be overwritten.
-
     Raises:
         MissingExtraError: matplotlib is not installed.
-        PmodError: The format is not known, the folder does not exist, or the file does.
+        PmodError: The format is not known, the folder does not exist, or the file does without ``force``.
     """
     with look():
         from matplotlib.backend_bases import FigureCanvasBase
@@ -153,14 +148,14 @@ def check_target(path: Path, force: bool = False) -> None:
 
 
 def save(drawn: Any, path: str | Path, *, title: str = "", program: str = "pmod", dpi: int = 160) -> None:
-    """Write a figure beside its place, then move it there: a broken run leaves no half picture.
+    """Write a figure; a broken run leaves no half picture.
 
     Args:
         drawn: The figure.
         path: The suffix says the format (png, pdf, svg).
         title: Kept in a PNG's metadata.
         program: Likewise; `pmod report` finds the pictures of `pmod visualize` by it.
-        dpi: Pixels an inch.
+        dpi: Pixels per inch.
 
     Raises:
         PmodError: See `check_target`.
@@ -175,6 +170,28 @@ def save(drawn: Any, path: str | Path, *, title: str = "", program: str = "pmod"
     write_file(path, buffer.getvalue())
 
 
+def encode(picture: Image, longest: int, lossless_pixels: int) -> bytes:
+    """A picture for a page, its longer side at most ``longest``: PNG up to so many pixels, else JPEG."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((longest, longest))
+    buffer = io.BytesIO()
+    if picture.width * picture.height <= lossless_pixels:
+        picture.save(buffer, "PNG", optimize=True)
+    else:
+        picture.save(buffer, "JPEG", optimize=True, quality=90)
+    return buffer.getvalue()
+
+
+def kind_of(data: bytes) -> str:
+    """``png`` or ``jpeg``."""
+    return "png" if data.startswith(b"\x89PNG") else "jpeg"
+
+
+def data_uri(data: bytes) -> str:
+    """A PNG or JPEG file as text to stand in a page."""
+    return f"data:image/{kind_of(data)};base64,{base64.b64encode(data).decode()}"
+
+
 def inline_svg(drawn: Any, label: str) -> str:
     """A figure as SVG to stand in a page: its ink and the two models' colours follow the page's mode.
 
@@ -182,8 +199,6 @@ def inline_svg(drawn: Any, label: str) -> str:
         drawn: The figure.
         label: What a screen reader says.
     """
-    from html import escape
-
     with look():
         import matplotlib
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from PIL import Image
 
+from pmod_cli import plots
 from pmod_cli.evaluation.diff import Change, compare_answers, pictures_of
 from pmod_cli.output.errors import PmodError
 from pmod_cli.report.document import Block, Example, Section, Text
 from pmod_cli.report.models import Model, answers
 
-_LONG_SIDE = 480
 _EXAMPLES = 8
 
 
@@ -66,18 +65,8 @@ def _pictures(model: Model, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str
     except (PmodError, OSError):
         return {}
     return {
-        key: [_encode(picture) for picture in pictures if isinstance(picture, Image.Image)]
+        key: [
+            plots.encode(picture, 480, 200 * 200) for picture in pictures if isinstance(picture, Image.Image)
+        ]
         for key, pictures in found.items()
     }
-
-
-def _encode(picture: Image.Image) -> bytes:
-    """A picture small enough for a page: PNG if it has few pixels, else JPEG."""
-    picture = picture.convert("RGB")
-    picture.thumbnail((_LONG_SIDE, _LONG_SIDE))
-    buffer = io.BytesIO()
-    if picture.width * picture.height <= 200 * 200:
-        picture.save(buffer, "PNG", optimize=True)
-    else:
-        picture.save(buffer, "JPEG", optimize=True, quality=85)
-    return buffer.getvalue()

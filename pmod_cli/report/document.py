@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -93,11 +92,7 @@ class Document:
 
 def to_html(document: Document) -> str:
     """The page; pictures are inside it. All text is escaped, but for the figures' own SVG."""
-
-    def uri(data: bytes) -> str:
-        return f"data:image/{_kind(data)};base64,{base64.b64encode(data).decode()}"
-
-    return _render("page.html.jinja", document, css=plots.CSS, uri=uri)
+    return _render("page.html.jinja", document, css=plots.CSS, uri=plots.data_uri)
 
 
 def to_markdown(document: Document, folder: str) -> tuple[str, dict[str, bytes]]:
@@ -106,10 +101,10 @@ def to_markdown(document: Document, folder: str) -> tuple[str, dict[str, bytes]]
 
     def picture(name: str, data: bytes) -> str:
         """Keep a picture, under a name that no other has; returns its path."""
-        number, file = 1, f"{name}.{_kind(data)}"
+        number, file = 1, f"{name}.{plots.kind_of(data)}"
         while files.get(file, data) != data:
             number += 1
-            file = f"{name}-{number}.{_kind(data)}"
+            file = f"{name}-{number}.{plots.kind_of(data)}"
         files[file] = data
         return f"{folder}/{file}"
 
@@ -135,7 +130,3 @@ def _runs(blocks: Sequence[Block]) -> list[tuple[str, list[Block]]]:
 
 def _anchor(title: str) -> str:
     return re.sub(r"[^a-z]+", "-", title.lower()).strip("-")
-
-
-def _kind(data: bytes) -> str:
-    return "png" if data.startswith(b"\x89PNG") else "jpeg"

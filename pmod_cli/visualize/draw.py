@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,12 +47,6 @@ def default_layers(trace: Trace, most: int = 6) -> list[int]:
 def draw_sheet(trace: Trace, image: Image.Image, layers: Sequence[int], heading: str) -> Any:
     """One figure: the picture, what each chosen layer kept of it, how many layers each patch survived, retention.
 
-    Args:
-        trace: What the routers did.
-        image: The picture.
-        layers: Those to show.
-        heading: Stands above.
-
     Returns:
         The figure; each panel's axes have a ``gid``: ``picture``, ``layer-N-VIEW`` or ``heat-VIEW``.
 
@@ -61,15 +54,11 @@ def draw_sheet(trace: Trace, image: Image.Image, layers: Sequence[int], heading:
         MissingExtraError: matplotlib is not installed.
     """
     picture = _pixels(image)
-    rows: list[list[Callable[[Any], None]]] = []
+    rows: list[list[tuple[View, int | str]]] = []
     for view in trace.layout.views:
-        panels: list[Callable[[Any], None]] = [
-            partial(_draw_layer, trace, picture, view, layer) for layer in layers
-        ]
-        panels.append(partial(_draw_heat, trace, picture, view))
-        if not rows:
-            panels.insert(0, partial(_draw_picture, picture, image.size))
-        rows += [panels[start : start + _ACROSS] for start in range(0, len(panels), _ACROSS)]
+        panels: list[int | str] = [*([] if rows else ["picture"]), *layers, "heat"]
+        for start in range(0, len(panels), _ACROSS):
+            rows.append([(view, panel) for panel in panels[start : start + _ACROSS]])
     heights = [1.75 * _shape(picture) + 0.32] * len(rows) + [1.25]
     with plots.look():
         from matplotlib.figure import Figure
@@ -77,10 +66,17 @@ def draw_sheet(trace: Trace, image: Image.Image, layers: Sequence[int], heading:
         drawn = Figure(figsize=(7.2, sum(heights) + 0.5), layout="constrained")
         grid = drawn.add_gridspec(len(rows) + 1, _ACROSS, height_ratios=heights)
         for row, row_panels in enumerate(rows):
-            for column, draw_panel in enumerate(row_panels):
+            for column, (view, panel) in enumerate(row_panels):
                 axis = drawn.add_subplot(grid[row, column])
                 axis.axis("off")
-                draw_panel(axis)
+                if panel == "picture":
+                    axis.imshow(picture)
+                    axis.set_gid(panel)
+                    axis.set_title(f"picture, {image.width} x {image.height}")
+                elif panel == "heat":
+                    _draw_heat(axis, trace, picture, view)
+                else:
+                    _draw_layer(axis, trace, picture, view, int(panel))
         _draw_retention(drawn.add_subplot(grid[len(rows), :]), trace, layers)
         drawn.suptitle(heading)
     return drawn
@@ -145,20 +141,14 @@ def _shape(picture: np.ndarray) -> float:
     return min(max(picture.shape[0] / picture.shape[1], 0.4), 2.0)
 
 
-def _draw_picture(picture: np.ndarray, size: tuple[int, int], axis: Any) -> None:
-    axis.imshow(picture)
-    axis.set_gid("picture")
-    axis.set_title(f"picture, {size[0]} x {size[1]}")
-
-
-def _draw_layer(trace: Trace, picture: np.ndarray, view: View, layer: int, axis: Any) -> None:
+def _draw_layer(axis: Any, trace: Trace, picture: np.ndarray, view: View, layer: int) -> None:
     axis.imshow(dim_dropped(picture, trace.layout, view, trace.kept[layer]))
     axis.set_gid(f"layer-{layer}-{trace.layout.views.index(view)}")
     kept, total = int(trace.kept[layer][view.tokens].sum()), view.rows * view.columns
     axis.set_title(f"layer {layer}{_of_view(trace, view)}\n{kept} of {total} ({100 * kept / total:.0f} %)")
 
 
-def _draw_heat(trace: Trace, picture: np.ndarray, view: View, axis: Any) -> None:
+def _draw_heat(axis: Any, trace: Trace, picture: np.ndarray, view: View) -> None:
     size = picture.shape[1], picture.shape[0]
     counts = trace.layout.spread(view, trace.survived.astype(float), size, outside=np.nan)
     least = sum(ratio is None for ratio in trace.ratios)
@@ -183,12 +173,8 @@ def _draw_retention(axis: Any, trace: Trace, chosen: Sequence[int]) -> Any:
     axis.scatter(chosen, [100 * shares[layer] + 6 for layer in chosen], marker="v", s=14, color=plots.INK)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y")
-    step = max(1, math.ceil(trace.layers / 16))
-    axis.set(
-        xlabel="decoder layer", ylabel="tokens kept, %", ylim=(0, 112), xticks=range(0, trace.layers, step)
-    )
-    axis.set_xlim(-0.7, trace.layers - 0.3)
-    axis.set_yticks([0, 50, 100])
+    axis.set(xlabel="decoder layer", ylabel="tokens kept, %", xlim=(-0.7, trace.layers - 0.3), ylim=(0, 112))
+    axis.set(xticks=range(0, trace.layers, math.ceil(trace.layers / 16)), yticks=[0, 50, 100])
     return bars
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from typing import Any
 
 import numpy as np
@@ -15,17 +14,8 @@ from pmod_cli.visualize.trace import Trace
 
 _LONG_SIDE = 1600
 _LOSSLESS_PIXELS = 512 * 512
-
-
-def data_uri(image: Image.Image, longest: int = _LONG_SIDE) -> str:
-    """A picture as text: PNG if it is small, else JPEG, made smaller if a side is longer than ``longest``."""
-    image = image.convert("RGB")
-    image.thumbnail((longest, longest))
-    buffer = io.BytesIO()
-    small = image.width * image.height <= _LOSSLESS_PIXELS
-    image.save(buffer, "PNG" if small else "JPEG", optimize=True, **({} if small else {"quality": 90}))
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+_HEAT = ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725"]
+"""Nine stops of the heat map's colours (viridis), so that the page needs no matplotlib."""
 
 
 def build_page(
@@ -34,7 +24,7 @@ def build_page(
     """The page: a slider over the layers, the prompt, both answers, and each patch's router weights.
 
     Args:
-        trace: What the routers did.
+        trace: What the routers did with the picture.
         image: The picture.
         model: How the user named the model.
         prompt: What was asked.
@@ -47,36 +37,27 @@ def build_page(
         "prompt": prompt,
         "answer": answer,
         "baseline": baseline,
-        "image": data_uri(image),
+        "image": plots.data_uri(plots.encode(image, _LONG_SIDE, _LOSSLESS_PIXELS)),
         "width": layout.width,
         "height": layout.height,
         "tokens": layout.tokens,
         "newlines": layout.newlines,
         "ratios": trace.ratios,
         # Row by row: one byte per token for "kept", a little-endian float32 for the weight (NaN: no router).
-        "kept": _base64(trace.kept.astype(np.uint8)),
-        "weights": _base64(trace.weights.astype("<f4")),
+        "kept": base64.b64encode(trace.kept.astype(np.uint8).tobytes()).decode(),
+        "weights": base64.b64encode(trace.weights.astype("<f4").tobytes()).decode(),
         "views": [
             {
                 "name": view.name,
                 "first": view.first,
                 "step": view.row_step,
-                "x": [round(float(edge), 3) for edge in view.x],
-                "y": [round(float(edge), 3) for edge in view.y],
+                "x": view.x.round(3).tolist(),
+                "y": view.y.round(3).tolist(),
             }
             for view in layout.views
         ],
         "dim": [round(255 * plots.DIM), plots.DIM_SHARE],
-        "heat": _colours(),
+        "heat": _HEAT,
     }
     page = Environment(loader=PackageLoader("pmod_cli.visualize", "."), autoescape=True)
     return page.get_template("page.html").render(css=plots.CSS, data=data)
-
-
-def _base64(values: np.ndarray) -> str:
-    return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
-
-
-def _colours() -> list[str]:
-    """Nine stops of the heat map's colours (viridis), so that the page needs no matplotlib."""
-    return ["#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725"]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.modeling import twin
 from pmod_cli.output.errors import PmodError
 from pmod_cli.visualize.layout import Layout, lay_out
 
@@ -51,10 +52,6 @@ class Trace:
 def trace(loaded: VisionLanguageModel, prompt: Prompt) -> Trace:
     """Prefill a prompt with one picture and record every layer's routing.
 
-    Args:
-        loaded: A p-MoD model.
-        prompt: With one picture.
-
     Raises:
         PmodError: The model is dense, or how it lays pictures out is not known.
     """
@@ -76,8 +73,8 @@ def trace(loaded: VisionLanguageModel, prompt: Prompt) -> Trace:
     weights = np.full((len(routing), count), np.nan, dtype=np.float32)
     for index, layer in enumerate(routing):
         if layer is not None:
-            kept[index] = layer.kept[0, vision].cpu().numpy()
-            weights[index] = layer.weights[0, vision].float().cpu().numpy()
+            kept[index] = layer.kept[0, vision].cpu()
+            weights[index] = layer.weights[0, vision].float().cpu()
     return Trace(layout, kept, weights, list(model.config.mod_config.retention_ratios))
 
 
@@ -92,13 +89,7 @@ def check_routes(config: Any) -> None:
 
 
 def dense_twin(loaded: VisionLanguageModel) -> VisionLanguageModel:
-    """The same weights without routers: what the p-MoD model would say if it dropped nothing.
-
-    Args:
-        loaded: The p-MoD model; its tensors are shared, not copied.
-    """
-    from pmod_cli.modeling import twin
-
+    """The same weights, shared, without routers: what the p-MoD model would say if it dropped nothing."""
     model = loaded.model
     # The same class with no Mixture-of-Depths layer: pictures are laid out as before.
     config = type(model.config).from_dict(model.config.to_dict() | {"mod": None})

@@ -6,15 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
-
 from pmod_cli import plots
 from pmod_cli.checkpoints.load import read_config
 from pmod_cli.extras import require
 from pmod_cli.generation import Prompt, VisionLanguageModel, open_image
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import write_file
-from pmod_cli.visualize.trace import Trace, check_routes, dense_twin, trace
+from pmod_cli.visualize.trace import check_routes, dense_twin, trace
 
 PROGRAM = "pmod visualize"
 """Stands in the metadata of the sheets."""
@@ -68,11 +66,32 @@ def visualize(
     [answer] = loaded.generate([question], max_new_tokens=max_new_tokens)
     dense_answer = None
     if baseline != "none":
-        name, dense = _dense_model(loaded, baseline, dtype, device)
+        if baseline == "auto":
+            name, dense = "the same weights, every layer dense", dense_twin(loaded)
+        else:
+            name, dense = baseline, VisionLanguageModel.load(baseline, dtype=dtype, device=device)
         [other] = dense.generate([question], max_new_tokens=max_new_tokens)
         dense_answer = {"name": name, "answer": other.text}
-    texts = {"model": model, "prompt": prompt, "answer": answer.text, "baseline": dense_answer}
-    _draw(traced, picture, files, layers, texts)
+    texts: dict[str, Any] = {
+        "model": model,
+        "prompt": prompt,
+        "answer": answer.text,
+        "baseline": dense_answer,
+    }
+    if "sheet" in files:
+        from pmod_cli.visualize.draw import default_layers, draw_sheet
+
+        heading = f"“{_cut(prompt, 70)}”  →  “{_cut(answer.text, 40)}”"
+        sheet = draw_sheet(traced, picture, default_layers(traced) if layers is None else layers, heading)
+        plots.save(sheet, files["sheet"], title=heading, program=PROGRAM, dpi=200)
+    if "gif" in files:
+        from pmod_cli.visualize.draw import draw_animation
+
+        write_file(files["gif"], draw_animation(traced, picture))
+    if "html" in files:
+        from pmod_cli.visualize.page import build_page
+
+        write_file(files["html"], build_page(traced, picture, **texts))
     return {
         **texts,
         "image": str(image),
@@ -91,18 +110,11 @@ def visualize(
 
 
 def check_files(wanted: Mapping[str, Path | None], force: bool) -> dict[str, Path]:
-    """Refuse files that cannot be written, before a model is loaded.
-
-    Args:
-        wanted: By ``sheet``, ``gif`` and ``html``; None for those that are not wanted.
-        force: Whether files that exist may be replaced.
-
-    Returns:
-        Those that are wanted.
+    """Those of ``sheet``, ``gif`` and ``html`` that are wanted, checked before a model is loaded.
 
     Raises:
         MissingExtraError: matplotlib is needed and not installed.
-        PmodError: None is wanted, or one cannot be written.
+        PmodError: None is wanted, or one cannot be written, or exists without ``force``.
     """
     files = {name: path for name, path in wanted.items() if path}
     if not files:
@@ -133,39 +145,6 @@ def parse_layers(text: str | None) -> list[int] | None:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
         raise PmodError(f"--layers {text}: give layer numbers separated by commas", "e.g. 8,16,24") from None
-
-
-def _dense_model(
-    loaded: VisionLanguageModel, baseline: str, dtype: str, device: str
-) -> tuple[str, VisionLanguageModel]:
-    """The baseline's name, and the baseline."""
-    if baseline == "auto":
-        return "the same weights, every layer dense", dense_twin(loaded)
-    return baseline, VisionLanguageModel.load(baseline, dtype=dtype, device=device)
-
-
-def _draw(
-    traced: Trace,
-    picture: Image,
-    files: Mapping[str, Path],
-    layers: Sequence[int] | None,
-    texts: dict[str, Any],
-) -> None:
-    """Write the files; ``texts`` are ``model``, ``prompt``, ``answer`` and ``baseline`` of the result."""
-    if "sheet" in files:
-        from pmod_cli.visualize.draw import default_layers, draw_sheet
-
-        heading = f"“{_cut(texts['prompt'], 70)}”  →  “{_cut(texts['answer'], 40)}”"
-        sheet = draw_sheet(traced, picture, default_layers(traced) if layers is None else layers, heading)
-        plots.save(sheet, files["sheet"], title=heading, program=PROGRAM, dpi=200)
-    if "gif" in files:
-        from pmod_cli.visualize.draw import draw_animation
-
-        write_file(files["gif"], draw_animation(traced, picture))
-    if "html" in files:
-        from pmod_cli.visualize.page import build_page
-
-        write_file(files["html"], build_page(traced, picture, **texts))
 
 
 def _cut(text: str, length: int) -> str:
