@@ -35,23 +35,15 @@ DIM, DIM_SHARE = 0.42, 0.75
 """A dropped patch is mixed with this grey by this share."""
 
 _RC = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.labelsize": 9,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor"), INK),
+    **dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor"), FAINT),
+    **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9),
+    **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8),
     "legend.fontsize": 8.5,
     "legend.frameon": False,
     "figure.titlesize": 10.5,
     "figure.titleweight": "bold",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.edgecolor": FAINT,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
     "axes.linewidth": 0.8,
     "axes.axisbelow": True,
     "grid.color": LINE,
@@ -62,34 +54,7 @@ _RC = {
     "svg.fonttype": "none",
 }
 
-CSS = """
-:root { color-scheme: light dark;
-  --page: #ffffff; --card: #f6f7f9; --ink: #1f2328; --faint: #5f6770; --line: #dfe3e7;
-  --pmod: #0072b2; --dense: #757575; --focus: #d55e00; --good: #00694e; --bad: #b04a00; }
-@media (prefers-color-scheme: dark) { :root {
-  --page: #14171b; --card: #1d2126; --ink: #e8eaed; --faint: #a3abb4; --line: #363c44;
-  --pmod: #56b4e9; --dense: #a8a8a8; --focus: #f0a35e; --good: #4fc9a4; --bad: #f0a35e; } }
-@media print { :root { --page: #ffffff; --card: #ffffff; --ink: #000000; --faint: #444444; --line: #bbbbbb;
-  --pmod: #0072b2; --dense: #757575; } .screen { display: none !important; } .scroll { overflow: visible !important; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem; }
-h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: 1rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; } h1, h2, h3 { break-after: avoid; }
-p { margin: .4rem 0; } a { color: var(--pmod); } code { font-size: .92em; overflow-wrap: anywhere; }
-.faint { color: var(--faint); } small, .small { font-size: .86rem; }
-:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; margin: .4rem 0; }
-th, td { padding: .28rem .8rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-thead th { border-bottom: 2px solid var(--faint); font-weight: 600; }
-tr.part td { font-weight: 600; padding-top: .7rem; }
-figure { margin: 1rem 0; } figcaption { color: var(--faint); font-size: .86rem; }
-img { max-width: 100%; } svg { max-width: 100%; height: auto; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
-"""
+CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 """What every page begins with; pages use its variables, so that both modes follow from it."""
 
 _THEMED = {INK: "--ink", FAINT: "--faint", LINE: "--line", DENSE: "--dense", PMOD: "--pmod"}

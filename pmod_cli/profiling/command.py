@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from pmod_cli.devices import find_device
@@ -13,7 +14,7 @@ from pmod_cli.plots import check_target
 from pmod_cli.profiling.compare import changes_table, compare_files
 from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.profile import profile
-from pmod_cli.profiling.render import notes, profile_markdown, profile_tables, rows_table
+from pmod_cli.profiling.render import markdown, notes, profile_tables, rows_table
 from pmod_cli.profiling.result import GATES, check_gates
 from pmod_cli.profiling.subject import Subject, find_subject
 
@@ -27,7 +28,7 @@ def run(options: ProfileOptions) -> None:
     """
     if options.compare is not None:
         comparison = compare_files(*options.compare)
-        _print(options, comparison, changes_table(comparison))
+        _print(options, comparison, [changes_table(comparison)])
         return
     limits = {name: limit for name in GATES if (limit := getattr(options, name)) is not None}
     _check(options, limits)
@@ -39,15 +40,7 @@ def run(options: ProfileOptions) -> None:
         return
     with stderr.status("profiling") as status:
         result = profile(subject, options, status.update)
-    if options.as_json:
-        emit_json("profile", result.to_dict())
-    elif options.markdown:
-        show_lines(profile_markdown(result, options.layers))
-    else:
-        for table in profile_tables(result, options.layers):
-            stdout.print(table.to_rich())
-        for note in notes(result):
-            stdout.print(f"- {note}", markup=False)
+    _print(options, result.to_dict(), profile_tables(result, options.layers), notes(result))
     if options.plot is not None:
         from pmod_cli.profiling.plots import plot_profile
 
@@ -80,17 +73,22 @@ def _sweep(options: ProfileOptions, subject: Subject) -> None:
         rows = sweep(subject, options, options.sweep or "schedules", status.update)
     what = f"sweep of {options.sweep}" if options.sweep else "schedules at equal mean retention"
     result = {"model": subject.name, "sweep": options.sweep or "schedules", "rows": rows}
-    _print(options, result, rows_table(f"{subject.name}: {what}, p-MoD / dense", rows))
+    _print(options, result, [rows_table(f"{subject.name}: {what}, p-MoD / dense", rows)])
     if options.plot is not None and options.sweep:
         from pmod_cli.profiling.plots import plot_sweep
 
         plot_sweep(rows, options.sweep, options.plot, title=subject.name)
 
 
-def _print(options: ProfileOptions, result: dict[str, Any], table: Table) -> None:
+def _print(
+    options: ProfileOptions, result: dict[str, Any], tables: Sequence[Table], lines: Sequence[str] = ()
+) -> None:
     if options.as_json:
         emit_json("profile", result)
     elif options.markdown:
-        show_lines(table.to_markdown())
+        show_lines(markdown(tables, lines))
     else:
-        stdout.print(table.to_rich())
+        for table in tables:
+            stdout.print(table.to_rich())
+        for line in lines:
+            stdout.print(f"- {line}", markup=False)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.output import units
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import read_json
 from pmod_cli.output.tables import Table
@@ -22,24 +21,42 @@ def compare_files(before: Path, after: Path) -> dict[str, Any]:
     Raises:
         PmodError: A file that is not such output.
     """
-    old, new = _figures(before), _figures(after)
+    figures = []
+    for path in (before, after):
+        document = read_json(path)
+        result = document.get("result")
+        if not isinstance(result, dict) or document.get("command") != "profile":
+            raise PmodError(f"{path} is not the output of pmod profile --json")
+        figures.append(dict(_flatten("", result)))
     changes = []
-    for key in dict.fromkeys([*old, *new]):
-        first, second = old.get(key), new.get(key)
-        if first != second:
-            numbers = all(type(value) in (int, float) for value in (first, second))
-            ratio = second / first if numbers and first else None
-            changes.append({"key": key, "before": first, "after": second, "ratio": ratio})
+    for key in figures[0] | figures[1]:
+        old, new = (side.get(key) for side in figures)
+        numbers = {type(old), type(new)} <= {int, float}
+        if old != new:
+            ratio = new / old if numbers and old else None
+            changes.append({"key": key, "before": old, "after": new, "ratio": ratio})
     return {"before": str(before), "after": str(after), "changes": changes}
+
+
+def _flatten(prefix: str, value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            yield from _flatten(f"{prefix}{key}.", inner)
+        else:
+            # A list is compared as one figure, layers as their number; which layer changed shows in the sums.
+            layers = isinstance(inner, list) and inner and isinstance(inner[0], dict)
+            yield f"{prefix}{key}", len(inner) if layers else inner
 
 
 def changes_table(comparison: dict[str, Any]) -> Table:
     """What `compare_files` found, as a table."""
-    rows: list[list[str]] = [
+    rows = [
         [
-            change["key"].replace(".parts", "").replace(".macs", " MACs"),
-            _show(change["before"]),
-            _show(change["after"]),
+            change["key"],
+            *(
+                f"{v:.4g}" if isinstance(v, float) else f"{v}"[:24]
+                for v in (change["before"], change["after"])
+            ),
             "-" if change["ratio"] is None else f"{change['ratio']:.1%}",
         ]
         for change in comparison["changes"]
@@ -47,29 +64,3 @@ def changes_table(comparison: dict[str, Any]) -> Table:
     ]
     title = f"{comparison['before']} -> {comparison['after']}: {len(rows)} figures changed"
     return Table(title, ["figure", "before", "after", "ratio"], rows)
-
-
-def _figures(path: Path) -> dict[str, Any]:
-    document = read_json(path)
-    result = document.get("result")
-    if not isinstance(result, dict) or document.get("command") != "profile":
-        raise PmodError(f"{path} is not the output of pmod profile --json")
-    return dict(_flatten("", result))
-
-
-def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _flatten(f"{prefix}.{key}" if prefix else key, inner)
-    elif isinstance(value, list):
-        # A list is compared as one figure, layers as their number; which layer changed shows in the sums.
-        yield prefix, len(value) if value and isinstance(value[0], dict) else value
-    else:
-        yield prefix, value
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, int) and abs(value) >= 10_000:
-        return units.si(value)
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 24 else f"{text[:21]}..."

@@ -10,7 +10,9 @@ import gc
 import resource
 import statistics
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +26,6 @@ from pmod_cli.profiling.placement import load_models, quiet_transformers
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.result import kv_cache_dict
 from pmod_cli.profiling.subject import Subject
-
-_BOUND = "bound"
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,21 @@ class Measured:
 
     Attributes:
         decoded: Tokens that ``decode`` made, over the whole batch.
+        bound: Seconds of prefill if the layers ran on their kept tokens and did nothing else; p-MoD only.
         seconds: By phase: ``prefill`` (time to first token, image included), ``decode`` (all further tokens, if there
             are any), ``end_to_end`` (``generate``).
         kv_prefill: Real bytes of KV cache by layer after the prompt.
         kv_final: Real bytes of KV cache by layer when the last token was generated.
         peak_memory: Most bytes allocated on the device in this model's runs, the other's weights included if they
             are not shared; None on a CPU.
-        bound: Seconds of prefill if the layers ran on their kept tokens and did nothing else; p-MoD only.
     """
 
     decoded: int
-    seconds: dict[str, Timing] = field(default_factory=dict)
+    bound: Timing | None
+    seconds: dict[str, Timing] = field(default_factory=lambda: defaultdict(Timing))
     kv_prefill: list[int] = field(default_factory=list)
     kv_final: list[int] = field(default_factory=list)
     peak_memory: int | None = None
-    bound: Timing | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -141,7 +141,12 @@ def measure(
     say = progress or (lambda _text: None)
     say("loading the models")
     work = next(iter(works.values()))
-    found = {role: Measured(works[role].batch * (works[role].new_tokens - 1)) for role in works}
+
+    def nothing_yet(role: str) -> Measured:
+        decoded = works[role].batch * (works[role].new_tokens - 1)
+        return Measured(decoded, Timing() if role == "pmod" else None)
+
+    found = {role: nothing_yet(role) for role in works}
     try:
         models = load_models(subject, target, work.dtype)
         inputs = {role: make_inputs(model, works[role]) for role, model in models.items()}
@@ -150,9 +155,8 @@ def measure(
             # Alternately, and in changing order, so that a drift of the machine's speed affects both alike.
             for role in list(models)[:: 1 if index % 2 else -1]:
                 with quiet_transformers():
-                    seconds = _run(models[role], works[role], inputs[role], found[role], role == "pmod")
-                if index >= 0:
-                    _add(found[role], seconds)
+                    into = nothing_yet(role) if index < 0 else found[role]
+                    _run(models[role], works[role], inputs[role], into)
     except torch.OutOfMemoryError as error:
         hint = "a smaller --batch or image, or --dtype bfloat16"
         raise PmodError(f"out of memory on {target}", hint) from error
@@ -167,53 +171,39 @@ def measure(
     )
 
 
-def _add(found: Measured, seconds: dict[str, float]) -> None:
-    """Count one run."""
-    for phase, value in seconds.items():
-        if phase == _BOUND:
-            found.bound = found.bound or Timing()
-            found.bound.seconds.append(value)
-        else:
-            found.seconds.setdefault(phase, Timing()).seconds.append(value)
-
-
 @torch.inference_mode()
-def _run(
-    model: Any, work: Workload, inputs: dict[str, Tensor], found: Measured, bound: bool
-) -> dict[str, float]:
-    """Seconds of a prefill, the decode steps after it, a ``generate``, and the bound; notes their memory."""
+def _run(model: Any, work: Workload, inputs: dict[str, Tensor], into: Measured) -> None:
+    """One prefill, the decode steps after it, a ``generate``, and the bound."""
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     gc.collect()
-    start = _clock(device)
-    output = model(**inputs, use_cache=True, logits_to_keep=1)
-    token = output.logits[:, -1:].argmax(-1)
-    seconds = {"prefill": _clock(device) - start}
+    with _timed(device, into.seconds["prefill"]):
+        output = model(**inputs, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1:].argmax(-1)
     cache = output[CACHE_ARGUMENT]
     kept = [layer.keys.shape[-2] for layer in cache.layers]
-    found.kv_prefill = _cache_bytes(cache)
+    into.kv_prefill = _cache_bytes(cache)
     if work.new_tokens > 1:
-        start = _clock(device)
-        for _ in range(work.new_tokens - 1):
-            step = {CACHE_ARGUMENT: cache, "use_cache": True, "logits_to_keep": 1}
-            token = model(input_ids=token, **step).logits[:, -1:].argmax(-1)
-        seconds["decode"] = _clock(device) - start
-    found.kv_final = _cache_bytes(cache)
+        with _timed(device, into.seconds["decode"]):
+            for _ in range(work.new_tokens - 1):
+                step = {CACHE_ARGUMENT: cache, "use_cache": True, "logits_to_keep": 1}
+                token = model(input_ids=token, **step).logits[:, -1:].argmax(-1)
+    into.kv_final = _cache_bytes(cache)
     del cache, output
     length = {"min_new_tokens": work.new_tokens, "max_new_tokens": work.new_tokens}
-    start = _clock(device)
-    model.generate(**inputs, do_sample=False, **length)
-    seconds["end_to_end"] = _clock(device) - start
+    with _timed(device, into.seconds["end_to_end"]):
+        model.generate(**inputs, do_sample=False, **length)
     if device.type == "cuda":
-        found.peak_memory = torch.cuda.max_memory_allocated(device)
-    if bound:
-        seconds[_BOUND] = _bound(model, work, inputs, kept)
-    return seconds
+        into.peak_memory = torch.cuda.max_memory_allocated(device)
+    if into.bound is not None:
+        _run_bound(model, work, inputs, kept, into.bound)
 
 
-def _bound(model: Any, work: Workload, inputs: dict[str, Tensor], kept: list[int]) -> float:
-    """Seconds of a prefill in which each layer sees its kept tokens only.
+def _run_bound(
+    model: Any, work: Workload, inputs: dict[str, Tensor], kept: list[int], timing: Timing
+) -> None:
+    """A prefill in which each layer sees its kept tokens only.
 
     The vision tower, the same layers as plain decoder layers on as many tokens as they keep, and the LM head: no
     router, no choice, no gathering and scattering.
@@ -222,27 +212,31 @@ def _bound(model: Any, work: Workload, inputs: dict[str, Tensor], kept: list[int
     states = torch.randn(work.batch, work.prompt_tokens, width, dtype=model.dtype, device=device)
     positions = torch.arange(work.prompt_tokens, device=device)[None]
     images = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_sizes")}
-    start = _clock(device)
-    if images:
-        model.get_image_features(**images)
-    tables = decoder.rotary_emb(states, position_ids=positions)
-    for layer, count in zip(decoder.layers, kept, strict=True):
-        if count:
-            # Without a routing plan an MoD layer is the plain decoder layer.
-            layer(
-                states[:, :count],
-                attention_mask=None,
-                position_ids=positions[:, :count],
-                position_embeddings=tuple(table[:, :count] for table in tables),
-            )
-    model.lm_head(decoder.norm(states[:, -1:]))
-    return _clock(device) - start
+    with _timed(device, timing):
+        if images:
+            model.get_image_features(**images)
+        tables = decoder.rotary_emb(states, position_ids=positions)
+        for layer, count in zip(decoder.layers, kept, strict=True):
+            if count:
+                # Without a routing plan an MoD layer is the plain decoder layer.
+                layer(
+                    states[:, :count],
+                    attention_mask=None,
+                    position_ids=positions[:, :count],
+                    position_embeddings=tuple(table[:, :count] for table in tables),
+                )
+        model.lm_head(decoder.norm(states[:, -1:]))
 
 
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+@contextmanager
+def _timed(device: torch.device, timing: Timing) -> Iterator[None]:
+    """Adds the seconds that its block takes, until the device has done all of it."""
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    wait()
+    start = time.perf_counter()
+    yield
+    wait()
+    timing.seconds.append(time.perf_counter() - start)
 
 
 def _cache_bytes(cache: Any) -> list[int]:

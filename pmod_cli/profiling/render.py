@@ -60,10 +60,10 @@ def profile_tables(result: ProfileResult, by_layer: bool = False) -> list[Table]
     return tables
 
 
-def profile_markdown(result: ProfileResult, by_layer: bool = False) -> str:
-    """A profile as Markdown, notes included."""
-    blocks = [table.to_markdown() for table in profile_tables(result, by_layer)]
-    return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in notes(result))])
+def markdown(tables: Sequence[Table], lines: Sequence[str] = ()) -> str:
+    """Tables, and a list of sentences."""
+    blocks = [table.to_markdown() for table in tables]
+    return "\n\n".join([*blocks, *(["\n".join(f"- {line}" for line in lines)] if lines else [])])
 
 
 def cost_table(

@@ -14,7 +14,7 @@ from pmod_cli.profiling.compare import compare_files
 from pmod_cli.profiling.latency import Timing
 from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.profile import profile
-from pmod_cli.profiling.render import macs, notes, profile_markdown, profile_tables
+from pmod_cli.profiling.render import macs, markdown, notes, profile_tables
 from pmod_cli.profiling.result import check_gates
 from pmod_cli.profiling.subject import find_subject
 from pmod_cli.profiling.sweep import sweep
@@ -197,7 +197,8 @@ def test_units():
 
 
 def test_markdown_and_layers():
-    text = profile_markdown(seven_b(), by_layer=True)
+    result = seven_b()
+    text = markdown(profile_tables(result, by_layer=True), notes(result))
     assert "| all | 4.330 / 8.660 T | 2.546 / 5.092 T | 58.8% |" in text
     assert "| 31 | 0.150 | 121 |" in text
     assert "two FLOPs" in text
