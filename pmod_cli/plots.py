@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -92,6 +93,15 @@ def figure(rows: int, columns: int, inches: tuple[float, float], **options: Any)
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(axis="y")
     return drawn, axes
+
+
+def retention_bars(axis: Any, ratios: Sequence[float | None], shares: Sequence[float]) -> Any:
+    """Bars of the share of vision tokens that each layer keeps, grey where it is dense (the ratio is None)."""
+    colours = [DENSE if ratio is None else PMOD for ratio in ratios]
+    bars = axis.bar(range(len(ratios)), [100 * share for share in shares], 0.72, color=colours)
+    axis.set(xlabel="decoder layer", ylabel="vision tokens kept, %", xlim=(-0.7, len(ratios) - 0.3))
+    axis.set(ylim=(0, 112), yticks=[0, 50, 100], xticks=range(0, len(ratios), math.ceil(len(ratios) / 16)))
+    return bars
 
 
 def check_target(path: Path, force: bool = False) -> None:

@@ -40,7 +40,6 @@ from pmod_cli.profiling.options import ProfileOptions
     latency="Measure time and memory too.",
     device=Device,
     repeats=typer.Option(min=1, help="Measured runs."),
-    layers="Add a table by layer.",
     sweep="One row per ratio, prompt length or batch size.",
     schedules="Compare schedules at equal mean retention.",
     compare="What changed between two --json files.",

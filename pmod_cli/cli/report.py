@@ -10,7 +10,7 @@ import typer
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Force
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, stderr, stdout
+from pmod_cli.output.console import emit_json, show_lines, stderr
 
 
 @app.command(
@@ -44,5 +44,4 @@ def report_command(
     if as_json:
         emit_json("report", result)
         return
-    for kind in ("html", "markdown"):
-        stdout.print(result["files"][kind], markup=False, soft_wrap=True)
+    show_lines(result["files"]["html"], result["files"]["markdown"])

@@ -10,7 +10,7 @@ import typer
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Device, Dtype, Force, MaxNewTokens, Prompt
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, stdout
+from pmod_cli.output.console import emit_json, show_lines
 
 
 @app.command(
@@ -52,15 +52,14 @@ def visualize_command(
 ) -> None:
     """Show which patches of a picture each layer of a p-MoD model processed."""
     with starting("visualize"):
-        from pmod_cli.visualize.visualize import check_files, parse_layers, visualize
-
-    files = check_files({"sheet": output, "gif": gif, "html": html}, force)
+        from pmod_cli.visualize.visualize import visualize
     result = visualize(
         model,
         image,
         prompt,
-        files=files,
-        layers=parse_layers(layers),
+        files={"sheet": output, "gif": gif, "html": html},
+        force=force,
+        layers=layers,
         baseline=baseline,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
@@ -70,6 +69,5 @@ def visualize_command(
         emit_json("visualize", result)
         return
     answers = {"p-MoD": result["answer"], "dense": (result["baseline"] or {}).get("answer")}
-    lines = [f"{name}: {answer}" for name, answer in answers.items() if answer is not None]
-    for line in [*lines, *result["files"].values()]:
-        stdout.print(line, markup=False, soft_wrap=True)
+    show_lines(*(f"{name}: {answer}" for name, answer in answers.items() if answer is not None))
+    show_lines(*result["files"].values())

@@ -260,9 +260,8 @@ class _Demo:
         picture = self.made["picture"]
 
         def action() -> dict[str, Any]:
-            return visualize(
-                str(model), Path(picture), QUESTION, files=files, baseline=str(control), max_new_tokens=8
-            )
+            options: dict[str, Any] = {"baseline": str(control), "max_new_tokens": 8}
+            return visualize(str(model), Path(picture), QUESTION, files=files, force=True, **options)
 
         words = ["visualize", model, "--image", picture, "--prompt", QUESTION, "--baseline", control]
         words += ["-o", files["sheet"], "--html", files["html"], "--max-new-tokens", "8", "--force"]

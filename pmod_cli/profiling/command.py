@@ -14,7 +14,7 @@ from pmod_cli.plots import check_target
 from pmod_cli.profiling.compare import changes_table, compare_files
 from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.profile import profile
-from pmod_cli.profiling.render import markdown, notes, profile_tables, rows_table
+from pmod_cli.profiling.render import notes, profile_table, rows_table
 from pmod_cli.profiling.result import GATES, check_gates
 from pmod_cli.profiling.subject import Subject, find_subject
 
@@ -28,7 +28,7 @@ def run(options: ProfileOptions) -> None:
     """
     if options.compare is not None:
         comparison = compare_files(*options.compare)
-        _print(options, comparison, [changes_table(comparison)])
+        _print(options, comparison, changes_table(comparison))
         return
     limits = {name: limit for name in GATES if (limit := getattr(options, name)) is not None}
     _check(options, limits)
@@ -40,7 +40,7 @@ def run(options: ProfileOptions) -> None:
         return
     with stderr.status("profiling") as status:
         result = profile(subject, options, status.update)
-    _print(options, result.to_dict(), profile_tables(result, options.layers), notes(result))
+    _print(options, result.to_dict(), profile_table(result), notes(result))
     if options.plot is not None:
         from pmod_cli.profiling.plots import plot_profile
 
@@ -56,8 +56,8 @@ def _check(options: ProfileOptions, limits: dict[str, float]) -> None:
         raise PmodError("--max-... limits hold for a single profile", "leave --sweep and --schedules out")
     if options.max_prefill_ratio is not None and not options.latency:
         raise PmodError("--max-prefill-ratio needs --latency")
-    if options.plot is not None and options.schedules:
-        raise PmodError("--plot goes with a profile or with --sweep")
+    if options.plot is not None and (options.sweep or options.schedules):
+        raise PmodError("--plot goes with a single profile", "leave --sweep and --schedules out")
     if options.sweep and options.schedules:
         raise PmodError("--sweep and --schedules are two tables", "one at a time")
     if options.plot is not None:
@@ -73,22 +73,16 @@ def _sweep(options: ProfileOptions, subject: Subject) -> None:
         rows = sweep(subject, options, options.sweep or "schedules", status.update)
     what = f"sweep of {options.sweep}" if options.sweep else "schedules at equal mean retention"
     result = {"model": subject.name, "sweep": options.sweep or "schedules", "rows": rows}
-    _print(options, result, [rows_table(f"{subject.name}: {what}, p-MoD / dense", rows)])
-    if options.plot is not None and options.sweep:
-        from pmod_cli.profiling.plots import plot_sweep
-
-        plot_sweep(rows, options.sweep, options.plot, title=subject.name)
+    _print(options, result, rows_table(f"{subject.name}: {what}, p-MoD / dense", rows))
 
 
-def _print(
-    options: ProfileOptions, result: dict[str, Any], tables: Sequence[Table], lines: Sequence[str] = ()
-) -> None:
+def _print(options: ProfileOptions, result: dict[str, Any], table: Table, lines: Sequence[str] = ()) -> None:
+    lines = [f"- {line}" for line in lines]
     if options.as_json:
         emit_json("profile", result)
     elif options.markdown:
-        show_lines(markdown(tables, lines))
+        show_lines(table.to_markdown(), *([""] if lines else []), *lines)
     else:
-        for table in tables:
-            stdout.print(table.to_rich())
+        stdout.print(table.to_rich())
         for line in lines:
-            stdout.print(f"- {line}", markup=False)
+            stdout.print(line, markup=False)

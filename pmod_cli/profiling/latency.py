@@ -148,13 +148,13 @@ def measure(
 
     found = {role: nothing_yet(role) for role in works}
     try:
-        models = load_models(subject, target, work.dtype)
-        inputs = {role: make_inputs(model, works[role]) for role, model in models.items()}
-        for index in range(-1, repeats):
-            say(f"measuring: {'warm-up' if index < 0 else f'run {index + 1} of {repeats}'}")
-            # Alternately, and in changing order, so that a drift of the machine's speed affects both alike.
-            for role in list(models)[:: 1 if index % 2 else -1]:
-                with quiet_transformers():
+        with quiet_transformers():
+            models = load_models(subject, target, work.dtype)
+            inputs = {role: make_inputs(model, works[role]) for role, model in models.items()}
+            for index in range(-1, repeats):
+                say(f"measuring: {'warm-up' if index < 0 else f'run {index + 1} of {repeats}'}")
+                # Alternately, and in changing order, so that a drift of the machine's speed affects both alike.
+                for role in list(models)[:: 1 if index % 2 else -1]:
                     into = nothing_yet(role) if index < 0 else found[role]
                     _run(models[role], works[role], inputs[role], into)
     except torch.OutOfMemoryError as error:

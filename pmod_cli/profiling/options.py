@@ -49,7 +49,6 @@ class ProfileOptions:
     latency: bool = False
     device: str = "auto"
     repeats: int = 5
-    layers: bool = False
     sweep: Literal["ratio", "tokens", "batch"] | None = None
     schedules: bool = False
     compare: tuple[Path, Path] | None = None

@@ -41,10 +41,7 @@ def _load(variant: Variant, device: torch.device, dtype: str) -> Any:
         with torch.device(device):
             return AutoModelForImageTextToText.from_config(variant.config, **options).eval()
     try:
-        with quiet_transformers():
-            model = AutoModelForImageTextToText.from_pretrained(
-                variant.weights, config=variant.config, **options
-            )
+        model = AutoModelForImageTextToText.from_pretrained(variant.weights, config=variant.config, **options)
     except (OSError, ValueError) as error:
         raise PmodError(f"cannot load {variant.weights}: {first_line(error)}") from error
     return model.to(device).eval()

@@ -1,4 +1,4 @@
-"""One picture of a profile, and curves of sweeps; readable at the width of a paper's page."""
+"""One picture of a profile, readable at the width of a paper's page."""
 
 from __future__ import annotations
 
@@ -52,38 +52,6 @@ def plot_profile(result: ProfileResult, path: Path) -> None:
     figure.suptitle(
         f"{result.model}: {work.vision_tokens} vision + {work.text_tokens} text tokens, batch {work.batch}"
     )
-    plots.save(figure, path)
-
-
-@plots.look()
-def plot_sweep(rows: list[dict[str, Any]], knob: str, path: Path, title: str = "") -> None:
-    """Draw the ratios of p-MoD to dense over what was swept (``ratio``, ``tokens`` or ``batch``).
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        PmodError: The path's suffix is not a known format, or the folder does not exist.
-    """
-    figure, [[axis]] = plots.figure(1, 1, (5.5, 3.8))
-    labels = {
-        "prefill_flops": "prefill FLOPs",
-        "kv_prefill": "KV cache",
-        "decode_step_traffic": "decode traffic",
-        "prefill_seconds": "prefill time",
-        "decode_seconds": "decode time",
-        "end_to_end_seconds": "end to end",
-    }
-    values = [row[knob] for row in rows]
-    for (key, label), colour, marker in zip(labels.items(), plots.SERIES, plots.MARKERS, strict=False):
-        if key in rows[0]:
-            axis.plot(values, [row[key] for row in rows], marker=marker, color=colour, label=label)
-    names = {"ratio": "ratio of the MoD layers", "tokens": "text tokens"}
-    axis.set(xlabel=names.get(knob, knob), ylabel="p-MoD / dense", title=title)
-    axis.axhline(1, color=plots.FAINT, linewidth=0.8)
-    axis.set_ylim(bottom=0)
-    if knob != "ratio":
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(values, [str(value) for value in values])
-    axis.legend()
     plots.save(figure, path)
 
 

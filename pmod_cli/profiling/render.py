@@ -16,8 +16,8 @@ Line = tuple[str] | tuple[str, str, Callable[[Any], str]]
 """A heading, or the label of a figure, where it is in one model's JSON, and how it is shown."""
 
 
-def profile_tables(result: ProfileResult, by_layer: bool = False) -> list[Table]:
-    """The tables of one profile, with one of the decoder layers if it is asked for."""
+def profile_table(result: ProfileResult) -> Table:
+    """What a profile counted and measured."""
     data = result.to_dict()
     work, measured, new = data["workload"], data["latency"] or {}, data["workload"]["new_tokens"]
     lines: list[Line] = [
@@ -54,16 +54,7 @@ def profile_tables(result: ProfileResult, by_layer: bool = False) -> list[Table]
         f"{result.model}: {work['vision_tokens']} vision + {work['text_tokens']} text tokens, "
         f"batch {work['batch']}, {work['dtype']}, {result.convention} convention"
     )
-    tables = [cost_table(title, data, lines, "ratio", percent)]
-    if by_layer:
-        tables.append(_layer_table(data))
-    return tables
-
-
-def markdown(tables: Sequence[Table], lines: Sequence[str] = ()) -> str:
-    """Tables, and a list of sentences."""
-    blocks = [table.to_markdown() for table in tables]
-    return "\n\n".join([*blocks, *(["\n".join(f"- {line}" for line in lines)] if lines else [])])
+    return cost_table(title, data, lines, "ratio", percent)
 
 
 def cost_table(
@@ -131,25 +122,6 @@ def percent(value: float | None) -> str:
 
 def _spread(timing: Mapping[str, float]) -> str:
     return f"{units.milliseconds(timing['median'])} ({timing['min'] * 1e3:.1f}-{timing['max'] * 1e3:.1f})"
-
-
-def _layer_table(data: Mapping[str, Any]) -> Table:
-    side, dense = data["pmod"] or data["dense"], data["dense"]
-    layers = side["prefill"]["layers"]
-    ratios = side["retention_ratios"] or [None] * len(layers)
-    rows: list[Sequence[str]] = [
-        [
-            str(index),
-            "dense" if ratio is None else f"{ratio:.3f}",
-            str(layer["tokens"]),
-            macs(layer["macs"]),
-            size(side["kv_cache"]["prefill_layers"][index]),
-            percent(layer["macs"] / dense["prefill"]["layers"][index]["macs"] if dense else None),
-        ]
-        for index, (layer, ratio) in enumerate(zip(layers, ratios, strict=True))
-    ]
-    header = ["layer", "keeps", "tokens", "MACs / FLOPs", "KV cache", "of dense"]
-    return Table(f"{NAMES['pmod' if data['pmod'] else 'dense']} prefill by layer", header, rows)
 
 
 _COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {

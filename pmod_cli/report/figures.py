@@ -135,13 +135,8 @@ def _routes(training: Training) -> bool:
 @plots.look()
 def retention_figure(ratios: Sequence[float | None], caption: str) -> Figure:
     """Share of the vision tokens that each layer keeps."""
-    drawn, axes = plots.figure(1, 1, (6.4, 2.1))
-    axis = axes[0][0]
-    colours = [plots.DENSE if ratio is None else plots.PMOD for ratio in ratios]
-    axis.bar(range(len(ratios)), [100 if r is None else 100 * r for r in ratios], 0.72, color=colours)
-    axis.set(xlabel="decoder layer", ylabel="vision tokens kept, %", ylim=(0, 105), yticks=[0, 50, 100])
-    axis.set_xlim(-0.7, len(ratios) - 0.3)
-    axis.set_xticks(range(0, len(ratios), max(1, len(ratios) // 16)))
+    drawn, [[axis]] = plots.figure(1, 1, (6.4, 2.1))
+    plots.retention_bars(axis, ratios, [1 if ratio is None else ratio for ratio in ratios])
     return _finish(drawn, "retention", caption)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -168,13 +167,10 @@ def _of_view(trace: Trace, view: View) -> str:
 def _draw_retention(axis: Any, trace: Trace, chosen: Sequence[int]) -> Any:
     """Bars of the share of vision tokens that each layer keeps; chosen layers are marked."""
     shares = trace.kept.mean(1)
-    colours = [plots.DENSE if ratio is None else plots.PMOD for ratio in trace.ratios]
-    bars = axis.bar(range(trace.layers), 100 * shares, 0.72, color=colours)
+    bars = plots.retention_bars(axis, trace.ratios, shares)
     axis.scatter(chosen, [100 * shares[layer] + 6 for layer in chosen], marker="v", s=14, color=plots.INK)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y")
-    axis.set(xlabel="decoder layer", ylabel="tokens kept, %", xlim=(-0.7, trace.layers - 0.3), ylim=(0, 112))
-    axis.set(xticks=range(0, trace.layers, math.ceil(trace.layers / 16)), yticks=[0, 50, 100])
     return bars
 
 

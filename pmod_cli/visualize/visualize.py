@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ def visualize(
     image: Path,
     prompt: str,
     *,
-    files: Mapping[str, Path],
-    layers: Sequence[int] | None = None,
+    files: Mapping[str, Path | None],
+    force: bool = False,
+    layers: str | None = None,
     baseline: str = "auto",
     max_new_tokens: int = 128,
     dtype: str = "auto",
@@ -38,8 +39,9 @@ def visualize(
         model: p-MoD checkpoint folder or hub id.
         image: The picture's file.
         prompt: The question.
-        files: What to write: ``sheet``, ``gif``, ``html``.
-        layers: Those on the sheet; six MoD layers by default.
+        files: What to write, None for what is not wanted: ``sheet``, ``gif``, ``html``.
+        force: Whether files that exist may be replaced.
+        layers: Those on the sheet, e.g. ``8,16,24``; six MoD layers by default.
         baseline: ``auto`` (the same weights without routers), ``none``, or a dense checkpoint.
         max_new_tokens: Longest answer.
         dtype: See `VisionLanguageModel.load`.
@@ -49,12 +51,22 @@ def visualize(
         What ``pmod visualize --json`` prints (see ``docs/visualize.md``).
 
     Raises:
-        PmodError: A source or picture that cannot be used, a dense model, a layer that does not exist.
+        PmodError: A source or picture that cannot be used, a dense model, a layer that does not exist, a file that
+            cannot be written.
+        MissingExtraError: matplotlib is needed and not installed.
     """
+    wanted = {kind: path for kind, path in files.items() if path}
+    _check_files(wanted, force)
+    try:
+        chosen = list(dict.fromkeys(int(part) for part in layers.split(","))) if layers else None
+    except ValueError:
+        raise PmodError(
+            f"--layers {layers}: give layer numbers separated by commas", "e.g. 8,16,24"
+        ) from None
     config = read_config(model)
     check_routes(config)
     last = config.text_config.num_hidden_layers - 1
-    for layer in layers or ():
+    for layer in chosen or ():
         if not 0 <= layer <= last:
             raise PmodError(f"--layers: there is no layer {layer}", f"the model has 0 to {last}")
     if baseline not in ("auto", "none"):
@@ -78,20 +90,20 @@ def visualize(
         "answer": answer.text,
         "baseline": dense_answer,
     }
-    if "sheet" in files:
+    if "sheet" in wanted:
         from pmod_cli.visualize.draw import default_layers, draw_sheet
 
         heading = f"“{_cut(prompt, 70)}”  →  “{_cut(answer.text, 40)}”"
-        sheet = draw_sheet(traced, picture, default_layers(traced) if layers is None else layers, heading)
-        plots.save(sheet, files["sheet"], title=heading, program=PROGRAM, dpi=200)
-    if "gif" in files:
+        sheet = draw_sheet(traced, picture, chosen or default_layers(traced), heading)
+        plots.save(sheet, wanted["sheet"], title=heading, program=PROGRAM, dpi=200)
+    if "gif" in wanted:
         from pmod_cli.visualize.draw import draw_animation
 
-        write_file(files["gif"], draw_animation(traced, picture))
-    if "html" in files:
+        write_file(wanted["gif"], draw_animation(traced, picture))
+    if "html" in wanted:
         from pmod_cli.visualize.page import build_page
 
-        write_file(files["html"], build_page(traced, picture, **texts))
+        write_file(wanted["html"], build_page(traced, picture, **texts))
     return {
         **texts,
         "image": str(image),
@@ -105,18 +117,12 @@ def visualize(
             {"ratio": ratio, "kept": traced.kept[index].nonzero()[0].tolist()}
             for index, ratio in enumerate(traced.ratios)
         ],
-        "files": {name: str(path) for name, path in files.items()},
+        "files": {name: str(path) for name, path in wanted.items()},
     }
 
 
-def check_files(wanted: Mapping[str, Path | None], force: bool) -> dict[str, Path]:
-    """Those of ``sheet``, ``gif`` and ``html`` that are wanted, checked before a model is loaded.
-
-    Raises:
-        MissingExtraError: matplotlib is needed and not installed.
-        PmodError: None is wanted, or one cannot be written, or exists without ``force``.
-    """
-    files = {name: path for name, path in wanted.items() if path}
+def _check_files(files: Mapping[str, Path], force: bool) -> None:
+    """Refuse what cannot be written, before a model is loaded."""
     if not files:
         raise PmodError("nothing to draw", "give -o FILE.png, --gif FILE.gif or --html FILE.html")
     for name, path in files.items():
@@ -130,21 +136,6 @@ def check_files(wanted: Mapping[str, Path | None], force: bool) -> dict[str, Pat
             raise PmodError(f"no folder {path.parent}")
     if files.keys() & {"sheet", "gif"}:
         require("matplotlib")
-    return files
-
-
-def parse_layers(text: str | None) -> list[int] | None:
-    """The layer numbers of ``8,16,24``, each once; None for the default.
-
-    Raises:
-        PmodError: Something else than numbers.
-    """
-    if text is None:
-        return None
-    try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise PmodError(f"--layers {text}: give layer numbers separated by commas", "e.g. 8,16,24") from None
 
 
 def _cut(text: str, length: int) -> str:

@@ -29,7 +29,7 @@ def run(capsys, *argv):
 
 
 def test_table(capsys):
-    code, out, _ = run(capsys, "llava-1.5-7b", "--counter", "formula", "--layers")
+    code, out, _ = run(capsys, "llava-1.5-7b", "--counter", "formula")
     assert code == 0
     assert "MACs / FLOPs" in out
     assert "53.7%" in out

@@ -14,7 +14,7 @@ from pmod_cli.profiling.compare import compare_files
 from pmod_cli.profiling.latency import Timing
 from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.profile import profile
-from pmod_cli.profiling.render import macs, markdown, notes, profile_tables
+from pmod_cli.profiling.render import macs, notes, profile_table
 from pmod_cli.profiling.result import check_gates
 from pmod_cli.profiling.subject import find_subject
 from pmod_cli.profiling.sweep import sweep
@@ -82,7 +82,7 @@ def test_paper_convention_shows_what_was_published():
     result = profile(find_subject(None, recipe="llava-1.5-7b"), ProfileOptions(convention="paper"))
     assert (result.published.dense_tflops, result.published.pmod_tflops) == (8.38, 4.92)
     assert result.work.text_tokens == 30
-    assert any("published" in row[0] for table in profile_tables(result) for row in table.rows)
+    assert any("published" in row[0] for row in profile_table(result).rows)
     assert profile(find_subject("llava-1.5-13b"), ProfileOptions(convention="paper")).published is None
     with pytest.raises(PmodError, match="by formula only"):
         seven_b(convention="paper", counter="fvcore")
@@ -196,12 +196,10 @@ def test_units():
     assert size(12) == "12 B"
 
 
-def test_markdown_and_layers():
+def test_markdown_and_notes():
     result = seven_b()
-    text = markdown(profile_tables(result, by_layer=True), notes(result))
-    assert "| all | 4.330 / 8.660 T | 2.546 / 5.092 T | 58.8% |" in text
-    assert "| 31 | 0.150 | 121 |" in text
-    assert "two FLOPs" in text
+    assert "| all | 4.330 / 8.660 T | 2.546 / 5.092 T | 58.8% |" in profile_table(result).to_markdown()
+    assert "two FLOPs" in " ".join(notes(result))
 
 
 def test_notes_say_where_a_saving_does_not_show(tmp_path):
@@ -240,17 +238,14 @@ def test_plot(tmp_path, latency):
     assert [p.name for p in tmp_path.glob("*.part")] == []
 
 
-def test_plot_of_a_sweep_and_bad_targets(tmp_path):
+def test_bad_targets_of_a_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    from pmod_cli.profiling.plots import plot_sweep
+    from pmod_cli.profiling.plots import plot_profile
 
-    rows = sweep(find_subject("llava-1.5-7b"), ProfileOptions(), "batch")
-    plot_sweep(rows, "batch", tmp_path / "curve.svg")
-    assert "<svg" in (tmp_path / "curve.svg").read_text(encoding="utf-8")
     with pytest.raises(PmodError, match="cannot write a picture"):
-        plot_sweep(rows, "batch", tmp_path / "curve.txt")
+        plot_profile(seven_b(), tmp_path / "curve.txt")
     with pytest.raises(PmodError, match="no folder"):
-        plot_sweep(rows, "batch", tmp_path / "none" / "curve.png")
+        plot_profile(seven_b(), tmp_path / "none" / "curve.png")
 
 
 def test_shipped_geometries_are_all_profiled():
