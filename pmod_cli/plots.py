@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.extras import require
-from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import write_file
+from pmod_cli.output.files import check_output, write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,21 +104,14 @@ def retention_bars(axis: Any, ratios: Sequence[float | None], shares: Sequence[f
 
 
 def check_target(path: Path, force: bool = False) -> None:
-    """Refuse a place where no picture can be written; called before the work, so that none of it is lost.
+    """Refuse a place where no picture can be written.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        PmodError: The format is not known, the folder does not exist, or the file does without ``force``.
+        PmodError: See `check_output`.
     """
-    with look():
-        from matplotlib.backend_bases import FigureCanvasBase
-
-    if path.suffix.removeprefix(".").lower() not in FigureCanvasBase.get_supported_filetypes():
-        raise PmodError(f"cannot write a picture to {path}", "name a .png, .pdf or .svg file")
-    if not path.parent.is_dir():
-        raise PmodError(f"no folder {path.parent}")
-    if path.exists() and not force:
-        raise PmodError(f"{path} exists", "--force overwrites it")
+    require("matplotlib")
+    check_output(path, "a picture", (".png", ".pdf", ".svg"), force)
 
 
 def save(drawn: Any, path: str | Path, *, title: str = "", program: str = "pmod", dpi: int = 160) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,22 @@ def write_file(path: Path, content: bytes | str) -> None:
     """
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def check_output(path: Path, what: str, suffixes: Sequence[str], force: bool) -> None:
+    """Refuse a file that cannot be written; called before the work, so that none of it is lost.
+
+    Raises:
+        PmodError: Another suffix, a folder, a place that does not exist, or a file that does, without ``force``.
+    """
+    if path.suffix.lower() not in suffixes:
+        raise PmodError(f"cannot write {what} to {path}", f"name a {' or '.join(suffixes)} file")
+    if path.is_dir():
+        raise PmodError(f"{path} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise PmodError(f"no folder {path.parent}")
+    if path.exists() and not force:
+        raise PmodError(f"{path} exists", "--force replaces it")
 
 
 def to_json(data: Any) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -62,30 +62,30 @@ def sweep(
             progress(f"{knob}: {next(iter(row.values()))}")
         routed = replace(subject, pmod=replace(pmod, mod=replace(mod, retention_ratios=ratios)))
         result = profile(routed, varied)
-        sides = {role: variant.to_dict() for role, variant in result.variants.items()}
-        rows.append(
-            row
-            | result.ratios
-            | {
-                role: {
-                    "prefill_macs": side["prefill"]["macs"],
-                    "prefill_flops": side["prefill"]["flops"],
-                    "kv_prefill_bytes": side["kv_cache"]["prefill_bytes"],
-                }
-                for role, side in sides.items()
+        sides = {
+            role: {
+                "prefill_macs": variant.prefill.macs,
+                "prefill_flops": variant.totals["prefill_flops"],
+                "kv_prefill_bytes": variant.totals["kv_prefill"],
             }
-        )
+            for role, variant in result.variants.items()
+        }
+        rows.append(row | result.ratios | sides)
     return rows
 
 
-def _schedules(own: Ratios) -> list[tuple[dict[str, Any], Ratios]]:
-    """The model's own schedule, then each kind that can reach its mean, with its ratios.
+def _schedules(own: Ratios) -> Iterator[tuple[dict[str, Any], Ratios]]:
+    """The model's own schedule, then each kind that can reach its mean; with its ratios.
 
-    Returns:
-        For each ``schedule``, ``setting`` (the parameter that was solved for), ``mean_retention`` and ``mod_layers``;
-        and its ratios.
+    Yields:
+        ``schedule``, ``setting`` (the parameter that was solved for), ``mean_retention`` and ``mod_layers``; ratios.
     """
-    found: list[tuple[str, dict[str, float], Ratios]] = [("this model", {}, own)]
+
+    def row(name: str, setting: dict[str, float], ratios: Ratios) -> tuple[dict[str, Any], Ratios]:
+        found = {"schedule": name, "setting": setting, "mean_retention": mean_retention(ratios)}
+        return found | {"mod_layers": sum(ratio is not None for ratio in ratios)}, ratios
+
+    yield row("this model", {}, own)
     target = mean_retention(own)
     for name, schedule in SCHEDULES.items():
         accepted = inspect.signature(schedule).parameters
@@ -100,16 +100,4 @@ def _schedules(own: Ratios) -> list[tuple[dict[str, Any], Ratios]]:
             low, high = (low, middle) if reached else (middle, high)
         ratios = schedule(len(own), **{parameter: high})
         if abs(mean_retention(ratios) - target) < 0.01:
-            found.append((name, {parameter: high}, ratios))
-    return [
-        (
-            {
-                "schedule": name,
-                "setting": setting,
-                "mean_retention": mean_retention(ratios),
-                "mod_layers": sum(ratio is not None for ratio in ratios),
-            },
-            ratios,
-        )
-        for name, setting, ratios in found
-    ]
+            yield row(name, {parameter: high}, ratios)

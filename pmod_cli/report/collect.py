@@ -49,6 +49,11 @@ class Evaluation:
     path: Path
     result: dict[str, Any]
 
+    @property
+    def started(self) -> tuple[Any, Any]:
+        """When and of which model: tells one run from another."""
+        return self.result.get("started"), self.result["model"]["source"]
+
 
 @dataclass
 class Found:
@@ -93,8 +98,13 @@ def collect(places: Sequence[Path]) -> Found:
             _read_result(place, found)
         for folder, names, files in os.walk(place):
             here = Path(folder)
-            deep = len(here.relative_to(place).parts) >= _DEPTH
-            names[:] = [] if deep else sorted(filter(_worth_a_look, names))
+            # NAME_files holds the pictures of a report.
+            names[:] = sorted(
+                name for name in names if not name.startswith(".") and not name.endswith("_files")
+            )
+            names[:] = [name for name in names if name not in _PASSED_OVER]
+            if len(here.relative_to(place).parts) >= _DEPTH:
+                names.clear()
             _read_folder(here, sorted(files), found)
         if found.counts == before:
             broken = next((f"; {path} could not be read: {why}" for path, why in found.unread.items()), "")
@@ -107,20 +117,11 @@ def collect(places: Sequence[Path]) -> Found:
     found.trainings = [
         run for run in found.trainings if run.path.is_dir() or run.summary["result"] not in trained
     ]
-    evaluated = [_run_of(run) for run in found.evaluations if run.path.is_dir()]
+    evaluated = [run.started for run in found.evaluations if run.path.is_dir()]
     found.evaluations = [
-        run for run in found.evaluations if run.path.is_dir() or _run_of(run) not in evaluated
+        run for run in found.evaluations if run.path.is_dir() or run.started not in evaluated
     ]
     return found
-
-
-def _run_of(evaluation: Evaluation) -> tuple[Any, Any]:
-    return evaluation.result.get("started"), evaluation.result["model"]["source"]
-
-
-def _worth_a_look(name: str) -> bool:
-    # NAME_files holds the pictures of a report.
-    return name not in _PASSED_OVER and not name.startswith(".") and not name.endswith("_files")
 
 
 def _read_folder(folder: Path, files: list[str], found: Found) -> None:

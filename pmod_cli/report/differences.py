@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from pmod_cli import plots
-from pmod_cli.evaluation.diff import Change, compare_answers, pictures_of
+from pmod_cli.evaluation.diff import compare_answers, pictures_of
 from pmod_cli.output.errors import PmodError
 from pmod_cli.report.document import Block, Example, Section, Text
 from pmod_cli.report.models import Model, answers
@@ -38,21 +38,17 @@ def differences(models: Sequence[Model], other: Model | None) -> Section:
             Example(
                 f"{change.task}-{change.doc_id}",
                 f"{change.task}, sample {change.doc_id}: {'worse' if change.gain < 0 else 'better'}",
-                _lines(change, model, other),
+                [
+                    ("question", str(change.after["prompt"])),
+                    ("right", str(change.after["target"])),
+                    (other.label, f"{change.before['answer']} ({change.before['score']:.2g})"),
+                    (model.label, f"{change.after['answer']} ({change.after['score']:.2g})"),
+                ],
                 pictures.get((change.task, change.doc_id), []),
             )
             for change in chosen
         ]
     return Section("Samples that differ", blocks)
-
-
-def _lines(change: Change, model: Model, other: Model) -> list[tuple[str, str]]:
-    return [
-        ("question", str(change.after["prompt"])),
-        ("right", str(change.after["target"])),
-        (other.label, f"{change.before['answer']} ({change.before['score']:.2g})"),
-        (model.label, f"{change.after['answer']} ({change.after['score']:.2g})"),
-    ]
 
 
 def _pictures(model: Model, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], list[bytes]]:

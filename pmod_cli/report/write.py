@@ -9,7 +9,7 @@ from typing import Any
 
 from pmod_cli import __version__
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import replacing, write_file
+from pmod_cli.output.files import check_output, replacing, write_file
 from pmod_cli.report import accuracy, sections
 from pmod_cli.report.collect import collect
 from pmod_cli.report.differences import differences
@@ -35,14 +35,9 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
         MissingExtraError: matplotlib is not installed.
     """
     page = Path(output)
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise PmodError(
-            f"cannot write a report to {page}", "name a .html file; the Markdown is put beside it"
-        )
+    check_output(page, "a report", (".html", ".htm"), force)
     markdown, folder = page.with_suffix(".md"), page.with_name(f"{page.stem}_files")
-    if not page.absolute().parent.is_dir():
-        raise PmodError(f"no folder {page.parent}")
-    for path in (page, markdown, folder):
+    for path in (markdown, folder):
         if path.exists() and not force:
             raise PmodError(f"{path} exists", "--force replaces it")
     found = collect([Path(place) for place in places])

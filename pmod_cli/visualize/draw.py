@@ -117,11 +117,13 @@ def draw_animation(trace: Trace, image: Image.Image) -> bytes:
             for index, bar in enumerate(bars):
                 bar.set_alpha(1.0 if index == layer else 0.35)
             canvas.draw()
-            frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
-    buffer = io.BytesIO()
+            frames.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
     # One palette for all frames: dropped patches keep their grey from frame to frame.
-    palette = _palette(frames)
-    first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
+    palette = Image.fromarray(np.vstack([frames[0], frames[len(frames) // 2], frames[-1]])).quantize(256)
+    first, *rest = [
+        Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames
+    ]
+    buffer = io.BytesIO()
     first.save(
         buffer, "GIF", save_all=True, append_images=rest, duration=_FRAME_MILLISECONDS, loop=0, optimize=False
     )
@@ -172,12 +174,3 @@ def _draw_retention(axis: Any, trace: Trace, chosen: Sequence[int]) -> Any:
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y")
     return bars
-
-
-def _palette(frames: Sequence[Image.Image]) -> Image.Image:
-    """256 colours for all frames, from a strip of some of them."""
-    some = [frames[index] for index in sorted({0, len(frames) // 2, len(frames) - 1})]
-    strip = Image.new("RGB", (some[0].width, sum(frame.height for frame in some)))
-    for index, frame in enumerate(some):
-        strip.paste(frame, (0, index * frame.height))
-    return strip.quantize(256)

@@ -11,7 +11,7 @@ from pmod_cli.checkpoints.load import read_config
 from pmod_cli.extras import require
 from pmod_cli.generation import Prompt, VisionLanguageModel, open_image
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import write_file
+from pmod_cli.output.files import check_output, write_file
 from pmod_cli.visualize.trace import check_routes, dense_twin, trace
 
 PROGRAM = "pmod visualize"
@@ -56,7 +56,12 @@ def visualize(
         MissingExtraError: matplotlib is needed and not installed.
     """
     wanted = {kind: path for kind, path in files.items() if path}
-    _check_files(wanted, force)
+    if not wanted:
+        raise PmodError("nothing to draw", "give -o FILE.png, --gif FILE.gif or --html FILE.html")
+    for kind, path in wanted.items():
+        check_output(path, "a page" if kind == "html" else "a picture", _SUFFIXES[kind], force)
+    if wanted.keys() & {"sheet", "gif"}:
+        require("matplotlib")
     try:
         chosen = list(dict.fromkeys(int(part) for part in layers.split(","))) if layers else None
     except ValueError:
@@ -119,23 +124,6 @@ def visualize(
         ],
         "files": {name: str(path) for name, path in wanted.items()},
     }
-
-
-def _check_files(files: Mapping[str, Path], force: bool) -> None:
-    """Refuse what cannot be written, before a model is loaded."""
-    if not files:
-        raise PmodError("nothing to draw", "give -o FILE.png, --gif FILE.gif or --html FILE.html")
-    for name, path in files.items():
-        if path.suffix.lower() not in _SUFFIXES[name]:
-            raise PmodError(f"cannot write {path}", f"name a {' or '.join(_SUFFIXES[name])} file")
-        if path.is_dir():
-            raise PmodError(f"{path} is a folder")
-        if path.exists() and not force:
-            raise PmodError(f"{path} exists", "--force replaces it")
-        if not path.absolute().parent.is_dir():
-            raise PmodError(f"no folder {path.parent}")
-    if files.keys() & {"sheet", "gif"}:
-        require("matplotlib")
 
 
 def _cut(text: str, length: int) -> str:

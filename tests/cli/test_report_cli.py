@@ -52,7 +52,7 @@ def test_report_and_json(demo_folder, tmp_path, capsys, monkeypatch):
     [
         ("nowhere", "page.html", "no folder nowhere"),
         ("empty", "page.html", "holds no output of pmod profile, finetune or eval"),
-        ("empty", "page.pdf", "name a .html file"),
+        ("empty", "page.pdf", "name a .html or .htm file"),
         ("empty", "no/such/page.html", "no folder no/such"),
     ],
 )
