@@ -217,7 +217,7 @@ class _Demo:
         def action() -> dict[str, Any]:
             subject = find_subject(str(model), baseline=str(control))
             options = ProfileOptions(latency=True, dtype="float32", new_tokens=16, batch=BATCH)
-            return profile(subject, options).to_dict()
+            return profile(subject, options)
 
         how = ["--latency", "--dtype", "float32", "--new-tokens", "16", "--batch", str(BATCH)]
         return self.steps.command(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pmod_cli.modeling.schedule import kept_tokens
 from pmod_cli.modeling.settings import MoDConfig
@@ -138,6 +139,16 @@ def kv_bytes(geometry: Geometry, mod: MoDConfig | None, work: Workload, decoded:
     decoder = geometry.decoder
     token = 2 * decoder.kv_heads * decoder.head_dim * work.bytes_per_value
     return [work.batch * (cached + decoded) * token for cached in layer_tokens(geometry, mod, work)]
+
+
+def kv_cache_dict(prefill: list[int], final: list[int]) -> dict[str, Any]:
+    """For JSON: bytes of KV cache by layer, and their sums."""
+    return {
+        "prefill_bytes": sum(prefill),
+        "final_bytes": sum(final),
+        "prefill_layers": prefill,
+        "final_layers": final,
+    }
 
 
 def parameters(geometry: Geometry, mod: MoDConfig | None) -> dict[str, int]:

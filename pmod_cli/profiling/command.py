@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pmod_cli.devices import find_device
 from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.output.tables import Table
 from pmod_cli.plots import check_target
 from pmod_cli.profiling.compare import changes_table, compare_files
 from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.profile import profile
 from pmod_cli.profiling.render import notes, profile_table, rows_table
-from pmod_cli.profiling.result import GATES, check_gates
 from pmod_cli.profiling.subject import Subject, find_subject
+
+GATES = {
+    "max_flops_ratio": ("prefill_flops", "prefill FLOPs"),
+    "max_kv_ratio": ("kv_prefill", "KV cache after prefill"),
+    "max_prefill_ratio": ("prefill_seconds", "prefill time"),
+}
+"""Limits that a user can set, and the ratios that they hold for."""
 
 
 def run(options: ProfileOptions) -> None:
@@ -40,12 +46,12 @@ def run(options: ProfileOptions) -> None:
         return
     with stderr.status("profiling") as status:
         result = profile(subject, options, status.update)
-    _print(options, result.to_dict(), profile_table(result), notes(result))
+    _print(options, result, profile_table(result), notes(result))
     if options.plot is not None:
         from pmod_cli.profiling.plots import plot_profile
 
         plot_profile(result, options.plot)
-    check_gates(result, limits)
+    check_gates(result["ratios"], limits)
 
 
 def _check(options: ProfileOptions, limits: dict[str, float]) -> None:
@@ -64,6 +70,25 @@ def _check(options: ProfileOptions, limits: dict[str, float]) -> None:
         check_target(options.plot, options.force)
     if options.latency:
         find_device(options.device)
+
+
+def check_gates(ratios: Mapping[str, float], limits: Mapping[str, float]) -> None:
+    """Hold the ratios of p-MoD to dense against limits, by name as in `GATES`.
+
+    Raises:
+        GateError: Names every ratio above its limit.
+        PmodError: A limit on something that was not compared or not measured.
+    """
+    failed = []
+    for gate, limit in limits.items():
+        key, what = GATES[gate]
+        if key not in ratios:
+            need = "--latency" if key == "prefill_seconds" else "a p-MoD model and its dense baseline"
+            raise PmodError(f"--{gate.replace('_', '-')} needs {need}")
+        if ratios[key] > limit:
+            failed.append(f"{what}: {ratios[key]:.4f} of dense, above {limit:g}")
+    if failed:
+        raise GateError("; ".join(failed))
 
 
 def _sweep(options: ProfileOptions, subject: Subject) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor
 from pmod_cli.devices import find_device
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.output.errors import PmodError
+from pmod_cli.profiling.closed_form import kv_cache_dict
 from pmod_cli.profiling.placement import load_models, quiet_transformers
 from pmod_cli.profiling.prompt import Workload
-from pmod_cli.profiling.result import kv_cache_dict
 from pmod_cli.profiling.subject import Subject
 
 
@@ -80,49 +80,13 @@ class Measured:
         }
 
 
-@dataclass(frozen=True)
-class Latency:
-    """A measurement of one or two models.
-
-    Attributes:
-        device: E.g. ``cuda:0 (NVIDIA H100)``.
-        threads: CPU threads of torch.
-        random_weights: Whether only a config was known and the weights are random.
-        process_peak_bytes: Most resident memory of the whole process.
-        models: By ``pmod`` and ``dense``.
-    """
-
-    device: str
-    dtype: str
-    threads: int
-    repeats: int
-    random_weights: bool
-    process_peak_bytes: int
-    models: dict[str, Measured]
-
-    @property
-    def ratios(self) -> dict[str, float]:
-        """p-MoD's median divided by dense's, by ``<phase>_seconds``; empty if there is only one model."""
-        if len(self.models) < 2:
-            return {}
-        pmod, dense = self.models["pmod"].seconds, self.models["dense"].seconds
-        return {f"{phase}_seconds": pmod[phase].median / dense[phase].median for phase in dense}
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; ``bound_overhead`` is p-MoD's prefill over the kept-tokens-only bound, minus 1."""
-        pmod = self.models.get("pmod")
-        overhead = pmod.seconds["prefill"].median / pmod.bound.median - 1 if pmod and pmod.bound else None
-        models = {role: measured.to_dict() for role, measured in self.models.items()}
-        return vars(self) | {"bound_overhead": overhead, "models": models}
-
-
 def measure(
     subject: Subject,
     works: dict[str, Workload],
     device: str = "auto",
     repeats: int = 5,
     progress: Callable[[str], None] | None = None,
-) -> Latency:
+) -> dict[str, Any]:
     """Measure a p-MoD model and its baseline alternately, after one warm-up.
 
     Args:
@@ -131,6 +95,9 @@ def measure(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
         repeats: Measured runs.
         progress: Called with a short text at each step.
+
+    Returns:
+        ``latency`` of the result; ``bound_overhead`` is p-MoD's prefill over the kept-tokens-only bound, minus 1.
 
     Raises:
         PmodError: The device is not there or its memory too small.
@@ -160,15 +127,20 @@ def measure(
     except torch.OutOfMemoryError as error:
         hint = "a smaller --batch or image, or --dtype bfloat16"
         raise PmodError(f"out of memory on {target}", hint) from error
-    return Latency(
-        device=f"{target} ({torch.cuda.get_device_name(target)})" if target.type == "cuda" else str(target),
-        dtype=work.dtype,
-        threads=torch.get_num_threads(),
-        repeats=repeats,
-        random_weights=any(variant.weights is None for variant in subject.variants.values()),
-        process_peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        models=found,
-    )
+    pmod = found.get("pmod")
+    overhead = pmod.seconds["prefill"].median / pmod.bound.median - 1 if pmod and pmod.bound else None
+    return {
+        "device": f"{target} ({torch.cuda.get_device_name(target)})"
+        if target.type == "cuda"
+        else str(target),
+        "dtype": work.dtype,
+        "threads": torch.get_num_threads(),
+        "repeats": repeats,
+        "random_weights": any(variant.weights is None for variant in subject.variants.values()),
+        "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "bound_overhead": overhead,
+        "models": {role: measured.to_dict() for role, measured in found.items()},
+    }
 
 
 @torch.inference_mode()

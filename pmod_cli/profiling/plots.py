@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pmod_cli import plots
 from pmod_cli.output.units import prefix
-from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
+from pmod_cli.profiling.profile import sides
 
 
 @plots.look()
-def plot_profile(result: ProfileResult, path: Path) -> None:
+def plot_profile(result: dict[str, Any], path: Path) -> None:
     """Draw retention, FLOPs and KV cache by layer, and time by phase (FLOPs by phase if nothing was measured).
 
     Raises:
         MissingExtraError: matplotlib is not installed.
         PmodError: The path's suffix is not a known format, or the folder does not exist.
     """
-    figure, axes = plots.figure(2, 2, (9, 6))
-    sides = {role: result.variants[role] for role in ("dense", "pmod") if role in result.variants}
-    largest = next(iter(sides.values()))
-    flops_unit, flops_factor = prefix(max(FLOPS_PER_MAC * layer.macs for layer in largest.prefill.layers))
-    bytes_unit, bytes_factor = prefix(max(largest.kv_prefill))
-    for role, side in sides.items():
-        layers = side.prefill.layers
+    drawn, axes = plots.figure(2, 2, (9, 6))
+    work, models = result["workload"], sides(result)
+    largest = next(iter(models.values()))
+    flops_unit, flops_factor = prefix(max(layer["flops"] for layer in largest["prefill"]["layers"]))
+    bytes_unit, bytes_factor = prefix(max(largest["kv_cache"]["prefill_layers"]))
+    for role, side in models.items():
+        layers, tokens = side["prefill"]["layers"], side["vision_tokens"] + work["text_tokens"]
+        cache = [count / bytes_factor for count in side["kv_cache"]["prefill_layers"]]
         panels = (
-            (
-                "Tokens processed",
-                "% of the prompt",
-                [100 * layer.tokens / side.work.prompt_tokens for layer in layers],
-            ),
-            (
-                "Prefill FLOPs",
-                f"{flops_unit}FLOPs (2 per MAC)",
-                [FLOPS_PER_MAC * layer.macs / flops_factor for layer in layers],
-            ),
-            ("KV cache after prefill", f"{bytes_unit}B", [count / bytes_factor for count in side.kv_prefill]),
+            ("Tokens processed", "% of the prompt", [100 * layer["tokens"] / tokens for layer in layers]),
+            ("Prefill FLOPs", f"{flops_unit}FLOPs", [layer["flops"] / flops_factor for layer in layers]),
+            ("KV cache after prefill", f"{bytes_unit}B", cache),
         )
         for axis, (title, unit, curve) in zip(axes.flat, panels, strict=False):
             # Dense below and wider, so that both are seen where they agree.
@@ -47,35 +40,35 @@ def plot_profile(result: ProfileResult, path: Path) -> None:
             axis.set(title=title, ylabel=unit, xlabel="decoder layer")
             axis.set_ylim(bottom=0)
     axes[0][0].legend()
-    _draw_phases(axes[1][1], result, list(sides))
-    work = result.work
-    figure.suptitle(
-        f"{result.model}: {work.vision_tokens} vision + {work.text_tokens} text tokens, batch {work.batch}"
+    _draw_phases(axes[1][1], result, models)
+    drawn.suptitle(
+        f"{result['model']}: {work['vision_tokens']} vision + {work['text_tokens']} text tokens, "
+        f"batch {work['batch']}"
     )
-    plots.save(figure, path)
+    plots.save(drawn, path)
 
 
-def _draw_phases(axis: Any, result: ProfileResult, roles: Sequence[str]) -> None:
+def _draw_phases(axis: Any, result: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> None:
     """Bars of the phases: measured time with its range, or else FLOPs."""
-    measured = result.latency
-    unit, factor = prefix(FLOPS_PER_MAC * max(result.variants[role].generation_macs for role in roles))
-    for offset, role in enumerate(roles):
+    measured = result["latency"]
+    unit, factor = prefix(max(side["generation"]["flops"] for side in models.values()))
+    for offset, (role, side) in enumerate(models.items()):
         spread = None
         if measured:
-            timings = measured.models[role].seconds
+            timings = side["latency"]["seconds"]
             names = [phase.replace("_", " ") for phase in timings]
-            heights = [1e3 * timing.median for timing in timings.values()]
-            ends = [(1e3 * min(timing.seconds), 1e3 * max(timing.seconds)) for timing in timings.values()]
-            spread = [[h - low for h, (low, _) in zip(heights, ends, strict=True)]]
-            spread.append([high - h for h, (_, high) in zip(heights, ends, strict=True)])
+            heights = [1e3 * timing["median"] for timing in timings.values()]
+            below = [1e3 * (timing["median"] - timing["min"]) for timing in timings.values()]
+            spread = [below, [1e3 * (timing["max"] - timing["median"]) for timing in timings.values()]]
         else:
             names = ["prefill", "decode", "end to end"]
-            prefill, total = result.variants[role].prefill.macs, result.variants[role].generation_macs
-            heights = [FLOPS_PER_MAC * count / factor for count in (prefill, total - prefill, total)]
-        middles = [index + 0.4 * (offset - (len(roles) - 1) / 2) for index in range(len(names))]
+            prefill, total = side["prefill"]["flops"], side["generation"]["flops"]
+            heights = [count / factor for count in (prefill, total - prefill, total)]
+        middles = [index + 0.4 * (offset - (len(models) - 1) / 2) for index in range(len(names))]
         axis.bar(middles, heights, 0.38, yerr=spread, capsize=2, color=plots.COLOURS[role])
         axis.set_xticks(range(len(names)), names)
     if measured:
-        axis.set(title=f"Time on {measured.device.split(' (')[0]}", ylabel="ms")
+        axis.set(title=f"Time on {measured['device'].split(' (')[0]}", ylabel="ms")
     else:
-        axis.set(title=f"FLOPs with {result.work.new_tokens} new tokens", ylabel=f"{unit}FLOPs (2 per MAC)")
+        new = result["workload"]["new_tokens"]
+        axis.set(title=f"FLOPs with {new} new tokens", ylabel=f"{unit}FLOPs")

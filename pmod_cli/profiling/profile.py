@@ -1,26 +1,42 @@
-"""Puts a profile together: count the two models, and measure them if asked."""
+"""Puts a profile together: count the two models, measure them if asked, and divide p-MoD by dense."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from pmod_cli.extras import installed, require
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.versions import versions
 from pmod_cli.profiling import closed_form
-from pmod_cli.profiling.closed_form import PAPER
+from pmod_cli.profiling.closed_form import LAYER_PARTS, PAPER, PhaseCount
 from pmod_cli.profiling.geometry import Geometry
 from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.prompt import Workload
-from pmod_cli.profiling.result import ProfileResult, VariantProfile
 from pmod_cli.profiling.subject import Subject, Variant
 from pmod_cli.published import COSTS, Published
+
+FLOPS_PER_MAC = 2
+
+_RATIOS = {
+    "prefill_flops": "prefill.flops",
+    "decode_step_flops": "decode_step.flops",
+    "generation_flops": "generation.flops",
+    "kv_prefill": "kv_cache.prefill_bytes",
+    "kv_final": "kv_cache.final_bytes",
+    "prefill_traffic": "least_traffic_bytes.prefill",
+    "decode_step_traffic": "least_traffic_bytes.decode_step",
+    "parameters": "parameters.total",
+    "prefill_seconds": "latency.seconds.prefill.median",
+    "decode_seconds": "latency.seconds.decode.median",
+    "end_to_end_seconds": "latency.seconds.end_to_end.median",
+}
+"""What is compared, and where it is in a model's figures (see `sides`)."""
 
 
 def profile(
     subject: Subject, options: ProfileOptions, progress: Callable[[str], None] | None = None
-) -> ProfileResult:
+) -> dict[str, Any]:
     """Count a model and its baseline, for which only configs are read; measure them if asked.
 
     Args:
@@ -28,45 +44,80 @@ def profile(
         options: The prompt, how to count, whether and where to measure.
         progress: Called with a short text at each step.
 
+    Returns:
+        What ``pmod profile --json`` prints (see ``docs/profile.md``).
+
     Raises:
         MissingExtraError: fvcore was asked for by name and is not installed.
         BrokenPackageError: fvcore is installed and cannot be imported.
         PmodError: A prompt that the model cannot take, or see `pmod_cli.profiling.latency.measure`.
     """
     counter = _counter(options)
-    variants: dict[str, VariantProfile] = {}
+    works = {role: options.workload(variant.geometry) for role, variant in subject.variants.items()}
+    result: dict[str, Any] = {"pmod": None, "dense": None}
     checks: dict[str, bool] = {}
     for role, variant in subject.variants.items():
         if progress:
             progress(f"counting the {'p-MoD' if role == 'pmod' else 'dense'} model ({counter})")
-        work = options.workload(variant.geometry)
-        found = _by_formula(variant, work, options.convention)
+        what = variant.geometry, variant.mod, works[role], options.convention
+        phases = closed_form.prefill(*what), closed_form.decode_step(*what)
         if counter == "fvcore":
             from pmod_cli.profiling import fvcore_counter
 
-            prefill, step = fvcore_counter.trace(variant, work)
-            agrees = (prefill, step) == (found.prefill, found.decode_step)
-            checks["formula"] = checks.get("formula", True) and agrees
-            found = replace(found, prefill=prefill, decode_step=step)
-        variants[role] = found
-    latency = None
+            traced = fvcore_counter.trace(variant, works[role])
+            checks["formula"] = checks.get("formula", True) and traced == phases
+            phases = traced
+        result[role] = _figures(variant, works[role], phases, options.convention)
     if options.latency:
         from pmod_cli.profiling.latency import measure
 
-        works = {role: variant.work for role, variant in variants.items()}
-        latency = measure(subject, works, options.device, options.repeats, progress)
-    geometry = subject.main.geometry
-    return ProfileResult(
-        model=subject.name,
-        variants=variants,
-        work=options.workload(geometry),
-        convention=options.convention,
-        counted_by=counter,
-        checks=checks,
-        published=_published(geometry) if options.convention == PAPER else None,
-        latency=latency,
-        versions=versions("pmod-cli", "torch", "transformers", "fvcore"),
-    )
+        result["latency"] = measure(subject, works, options.device, options.repeats, progress)
+    geometry, work = subject.main.geometry, next(iter(works.values()))
+    published = _published(geometry) if options.convention == PAPER else None
+    result = {
+        "model": subject.name,
+        "workload": {
+            "image_size": list(reversed(work.image_size)) if work.image_size else None,
+            "vision_tokens": work.vision_tokens,
+            "text_tokens": work.text_tokens,
+            "new_tokens": work.new_tokens,
+            "batch": work.batch,
+            "dtype": work.dtype,
+            "logits": "all" if work.all_logits else "last",
+        },
+        "convention": options.convention,
+        "counted_by": counter,
+        "checks": checks,
+        "published": vars(published) if published else None,
+        "latency": None,
+        "versions": versions("pmod-cli", "torch", "transformers", "fvcore"),
+        **result,
+    }
+    both = sides(result)
+    ratios = {}
+    if len(both) == 2:
+        for key, path in _RATIOS.items():
+            pmod, dense = (figure(both[role], path) for role in ("pmod", "dense"))
+            if dense is not None:
+                ratios[key] = pmod / dense
+    return result | {"ratios": ratios}
+
+
+def sides(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures of each model by ``dense`` and ``pmod``, with its own ``latency`` and ``published``."""
+    latency, published = (result.get("latency") or {}).get("models", {}), result.get("published") or {}
+    return {
+        role: result[role] | {"latency": latency.get(role), "published": published.get(f"{role}_tflops")}
+        for role in ("dense", "pmod")
+        if result.get(role)
+    }
+
+
+def figure(side: Any, path: str) -> Any:
+    """A figure of a model by its path, e.g. ``kv_cache.prefill_bytes``; None if there is none."""
+    for key in path.split("."):
+        side = (side or {}).get(key)
+    return side
 
 
 def _counter(options: ProfileOptions) -> str:
@@ -81,28 +132,50 @@ def _counter(options: ProfileOptions) -> str:
     return "fvcore"
 
 
-def _by_formula(variant: Variant, work: Workload, convention: str) -> VariantProfile:
+def _figures(
+    variant: Variant, work: Workload, phases: tuple[PhaseCount, PhaseCount], convention: str
+) -> dict[str, Any]:
+    """A model's part of the result."""
     what = variant.geometry, variant.mod, work
+    parameters = closed_form.parameters(variant.geometry, variant.mod)
     kept = closed_form.layer_tokens(*what)
     vision = None
     # Which tokens go, text or vision, is the router's choice if they compete.
     if work.vision_tokens and not (variant.mod and variant.mod.target_tokens == "all"):
         vision = (sum(kept) / len(kept) - work.text_tokens) / work.vision_tokens
-    return VariantProfile(
-        name=variant.name,
-        model_type=variant.model_type,
-        retention_ratios=variant.mod.retention_ratios if variant.mod else None,
-        work=work,
-        parameters=closed_form.parameters(variant.geometry, variant.mod),
-        prefill=closed_form.prefill(*what, convention),
-        decode_step=closed_form.decode_step(*what, convention),
-        generation_macs=closed_form.generation_macs(*what, convention),
-        kv_prefill=closed_form.kv_bytes(*what),
-        kv_final=closed_form.kv_bytes(*what, decoded=work.new_tokens - 1),
-        vision_retention=vision,
-        token_retention=sum(kept) / len(kept) / work.prompt_tokens,
-        traffic=closed_form.least_traffic(*what),
-    )
+    return {
+        "name": variant.name,
+        "model_type": variant.model_type,
+        "retention_ratios": variant.mod.retention_ratios if variant.mod else None,
+        "vision_tokens": work.vision_tokens,
+        "crops": work.image.crops if work.image else 0,
+        "parameters": {"total": sum(parameters.values()), **parameters},
+        "prefill": phase_dict(phases[0]),
+        "decode_step": phase_dict(phases[1]),
+        "generation": _work(closed_form.generation_macs(*what, convention)),
+        "kv_cache": closed_form.kv_cache_dict(
+            closed_form.kv_bytes(*what), closed_form.kv_bytes(*what, decoded=work.new_tokens - 1)
+        ),
+        "retention": {"vision": vision, "all": sum(kept) / len(kept) / work.prompt_tokens},
+        "least_traffic_bytes": closed_form.least_traffic(*what),
+    }
+
+
+def _work(macs: int) -> dict[str, int]:
+    return {"macs": macs, "flops": FLOPS_PER_MAC * macs}
+
+
+def phase_dict(count: PhaseCount) -> dict[str, Any]:
+    """MACs and FLOPs of a prefill or decode step, by part and by layer."""
+    return {
+        **_work(count.macs),
+        "parts": {part: _work(macs) for part, macs in count.parts.items()},
+        "layers": [
+            {"tokens": layer.tokens, **_work(layer.macs)}
+            | {f"{part}_macs": getattr(layer, part) for part in LAYER_PARTS}
+            for layer in count.layers
+        ],
+    }
 
 
 def _published(geometry: Geometry) -> Published | None:

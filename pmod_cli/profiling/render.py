@@ -10,16 +10,15 @@ from pmod_cli.output.tables import Table
 from pmod_cli.output.units import size
 from pmod_cli.plots import NAMES
 from pmod_cli.profiling.closed_form import PARTS
-from pmod_cli.profiling.result import FLOPS_PER_MAC, ProfileResult
+from pmod_cli.profiling.profile import FLOPS_PER_MAC, figure, sides
 
 Line = tuple[str] | tuple[str, str, Callable[[Any], str]]
 """A heading, or the label of a figure, where it is in one model's JSON, and how it is shown."""
 
 
-def profile_table(result: ProfileResult) -> Table:
+def profile_table(result: dict[str, Any]) -> Table:
     """What a profile counted and measured."""
-    data = result.to_dict()
-    work, measured, new = data["workload"], data["latency"] or {}, data["workload"]["new_tokens"]
+    work, measured, new = result["workload"], result["latency"] or {}, result["workload"]["new_tokens"]
     lines: list[Line] = [
         ("prefill, MACs / FLOPs",),
         ("all", "prefill.macs", macs),
@@ -51,10 +50,10 @@ def profile_table(result: ProfileResult) -> Table:
         ("peak device memory", "latency.peak_memory_bytes", size),
     ]
     title = (
-        f"{result.model}: {work['vision_tokens']} vision + {work['text_tokens']} text tokens, "
-        f"batch {work['batch']}, {work['dtype']}, {result.convention} convention"
+        f"{result['model']}: {work['vision_tokens']} vision + {work['text_tokens']} text tokens, "
+        f"batch {work['batch']}, {work['dtype']}, {result['convention']} convention"
     )
-    return cost_table(title, data, lines, "ratio", percent)
+    return cost_table(title, result, lines, "ratio", percent)
 
 
 def cost_table(
@@ -74,12 +73,7 @@ def cost_table(
         ratio_title: Of the last column.
         show_ratio: How a ratio is written.
     """
-    published, latency = data.get("published") or {}, (data.get("latency") or {}).get("models", {})
-    sides = {
-        role: data[role] | {"latency": latency.get(role), "published": published.get(f"{role}_tflops")}
-        for role in ("dense", "pmod")
-        if data.get(role)
-    }
+    models = sides(data)
     rows: list[Sequence[str]] = []
     heading = ""
     for line in lines:
@@ -87,25 +81,19 @@ def cost_table(
             heading = line[0]
             continue
         label, path, show = line
-        values = [_at(side, path) for side in sides.values()]
+        values = [figure(side, path) for side in models.values()]
         if not any(values):
             continue
         if heading:
             rows.append([heading])
             heading = ""
         row = [label, *(show(value) if value else "-" for value in values)]
-        if len(sides) == 2:
+        if len(models) == 2:
             dense, pmod = (value["median"] if isinstance(value, dict) else value for value in values)
             row.append(show_ratio(pmod / dense) if dense and pmod is not None else "-")
         rows.append(row)
-    header = ["", *(NAMES[role] for role in sides), *([ratio_title] if len(sides) == 2 else [])]
+    header = ["", *(NAMES[role] for role in models), *([ratio_title] if len(models) == 2 else [])]
     return Table(title, header, rows)
-
-
-def _at(side: Any, path: str) -> Any:
-    for key in path.split("."):
-        side = (side or {}).get(key)
-    return side
 
 
 def macs(count: int) -> str:
@@ -154,28 +142,28 @@ def rows_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     return Table(title, [name for name, _ in columns.values()], cells)
 
 
-def notes(result: ProfileResult) -> list[str]:
+def notes(result: dict[str, Any]) -> list[str]:
     """Sentences to print under the table: how was counted and measured, and where a saving does not show."""
-    how = "by formula (docs/profile.md)"
-    if result.counted_by != "formula":
-        how = f"by {result.counted_by} on the meta device"
+    how = f"by {result['counted_by']} on the meta device"
+    if result["counted_by"] == "formula":
+        how = "by formula (docs/profile.md)"
     lines = [f"MACs {how}; one MAC is one multiply-add, two FLOPs."]
-    if "formula" in result.checks:
+    if "formula" in result["checks"]:
         lines.append(
             "The closed form agrees in every part and layer."
-            if result.checks["formula"]
+            if result["checks"]["formula"]
             else "WARNING: the closed form does NOT agree; please report this model's config."
         )
-    if result.convention == "paper":
+    if result["convention"] == "paper":
         lines.append(
             "Paper convention: 30 text tokens by default, no attention score and value products, one crop through the "
             "whole vision tower, LM head on all positions over the original vocabulary."
         )
-        if result.published is None:
+        if result["published"] is None:
             lines.append("The paper publishes no TFLOPs for this model.")
-    if result.latency is None:
+    latency = result["latency"]
+    if latency is None:
         return lines
-    latency = result.latency.to_dict()
     if latency["random_weights"]:
         lines.append("Weights are random (only a config was given); times do not depend on their values.")
     lines.append(
@@ -193,12 +181,12 @@ def notes(result: ProfileResult) -> list[str]:
             f"p-MoD's prefill takes {overhead:+.0%} over the bound in which each layer runs on its kept tokens and "
             "nothing else is done; routing, gathering and scattering make the difference."
         )
-    if "decode_seconds" in result.ratios:
-        dense = result.variants["dense"]
-        traffic = dense.traffic["decode_step"]
+    if "decode_seconds" in result["ratios"]:
+        traffic = result["dense"]["least_traffic_bytes"]["decode_step"]
+        cache = result["dense"]["kv_cache"]["prefill_bytes"]
         lines.append(
-            f"Of the {size(traffic)} that a dense decode step must read, the KV cache is "
-            f"{sum(dense.kv_prefill) / traffic:.1%} and the rest weights, so p-MoD's traffic falls to "
-            f"{result.ratios['decode_step_traffic']:.1%} and no further; larger batches and longer prompts save more."
+            f"Of the {size(traffic)} that a dense decode step must read, the KV cache is {cache / traffic:.1%} and the "
+            f"rest weights, so p-MoD's traffic falls to {result['ratios']['decode_step_traffic']:.1%} and no further; "
+            "larger batches and longer prompts save more."
         )
     return lines

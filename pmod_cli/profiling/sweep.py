@@ -64,13 +64,13 @@ def sweep(
         result = profile(routed, varied)
         sides = {
             role: {
-                "prefill_macs": variant.prefill.macs,
-                "prefill_flops": variant.totals["prefill_flops"],
-                "kv_prefill_bytes": variant.totals["kv_prefill"],
+                "prefill_macs": result[role]["prefill"]["macs"],
+                "prefill_flops": result[role]["prefill"]["flops"],
+                "kv_prefill_bytes": result[role]["kv_cache"]["prefill_bytes"],
             }
-            for role, variant in result.variants.items()
+            for role in ("pmod", "dense")
         }
-        rows.append(row | result.ratios | sides)
+        rows.append(row | result["ratios"] | sides)
     return rows
 
 

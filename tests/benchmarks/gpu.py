@@ -23,10 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 from pmod_cli.devices import find_device
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.output.errors import PmodError
-from pmod_cli.profiling import closed_form, latency
 from pmod_cli.profiling.latency import make_inputs
 from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.placement import load_models
+from pmod_cli.profiling.profile import profile as count_and_measure
 
 WAITS = (
     "cudaStreamSynchronize",
@@ -38,19 +38,14 @@ WAITS = (
 
 def timed(model: str, settings: ProfileOptions, device: str, repeats: int) -> dict[str, Any]:
     """What ``pmod profile --latency`` measures, and the counted FLOPs ratio beside it."""
-    subject = subject_of(model)
-    works = {role: settings.workload(variant.geometry) for role, variant in subject.variants.items()}
-    macs = {
-        role: closed_form.prefill(variant.geometry, variant.mod, works[role]).macs
-        for role, variant in subject.variants.items()
-    }
-    result = latency.measure(subject, works, device=device, repeats=repeats)
-    flops_ratio = macs["pmod"] / macs["dense"]
+    options = replace(settings, latency=True, device=device, repeats=repeats)
+    result = count_and_measure(subject_of(model), options)
+    ratios, flops_ratio = result["ratios"], result["ratios"]["prefill_flops"]
     return {
-        **result.to_dict(),
-        "ratios": result.ratios,
+        **result["latency"],
+        "ratios": {key: ratio for key, ratio in ratios.items() if key.endswith("_seconds")},
         "flops_ratio": flops_ratio,
-        "prefill_ratio/flops_ratio": result.ratios["prefill_seconds"] / flops_ratio,
+        "prefill_ratio/flops_ratio": ratios["prefill_seconds"] / flops_ratio,
     }
 
 

@@ -7,7 +7,6 @@ from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.latency import make_inputs, measure
 from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.placement import load_models
-from pmod_cli.profiling.profile import profile
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import find_subject
 from tests.common.profiling_models import TINY_MOD, profile_checkpoint, save_tiny
@@ -26,12 +25,11 @@ def test_real_cache_has_the_counted_bytes_in_every_layer(tmp_path, model_type, o
     save_tiny(tmp_path, model_type, mod=TINY_MOD)
     result = profile_checkpoint(tmp_path, latency=True, repeats=1, new_tokens=4, counter="formula", **options)
     for role in ("pmod", "dense"):
-        counted, real = result.variants[role], result.latency.models[role]
-        assert real.kv_prefill == counted.kv_prefill
-        assert real.kv_final == counted.kv_final
-        assert set(real.seconds) == {"prefill", "decode", "end_to_end"}
+        counted, real = result[role], result["latency"]["models"][role]
+        assert real["kv_cache"] == counted["kv_cache"]
+        assert set(real["seconds"]) == {"prefill", "decode", "end_to_end"}
     if not options.get("no_image"):
-        assert sum(result.variants["pmod"].kv_prefill) < sum(result.variants["dense"].kv_prefill)
+        assert result["pmod"]["kv_cache"]["prefill_bytes"] < result["dense"]["kv_cache"]["prefill_bytes"]
 
 
 def test_dense_view_is_the_baseline_on_the_same_tensors(tmp_path):
@@ -78,10 +76,11 @@ def test_order_repeats_and_random_weights(tmp_path):
     result = profile_checkpoint(
         small, latency=True, repeats=3, new_tokens=2, counter="formula", dtype="float32", progress=said.append
     )
-    assert result.latency.random_weights
-    assert all(len(timing.seconds) == 3 for timing in result.latency.models["dense"].seconds.values())
-    assert result.latency.models["pmod"].bound is not None
-    assert result.latency.models["dense"].bound is None
+    assert result["latency"]["random_weights"]
+    models = result["latency"]["models"]
+    assert all(len(timing["runs"]) == 3 for timing in models["dense"]["seconds"].values())
+    assert models["pmod"]["kept_tokens_bound"] is not None
+    assert models["dense"]["kept_tokens_bound"] is None
     assert "measuring: run 3 of 3" in said
     assert subject.main.weights is None
 
@@ -91,9 +90,9 @@ def test_one_new_token_needs_no_decode(tmp_path):
     result = profile_checkpoint(
         tmp_path, "none", latency=True, repeats=1, new_tokens=1, counter="formula", dtype="float32"
     )
-    measured = result.latency.models["dense"]
-    assert set(measured.seconds) == {"prefill", "end_to_end"}
-    assert result.to_dict()["latency"]["models"]["dense"]["decode_tokens_per_second"] is None
+    measured = result["latency"]["models"]["dense"]
+    assert set(measured["seconds"]) == {"prefill", "end_to_end"}
+    assert measured["decode_tokens_per_second"] is None
 
 
 def test_too_big_for_this_machine(monkeypatch):
@@ -101,7 +100,7 @@ def test_too_big_for_this_machine(monkeypatch):
 
     monkeypatch.setattr(placement, "_free_memory", lambda: 10**9)
     subject = find_subject("llava-1.5-7b")
-    works = {role: v.work for role, v in profile(subject, ProfileOptions(counter="formula")).variants.items()}
+    works = {role: ProfileOptions().workload(v.geometry) for role, v in subject.variants.items()}
     with pytest.raises(PmodError, match=r"14\.1 GB in bfloat16 and 1\.0 GB are free"):
         measure(subject, works)
 

@@ -198,7 +198,7 @@ def profile_json(folder: Path, model: str, **settings: Any) -> Path:
     from tests.common.profiling_models import profile_checkpoint
 
     path = folder / "profile.json"
-    result = profile_checkpoint(model, **settings).to_dict()
+    result = profile_checkpoint(model, **settings)
     path.write_text(json.dumps({"schema_version": 1, "command": "profile", "result": result}))
     return path
 
