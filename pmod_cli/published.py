@@ -10,15 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Published:
-    """TFLOPs (two per multiply-add) and share of KV cache, as printed in the main table.
-
-    Attributes:
-        model: The paper's name of the dense model.
-        dense_tflops: Of the dense model.
-        pmod_tflops: Of the p-MoD model.
-        kv_retention: KV cache of p-MoD as a share of dense; the figure counts vision tokens.
-        source: Where it stands.
-    """
+    """TFLOPs (two per multiply-add) and p-MoD's share of the dense model's KV cache (of vision tokens), as printed."""
 
     model: str
     dense_tflops: float

@@ -35,7 +35,7 @@ def options_of(
     Names, types and defaults are the dataclass's; only help stands at the command.
 
     Args:
-        model: A dataclass with a default for every field.
+        model: A dataclass; a field without a default becomes a required option or argument.
         described: By field, in the order of ``--help``: the help text, a ``typer.Option`` or ``typer.Argument``, or one
             of the types above.
     """
@@ -48,7 +48,7 @@ def options_of(
             # The name is spelled out, else typer adds --no-NAME to every switch.
             how.param_decls = how.param_decls or (f"--{name.replace('_', '-')}",)
         annotation = how if get_origin(how) is Annotated else Annotated[types[name], how]
-        default = getattr(model, name)
+        default = getattr(model, name, inspect.Parameter.empty)
         return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
     def command_of(function: Callable[[Model], None]) -> Callable[..., None]:

@@ -253,18 +253,22 @@ class _Demo:
         return accuracy(self.steps.command(step, words, action, ["data", need]))
 
     def visualize(self) -> dict[str, Any]:
+        from pmod_cli.visualize.options import VisualizeOptions
         from pmod_cli.visualize.visualize import visualize
 
         model, control = self.models / "pmod", self.models / "dense-control"
-        files = {"sheet": self.folder / "kept_patches.png", "html": self.folder / "visualize.html"}
+        files: dict[str, Any] = {
+            "output": self.folder / "kept_patches.png",
+            "html": self.folder / "visualize.html",
+        }
         picture = self.made["picture"]
 
         def action() -> dict[str, Any]:
-            options: dict[str, Any] = {"baseline": str(control), "max_new_tokens": 8}
-            return visualize(str(model), Path(picture), QUESTION, files=files, force=True, **options)
+            how: dict[str, Any] = {"baseline": str(control), "max_new_tokens": 8, "force": True}
+            return visualize(VisualizeOptions(str(model), Path(picture), QUESTION, **files, **how))
 
         words = ["visualize", model, "--image", picture, "--prompt", QUESTION, "--baseline", control]
-        words += ["-o", files["sheet"], "--html", files["html"], "--max-new-tokens", "8", "--force"]
+        words += ["-o", files["output"], "--html", files["html"], "--max-new-tokens", "8", "--force"]
         return self.steps.command("visualize", words, action, ["data", "finetune-pmod", "finetune-dense"])
 
 

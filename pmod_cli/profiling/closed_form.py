@@ -18,7 +18,7 @@ from typing import Any
 from pmod_cli.modeling.schedule import kept_tokens
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.profiling.geometry import Geometry
-from pmod_cli.profiling.prompt import Workload
+from pmod_cli.profiling.prompt import DTYPE_BYTES, Workload
 
 LAYER_PARTS = ("attention_projections", "attention_scores", "mlp", "router")
 PARTS = ("vision_tower", "vision_norms", "projector", *LAYER_PARTS, "lm_head")
@@ -137,7 +137,7 @@ def generation_macs(
 def kv_bytes(geometry: Geometry, mod: MoDConfig | None, work: Workload, decoded: int = 0) -> list[int]:
     """Bytes of each layer's KV cache, after the prompt and ``decoded`` more tokens."""
     decoder = geometry.decoder
-    token = 2 * decoder.kv_heads * decoder.head_dim * work.bytes_per_value
+    token = 2 * decoder.kv_heads * decoder.head_dim * DTYPE_BYTES[work.dtype]
     return [work.batch * (cached + decoded) * token for cached in layer_tokens(geometry, mod, work)]
 
 
@@ -183,7 +183,7 @@ def least_traffic(geometry: Geometry, mod: MoDConfig | None, work: Workload) -> 
     step reads the decoder's weights and the KV cache.
     """
     counts = parameters(geometry, mod)
-    size = work.bytes_per_value
+    size = DTYPE_BYTES[work.dtype]
     vocabulary = geometry.decoder.vocab * geometry.decoder.hidden
     layers = counts["attention_projections"] + counts["mlp"] + counts["norms"] + vocabulary
     vision = counts["vision_tower"] + counts["projector"] if work.image else 0

@@ -28,56 +28,37 @@ from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import Subject
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one phase over the repeats."""
-
-    seconds: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        """Middle of the repeats."""
-        return statistics.median(self.seconds)
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: median, fastest, slowest, and every run in its order."""
-        runs = self.seconds
-        return {"median": self.median, "min": min(runs), "max": max(runs), "runs": runs}
-
-
 @dataclass
-class Measured:
-    """What was measured of one model.
+class _Measured:
+    """Of one model: seconds of every run by phase, real bytes of KV cache by layer.
 
     Attributes:
         decoded: Tokens that ``decode`` made, over the whole batch.
         bound: Seconds of prefill if the layers ran on their kept tokens and did nothing else; p-MoD only.
-        seconds: By phase: ``prefill`` (time to first token, image included), ``decode`` (all further tokens, if there
-            are any), ``end_to_end`` (``generate``).
-        kv_prefill: Real bytes of KV cache by layer after the prompt.
-        kv_final: Real bytes of KV cache by layer when the last token was generated.
         peak_memory: Most bytes allocated on the device in this model's runs, the other's weights included if they
             are not shared; None on a CPU.
     """
 
     decoded: int
-    bound: Timing | None
-    seconds: dict[str, Timing] = field(default_factory=lambda: defaultdict(Timing))
+    bound: list[float] | None
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     kv_prefill: list[int] = field(default_factory=list)
     kv_final: list[int] = field(default_factory=list)
     peak_memory: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        seconds = {phase: _timing(runs) for phase, runs in self.seconds.items()}
         return {
-            "seconds": {phase: timing.to_dict() for phase, timing in self.seconds.items()},
-            "decode_tokens_per_second": self.decoded / self.seconds["decode"].median
-            if self.decoded
-            else None,
+            "seconds": seconds,
+            "decode_tokens_per_second": self.decoded / seconds["decode"]["median"] if self.decoded else None,
             "kv_cache": kv_cache_dict(self.kv_prefill, self.kv_final),
             "peak_memory_bytes": self.peak_memory,
-            "kept_tokens_bound": self.bound.to_dict() if self.bound else None,
+            "kept_tokens_bound": _timing(self.bound) if self.bound else None,
         }
+
+
+def _timing(runs: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(runs), "min": min(runs), "max": max(runs), "runs": runs}
 
 
 def measure(
@@ -109,9 +90,9 @@ def measure(
     say("loading the models")
     work = next(iter(works.values()))
 
-    def nothing_yet(role: str) -> Measured:
+    def nothing_yet(role: str) -> _Measured:
         decoded = works[role].batch * (works[role].new_tokens - 1)
-        return Measured(decoded, Timing() if role == "pmod" else None)
+        return _Measured(decoded, [] if role == "pmod" else None)
 
     found = {role: nothing_yet(role) for role in works}
     try:
@@ -127,24 +108,27 @@ def measure(
     except torch.OutOfMemoryError as error:
         hint = "a smaller --batch or image, or --dtype bfloat16"
         raise PmodError(f"out of memory on {target}", hint) from error
-    pmod = found.get("pmod")
-    overhead = pmod.seconds["prefill"].median / pmod.bound.median - 1 if pmod and pmod.bound else None
+    name = str(target)
+    if target.type == "cuda":
+        name += f" ({torch.cuda.get_device_name(target)})"
+    measured = {role: runs.to_dict() for role, runs in found.items()}
+    overhead = None
+    if pmod := measured.get("pmod"):
+        overhead = pmod["seconds"]["prefill"]["median"] / pmod["kept_tokens_bound"]["median"] - 1
     return {
-        "device": f"{target} ({torch.cuda.get_device_name(target)})"
-        if target.type == "cuda"
-        else str(target),
+        "device": name,
         "dtype": work.dtype,
         "threads": torch.get_num_threads(),
         "repeats": repeats,
         "random_weights": any(variant.weights is None for variant in subject.variants.values()),
         "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "bound_overhead": overhead,
-        "models": {role: measured.to_dict() for role, measured in found.items()},
+        "models": measured,
     }
 
 
 @torch.inference_mode()
-def _run(model: Any, work: Workload, inputs: dict[str, Tensor], into: Measured) -> None:
+def _run(model: Any, work: Workload, inputs: dict[str, Tensor], into: _Measured) -> None:
     """One prefill, the decode steps after it, a ``generate``, and the bound."""
     device = model.device
     if device.type == "cuda":
@@ -173,7 +157,7 @@ def _run(model: Any, work: Workload, inputs: dict[str, Tensor], into: Measured) 
 
 
 def _run_bound(
-    model: Any, work: Workload, inputs: dict[str, Tensor], kept: list[int], timing: Timing
+    model: Any, work: Workload, inputs: dict[str, Tensor], kept: list[int], runs: list[float]
 ) -> None:
     """A prefill in which each layer sees its kept tokens only.
 
@@ -184,7 +168,7 @@ def _run_bound(
     states = torch.randn(work.batch, work.prompt_tokens, width, dtype=model.dtype, device=device)
     positions = torch.arange(work.prompt_tokens, device=device)[None]
     images = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_sizes")}
-    with _timed(device, timing):
+    with _timed(device, runs):
         if images:
             model.get_image_features(**images)
         tables = decoder.rotary_emb(states, position_ids=positions)
@@ -201,14 +185,14 @@ def _run_bound(
 
 
 @contextmanager
-def _timed(device: torch.device, timing: Timing) -> Iterator[None]:
+def _timed(device: torch.device, runs: list[float]) -> Iterator[None]:
     """Adds the seconds that its block takes, until the device has done all of it."""
     wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
     wait()
     start = time.perf_counter()
     yield
     wait()
-    timing.seconds.append(time.perf_counter() - start)
+    runs.append(time.perf_counter() - start)
 
 
 def _cache_bytes(cache: Any) -> list[int]:

@@ -14,13 +14,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What one image becomes.
-
-    Attributes:
-        tokens: Vision tokens in the language model's input.
-        base_tokens: Those of the base tile (the whole image); the others are high resolution.
-        crops: Images that the vision tower sees.
-    """
+    """What one image becomes: vision tokens, those of the base tile (the whole image) among them, and tower inputs."""
 
     tokens: int
     base_tokens: int
@@ -59,11 +53,6 @@ class Workload:
     def prompt_tokens(self) -> int:
         """Tokens per sample before generation."""
         return self.vision_tokens + self.text_tokens
-
-    @property
-    def bytes_per_value(self) -> int:
-        """Size of one value of ``dtype``."""
-        return DTYPE_BYTES[self.dtype]
 
     def routed_tokens(self, target: str) -> int:
         """Tokens per sample that an MoD layer chooses from; the others are always kept.

@@ -44,11 +44,7 @@ class Variant:
 
     @cached_property
     def config(self) -> Any:
-        """The transformers config: of the dense class, or of its p-MoD counterpart.
-
-        Raises:
-            PmodError: transformers refuses it.
-        """
+        """The transformers config, of the dense class or of its p-MoD counterpart; a PmodError if it is refused."""
         routing = {"model_type": self.model_type, "mod": self.mod.to_dict()} if self.mod else {}
         return transformers_config(self.raw | routing)
 
@@ -60,11 +56,7 @@ class Variant:
 
     @cached_property
     def geometry(self) -> Geometry:
-        """Its sizes.
-
-        Raises:
-            PmodError: If the vision tower is of a kind that cannot be counted, or a size is none.
-        """
+        """Its sizes; a PmodError if the vision tower is of a kind that cannot be counted, or a size is none."""
         try:
             return Geometry.from_config(self.raw)
         except (KeyError, TypeError, ValueError) as error:
@@ -73,13 +65,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is profiled against what.
-
-    Attributes:
-        name: As the user named it.
-        pmod: The p-MoD model; None if a dense model is profiled alone.
-        dense: Its dense baseline; None if there is to be none.
-    """
+    """What is profiled, by the user's name for it: a p-MoD model, its dense baseline, or one of them alone."""
 
     name: str
     pmod: Variant | None

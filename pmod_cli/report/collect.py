@@ -29,10 +29,9 @@ _VISUALIZE = "pmod visualize"
 
 @dataclass(frozen=True)
 class Training:
-    """One fine-tuning, finished (``training.json``) or under way.
+    """One fine-tuning: its checkpoint, ``OUTPUT.training`` or file with ``--json``.
 
     Attributes:
-        path: The checkpoint, ``OUTPUT.training``, or a file with ``--json``.
         summary: ``training.json`` (of a ``--json`` only its ``result``); empty while it runs.
         rows: Of ``metrics.jsonl``.
     """

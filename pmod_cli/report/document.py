@@ -31,14 +31,7 @@ class Notes:
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawing or a picture.
-
-    Attributes:
-        name: Of its file beside the Markdown, without suffix.
-        caption: Stands below.
-        png: For Markdown, and for the page if there is no ``svg``.
-        svg: For the page.
-    """
+    """A drawing or a picture: ``png`` (or JPEG) for Markdown, and for the page if there is no ``svg``."""
 
     name: str
     caption: str
@@ -55,14 +48,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Example:
-    """One question that two models answered differently.
-
-    Attributes:
-        name: Of its picture's file.
-        title: Which sample of which task.
-        lines: (label, text) each.
-        pictures: PNG or JPEG files.
-    """
+    """One question that two models answered differently: (label, text) each line; PNG or JPEG files."""
 
     name: str
     title: str

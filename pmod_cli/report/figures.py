@@ -15,15 +15,7 @@ from pmod_cli.report.document import Figure
 
 @dataclass(frozen=True)
 class Point:
-    """A model in the plane of cost and accuracy.
-
-    Attributes:
-        label: Its name.
-        flops: Prefill FLOPs of one sample.
-        accuracy: In points.
-        error: Half the 95 % interval, or None.
-        pmod: Whether it is a p-MoD model.
-    """
+    """A model's prefill FLOPs of one sample, and its accuracy in points with half the 95 % interval as the error."""
 
     label: str
     flops: float

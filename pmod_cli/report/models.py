@@ -87,22 +87,23 @@ def _flops(model: Model, profiles: Sequence[dict[str, Any]]) -> float | None:
 
 def main_model(models: list[Model], found: Found) -> Model | None:
     """The p-MoD model that the report is about: the one that was profiled, else the last one that was trained."""
-    routed = [model for model in models if model.is_pmod]
     profiled = {(profile.get("pmod") or {}).get("name") for profile in found.profiles}
     trained = {str(training.summary["result"]["output"]) for training in found.trainings if training.summary}
-    for named in (profiled, trained):
-        for model in reversed(routed):
-            if model.source in named:
-                return model
-    return routed[-1] if routed else None
+    return _named([model for model in reversed(models) if model.is_pmod], profiled, trained)
 
 
 def reference(models: list[Model], found: Found) -> Model | None:
     """The dense model to compare with: the one that a profile or an evaluation names as baseline, else the first."""
     named = {(profile.get("dense") or {}).get("name") for profile in found.profiles}
     named |= {(evaluation.result.get("baseline") or {}).get("source") for evaluation in found.evaluations}
-    dense = [model for model in models if not model.is_pmod]
-    return next((model for model in dense if model.source in named), dense[0] if dense else None)
+    return _named([model for model in models if not model.is_pmod], named)
+
+
+def _named(models: list[Model], *names: set[Any]) -> Model | None:
+    """The first model that is in the first set of names that has any, else the first."""
+    return next(
+        (model for some in names for model in models if model.source in some), next(iter(models), None)
+    )
 
 
 def compare(model: Model, other: Model, task: str) -> Difference | None:

@@ -12,7 +12,6 @@ from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import check_output, replacing, write_file
 from pmod_cli.report import accuracy, sections
 from pmod_cli.report.collect import collect
-from pmod_cli.report.differences import differences
 from pmod_cli.report.document import Document, to_html, to_markdown
 from pmod_cli.report.models import gather, main_model, reference
 
@@ -51,7 +50,7 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
         accuracy.accuracy(models, other),
         accuracy.accuracy_and_flops(models),
         sections.training(found),
-        differences(models, other),
+        accuracy.differences(models, other),
         sections.environment(found),
     ]
     counts = found.counts

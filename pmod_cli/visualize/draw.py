@@ -113,7 +113,9 @@ def draw_animation(trace: Trace, image: Image.Image) -> bytes:
         for layer in range(trace.layers):
             for artist, view in zip(shown, views, strict=True):
                 artist.set_data(dim_dropped(picture, trace.layout, view, trace.kept[layer]))
-            heading.set_text(trace.summary(layer))
+            kept, total = trace.kept[layer].sum(), trace.layout.tokens
+            share = "dense" if trace.ratios[layer] is None else f"{100 * kept / total:.0f} %"
+            heading.set_text(f"layer {layer}: {kept} of {total} ({share})")
             for index, bar in enumerate(bars):
                 bar.set_alpha(1.0 if index == layer else 0.35)
             canvas.draw()

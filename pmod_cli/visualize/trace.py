@@ -40,13 +40,6 @@ class Trace:
         """Number of layers that processed each token, [tokens]."""
         return self.kept.sum(0)
 
-    def summary(self, layer: int) -> str:
-        """What the layer kept, in words."""
-        kept, total = int(self.kept[layer].sum()), self.kept.shape[1]
-        if self.ratios[layer] is None:
-            return f"layer {layer}: dense, all {total}"
-        return f"layer {layer}: {kept} of {total} ({100 * kept / total:.0f} %)"
-
 
 @torch.inference_mode()
 def trace(loaded: VisionLanguageModel, prompt: Prompt) -> Trace:

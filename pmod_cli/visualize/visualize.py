@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from pmod_cli.extras import require
 from pmod_cli.generation import Prompt, VisionLanguageModel, open_image
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import check_output, write_file
+from pmod_cli.visualize.options import VisualizeOptions
 from pmod_cli.visualize.trace import check_routes, dense_twin, trace
 
 PROGRAM = "pmod visualize"
@@ -20,32 +21,8 @@ PROGRAM = "pmod visualize"
 _SUFFIXES = {"sheet": (".png", ".pdf", ".svg"), "gif": (".gif",), "html": (".html", ".htm")}
 
 
-def visualize(
-    model: str,
-    image: Path,
-    prompt: str,
-    *,
-    files: Mapping[str, Path | None],
-    force: bool = False,
-    layers: str | None = None,
-    baseline: str = "auto",
-    max_new_tokens: int = 128,
-    dtype: str = "auto",
-    device: str = "auto",
-) -> dict[str, Any]:
+def visualize(options: VisualizeOptions) -> dict[str, Any]:
     """Draw what each layer of a p-MoD model kept of a picture.
-
-    Args:
-        model: p-MoD checkpoint folder or hub id.
-        image: The picture's file.
-        prompt: The question.
-        files: What to write, None for what is not wanted: ``sheet``, ``gif``, ``html``.
-        force: Whether files that exist may be replaced.
-        layers: Those on the sheet, e.g. ``8,16,24``; six MoD layers by default.
-        baseline: ``auto`` (the same weights without routers), ``none``, or a dense checkpoint.
-        max_new_tokens: Longest answer.
-        dtype: See `VisionLanguageModel.load`.
-        device: See `VisionLanguageModel.load`.
 
     Returns:
         What ``pmod visualize --json`` prints (see ``docs/visualize.md``).
@@ -55,63 +32,44 @@ def visualize(
             cannot be written.
         MissingExtraError: matplotlib is needed and not installed.
     """
-    wanted = {kind: path for kind, path in files.items() if path}
-    if not wanted:
-        raise PmodError("nothing to draw", "give -o FILE.png, --gif FILE.gif or --html FILE.html")
-    for kind, path in wanted.items():
-        check_output(path, "a page" if kind == "html" else "a picture", _SUFFIXES[kind], force)
-    if wanted.keys() & {"sheet", "gif"}:
-        require("matplotlib")
-    try:
-        chosen = list(dict.fromkeys(int(part) for part in layers.split(","))) if layers else None
-    except ValueError:
-        raise PmodError(
-            f"--layers {layers}: give layer numbers separated by commas", "e.g. 8,16,24"
-        ) from None
-    config = read_config(model)
-    check_routes(config)
-    last = config.text_config.num_hidden_layers - 1
-    for layer in chosen or ():
-        if not 0 <= layer <= last:
-            raise PmodError(f"--layers: there is no layer {layer}", f"the model has 0 to {last}")
-    if baseline not in ("auto", "none"):
-        read_config(baseline)
-    picture = open_image(image)
-    loaded = VisionLanguageModel.load(model, dtype=dtype, device=device)
-    question = Prompt(prompt, (picture,))
+    files, chosen = _check(options)
+    picture = open_image(options.image)
+    load = partial(VisionLanguageModel.load, dtype=options.dtype, device=options.device)
+    loaded = load(options.model)
+    question = Prompt(options.prompt, (picture,))
     traced = trace(loaded, question)
-    [answer] = loaded.generate([question], max_new_tokens=max_new_tokens)
+    [answer] = loaded.generate([question], max_new_tokens=options.max_new_tokens)
     dense_answer = None
-    if baseline != "none":
-        if baseline == "auto":
+    if options.baseline != "none":
+        if options.baseline == "auto":
             name, dense = "the same weights, every layer dense", dense_twin(loaded)
         else:
-            name, dense = baseline, VisionLanguageModel.load(baseline, dtype=dtype, device=device)
-        [other] = dense.generate([question], max_new_tokens=max_new_tokens)
+            name, dense = options.baseline, load(options.baseline)
+        [other] = dense.generate([question], max_new_tokens=options.max_new_tokens)
         dense_answer = {"name": name, "answer": other.text}
     texts: dict[str, Any] = {
-        "model": model,
-        "prompt": prompt,
+        "model": options.model,
+        "prompt": options.prompt,
         "answer": answer.text,
         "baseline": dense_answer,
     }
-    if "sheet" in wanted:
+    if "sheet" in files:
         from pmod_cli.visualize.draw import default_layers, draw_sheet
 
-        heading = f"“{_cut(prompt, 70)}”  →  “{_cut(answer.text, 40)}”"
+        heading = f"“{_cut(options.prompt, 70)}”  →  “{_cut(answer.text, 40)}”"
         sheet = draw_sheet(traced, picture, chosen or default_layers(traced), heading)
-        plots.save(sheet, wanted["sheet"], title=heading, program=PROGRAM, dpi=200)
-    if "gif" in wanted:
+        plots.save(sheet, files["sheet"], title=heading, program=PROGRAM, dpi=200)
+    if "gif" in files:
         from pmod_cli.visualize.draw import draw_animation
 
-        write_file(wanted["gif"], draw_animation(traced, picture))
-    if "html" in wanted:
+        write_file(files["gif"], draw_animation(traced, picture))
+    if "html" in files:
         from pmod_cli.visualize.page import build_page
 
-        write_file(wanted["html"], build_page(traced, picture, **texts))
+        write_file(files["html"], build_page(traced, picture, **texts))
     return {
         **texts,
-        "image": str(image),
+        "image": str(options.image),
         "image_size": list(picture.size),
         "vision_tokens": traced.layout.tokens,
         "views": [
@@ -122,8 +80,35 @@ def visualize(
             {"ratio": ratio, "kept": traced.kept[index].nonzero()[0].tolist()}
             for index, ratio in enumerate(traced.ratios)
         ],
-        "files": {name: str(path) for name, path in wanted.items()},
+        "files": {name: str(path) for name, path in files.items()},
     }
+
+
+def _check(options: VisualizeOptions) -> tuple[dict[str, Path], list[int]]:
+    """What to write, and the layers that are named; checked before a model is loaded."""
+    wanted = {"sheet": options.output, "gif": options.gif, "html": options.html}
+    files = {kind: path for kind, path in wanted.items() if path}
+    if not files:
+        raise PmodError("nothing to draw", "give -o FILE.png, --gif FILE.gif or --html FILE.html")
+    for kind, path in files.items():
+        check_output(path, "a page" if kind == "html" else "a picture", _SUFFIXES[kind], options.force)
+    if files.keys() & {"sheet", "gif"}:
+        require("matplotlib")
+    try:
+        layers = list(dict.fromkeys(int(part) for part in (options.layers or "").split(",") if part))
+    except ValueError:
+        raise PmodError(
+            f"--layers {options.layers}: give layer numbers separated by commas", "e.g. 8,16,24"
+        ) from None
+    config = read_config(options.model)
+    check_routes(config)
+    last = config.text_config.num_hidden_layers - 1
+    for layer in layers:
+        if not 0 <= layer <= last:
+            raise PmodError(f"--layers: there is no layer {layer}", f"the model has 0 to {last}")
+    if options.baseline not in ("auto", "none"):
+        read_config(options.baseline)
+    return files, layers
 
 
 def _cut(text: str, length: int) -> str:

@@ -10,8 +10,7 @@ from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.modeling.twin import meta_model
 from pmod_cli.output.errors import GateError, MissingExtraError, PmodError
 from pmod_cli.output.units import size
-from pmod_cli.profiling.command import check_gates
-from pmod_cli.profiling.compare import compare_files
+from pmod_cli.profiling.command import check_gates, compare_files
 from pmod_cli.profiling.options import ProfileOptions
 from pmod_cli.profiling.profile import phase_dict, profile
 from pmod_cli.profiling.render import macs, notes, profile_table
