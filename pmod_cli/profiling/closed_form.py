@@ -77,14 +77,7 @@ def layer_tokens(geometry: Geometry, mod: MoDConfig | None, work: Workload) -> l
 def prefill(
     geometry: Geometry, mod: MoDConfig | None, work: Workload, convention: str = "full"
 ) -> PhaseCount:
-    """Count the prompt's forward pass, image included.
-
-    Args:
-        geometry: The dense model.
-        mod: What makes it p-MoD; None to count it dense.
-        work: Image, text and batch.
-        convention: ``full`` or ``paper``.
-    """
+    """Count the prompt's forward pass, image included; ``mod`` is None for a dense model."""
     paper, tower = convention == PAPER, geometry.tower
     routed = work.routed_tokens(mod.target_tokens) if mod else 0
     layers = _layers(geometry, work, layer_tokens(geometry, mod, work), paper=paper)

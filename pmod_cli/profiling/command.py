@@ -35,7 +35,12 @@ def run(options: ProfileOptions) -> None:
     """
     if options.compare is not None:
         comparison = compare_files(*options.compare)
-        _print(options, comparison, changes_table(comparison))
+        if options.as_json:
+            emit_json("profile", comparison)
+            return
+        for change in comparison["changes"]:
+            ratio = "" if change["ratio"] is None else f" ({change['ratio']:.1%})"
+            show_lines(f"{change['key']}: {change['before']} -> {change['after']}{ratio}")
         return
     limits = {name: limit for name in GATES if (limit := getattr(options, name)) is not None}
     _check(options, limits)
@@ -59,12 +64,11 @@ def _check(options: ProfileOptions, limits: dict[str, float]) -> None:
     """Refuse what does not go together, before any work."""
     if any(math.isnan(limit) for limit in limits.values()):
         raise PmodError("a --max-... limit is no number: nothing would ever be above it")
-    if limits and (options.sweep or options.schedules):
-        raise PmodError("--max-... limits hold for a single profile", "leave --sweep and --schedules out")
+    if (limits or options.plot) and (options.sweep or options.schedules):
+        hint = "leave --sweep and --schedules out"
+        raise PmodError("--plot goes with a single profile, and so do --max-... limits", hint)
     if options.max_prefill_ratio is not None and not options.latency:
         raise PmodError("--max-prefill-ratio needs --latency")
-    if options.plot is not None and (options.sweep or options.schedules):
-        raise PmodError("--plot goes with a single profile", "leave --sweep and --schedules out")
     if options.sweep and options.schedules:
         raise PmodError("--sweep and --schedules are two tables", "one at a time")
     if options.plot is not None:
@@ -149,21 +153,3 @@ def _flatten(prefix: str, value: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             # A list is compared as one figure, layers as their number; which layer changed shows in the sums.
             layers = isinstance(inner, list) and inner and isinstance(inner[0], dict)
             yield f"{prefix}{key}", len(inner) if layers else inner
-
-
-def changes_table(comparison: dict[str, Any]) -> Table:
-    """What `compare_files` found, as a table."""
-    rows = [
-        [
-            change["key"],
-            *(
-                f"{v:.4g}" if isinstance(v, float) else f"{v}"[:24]
-                for v in (change["before"], change["after"])
-            ),
-            "-" if change["ratio"] is None else f"{change['ratio']:.1%}",
-        ]
-        for change in comparison["changes"]
-        if not change["key"].endswith(".flops")  # twice the MACs
-    ]
-    title = f"{comparison['before']} -> {comparison['after']}: {len(rows)} figures changed"
-    return Table(title, ["figure", "before", "after", "ratio"], rows)

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 
-from pmod_cli.extras import require
 from pmod_cli.modeling.cache import adopt_cache
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.plan import RoutingPlan
@@ -66,14 +65,7 @@ def trace(variant: Variant, work: Workload) -> tuple[PhaseCount, PhaseCount]:
 
 
 def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
-    """Trace a prefill and the first decode step of a dense or p-MoD model on the meta device.
-
-    Returns:
-        MACs of prefill and of the decode step.
-
-    Raises:
-        MissingExtraError: If fvcore is not installed.
-    """
+    """MACs of a prefill and of the first decode step of a dense or p-MoD model on the meta device."""
     text, mod = model.config.text_config, getattr(model.model, "mod", None)
     shape = work.batch, work.prompt_tokens
     cache = DynamicCache(config=text)
@@ -174,7 +166,6 @@ def _assemble(decoder: Counts, vision: Counts, tokens: list[int]) -> PhaseCount:
 def _trace(module: nn.Module, *inputs: Tensor) -> Counts:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # fvcore's use of torch.jit
-        require("fvcore")
         from fvcore.nn import FlopCountAnalysis
 
         analysis = FlopCountAnalysis(module, inputs)

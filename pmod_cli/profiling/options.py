@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pmod_cli.devices import find_device
 from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.geometry import Geometry
 from pmod_cli.profiling.prompt import DTYPE_BYTES, Workload, default_image_size, image_tokens, parse_size
@@ -76,11 +77,8 @@ class ProfileOptions:
         size = None if self.no_image else self._image_size() or default_image_size(geometry)
         dtype = self.dtype
         if dtype == "auto":
-            dtype = "bfloat16"
-            if self.latency:
-                from pmod_cli.devices import find_device
-
-                dtype = "float32" if find_device(self.device).type == "cpu" else dtype
+            on_cpu = self.latency and find_device(self.device).type == "cpu"
+            dtype = "float32" if on_cpu else "bfloat16"
         return Workload(
             image=image_tokens(geometry, size) if size else None,
             image_size=size,

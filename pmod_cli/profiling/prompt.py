@@ -70,10 +70,7 @@ class Workload:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Read ``WIDTHxHEIGHT`` in pixels.
-
-    Returns:
-        (height, width), as transformers orders them.
+    """Read ``WIDTHxHEIGHT`` in pixels as (height, width), which is transformers' order.
 
     Raises:
         PmodError: If it is not two positive numbers.
@@ -91,15 +88,11 @@ def default_image_size(geometry: Geometry) -> tuple[int, int]:
 
 
 def image_tokens(geometry: Geometry, size: tuple[int, int]) -> ImageTokens:
-    """Count vision tokens and crops of one image, as the model's processor lays it out.
+    """Count vision tokens and crops of one image of (height, width) pixels, as the model's processor lays it out.
 
     LLaVA-1.5 sees every image as one crop. LLaVA-NeXT adds the tiles of the best grid, cuts off the grid's padding,
     and ends each row with a newline token (Liu et al. 2024, ``spatial_unpad``). LLaVA-OneVision shrinks what is left
     if it is more than the features of nine tiles (``anyres_max_9``).
-
-    Args:
-        geometry: Of the model.
-        size: (height, width) of the image, pixels.
 
     Raises:
         PmodError: If the image is too thin for the grid to show any of it.

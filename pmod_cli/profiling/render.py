@@ -12,6 +12,9 @@ from pmod_cli.plots import NAMES
 from pmod_cli.profiling.closed_form import PARTS
 from pmod_cli.profiling.profile import FLOPS_PER_MAC, figure, sides
 
+percent = "{:.1%}".format
+"""A ratio or share, without the space of `units.share`: the columns are many and narrow."""
+
 Line = tuple[str] | tuple[str, str, Callable[[Any], str]]
 """A heading, or the label of a figure, where it is in one model's JSON, and how it is shown."""
 
@@ -65,13 +68,8 @@ def cost_table(
 ) -> Table:
     """Figures of a profile, one column per model, and p-MoD over dense if there are both.
 
-    Args:
-        title: Of the table.
-        data: A profile in its JSON form.
-        lines: What to show. ``published`` and ``latency`` in a path are the model's own; figures that no model has
-            are left out, and headings without figures.
-        ratio_title: Of the last column.
-        show_ratio: How a ratio is written.
+    Of ``lines`` the figures that no model has are left out, and headings without figures. A path leads into one of
+    the `sides` of the profile ``data``.
     """
     models = sides(data)
     rows: list[Sequence[str]] = []
@@ -101,11 +99,6 @@ def macs(count: int) -> str:
     flops = FLOPS_PER_MAC * count
     prefix, factor = units.prefix(flops, smallest="k")
     return f"{units.digits(count / factor)} / {units.digits(flops / factor)} {prefix}"
-
-
-def percent(value: float | None) -> str:
-    """A ratio or share, without the space of `units.share`: the columns are many and narrow."""
-    return "-" if value is None else f"{value:.1%}"
 
 
 def _spread(timing: Mapping[str, float]) -> str:
@@ -171,15 +164,13 @@ def notes(result: dict[str, Any]) -> list[str]:
         f"CPU threads: {latency['threads']}; the process used at most {size(latency['process_peak_bytes'])} of memory."
     )
     overhead = latency["bound_overhead"]
-    if overhead is not None and overhead < 0:
-        lines.append(
-            "p-MoD's prefill came out below its own bound: the runs scatter by more than its overhead. Use more "
-            "--repeats on a quiet machine."
-        )
-    elif overhead is not None:
+    if overhead is not None:
+        why = "; routing, gathering and scattering make the difference."
+        if overhead < 0:
+            why = ", below its own bound: runs scatter by more. Use more --repeats on a quiet machine."
         lines.append(
             f"p-MoD's prefill takes {overhead:+.0%} over the bound in which each layer runs on its kept tokens and "
-            "nothing else is done; routing, gathering and scattering make the difference."
+            f"nothing else is done{why}"
         )
     if "decode_seconds" in result["ratios"]:
         traffic = result["dense"]["least_traffic_bytes"]["decode_step"]

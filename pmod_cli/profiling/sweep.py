@@ -24,14 +24,10 @@ KNOBS: dict[str, tuple[float, ...]] = {
 def sweep(
     subject: Subject, options: ProfileOptions, knob: str, progress: Callable[[str], None] | None = None
 ) -> list[dict[str, Any]]:
-    """Vary one thing and profile each.
+    """Vary one thing and profile each, by formula: that takes no time.
 
-    Args:
-        subject: The models, both.
-        options: Everything that stays; the counter is the formula, which takes no time.
-        knob: ``ratio`` (every MoD layer keeps this share), ``tokens`` (text tokens of the prompt), ``batch``, or
-            ``schedules`` (each kind of schedule, set to the model's own mean retention).
-        progress: Called with a short text at each step.
+    The ``knob`` is ``ratio`` (every MoD layer keeps this share), ``tokens`` (text tokens of the prompt), ``batch``, or
+    ``schedules`` (each kind of schedule, set to the model's own mean retention).
 
     Returns:
         One row per value: the value under the knob's name (of a schedule see `_schedules`), the ratios of p-MoD to

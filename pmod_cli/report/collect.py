@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,20 +137,13 @@ def _read_folder(folder: Path, files: list[str], found: Found) -> None:
     for path in (folder / name for name in files if name not in ("training.json", "config.json")):
         if path.suffix == ".json":
             _read_result(path, found)
-        elif path.suffix == ".png" and _is_sheet(path):
-            found.pictures.append(path)
+        elif path.suffix == ".png":
+            with suppress(OSError), Image.open(path) as image:
+                found.pictures += [path] if image.info.get("Software") == _VISUALIZE else []
         elif path.suffix == ".html":
             with path.open(encoding="utf-8", errors="replace") as file:
                 if f'<meta name="generator" content="{_VISUALIZE}">' in file.read(1000):
                     found.pages.append(path)
-
-
-def _is_sheet(path: Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            return image.info.get("Software") == _VISUALIZE
-    except OSError:
-        return False
 
 
 def _read_result(path: Path, found: Found) -> None:

@@ -28,14 +28,9 @@ class Point:
 def accuracy_figure(
     ours: Sequence[Point], published: Sequence[Point], *, together: bool, what: str, caption: str
 ) -> Figure:
-    """Accuracy over prefill FLOPs, one point per model, published points in the same plot or in one beside it.
+    """Accuracy over prefill FLOPs, one point per model; ``what`` says which accuracy.
 
-    Args:
-        ours: Of the runs.
-        published: Of the paper; may be empty.
-        together: Whether both are scores on the same tasks.
-        what: Label of the runs' accuracy.
-        caption: Stands below.
+    Published points stand in the same plot if both are scores on the same tasks (``together``), else in one beside it.
     """
     panels = [[*ours, *published]] if together or not published else [list(ours), list(published)]
     height = 3.5 + 0.2 * (max(map(len, panels)) + 1) // 2

@@ -21,14 +21,7 @@ _FRAME_MILLISECONDS = 500
 def dim_dropped(picture: np.ndarray, layout: Layout, view: View, kept: np.ndarray) -> np.ndarray:
     """Mix the patches that were dropped with grey; what the model never saw becomes grey altogether.
 
-    Args:
-        picture: [height, width, 3], in [0, 1]; at any size.
-        layout: Of its vision tokens.
-        view: One of its grids.
-        kept: By vision token, [tokens].
-
-    Returns:
-        The same shape.
+    ``picture`` is [height, width, 3] in [0, 1], at any size; ``kept`` is by vision token, [tokens].
     """
     size = picture.shape[1], picture.shape[0]
     share = layout.spread(view, np.where(kept, 0.0, plots.DIM_SHARE), size, outside=0.95)[..., None]

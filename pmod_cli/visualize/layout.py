@@ -38,12 +38,12 @@ class View:
 
     @property
     def rows(self) -> int:
-        """Of patches."""
+        """Rows of patches."""
         return len(self.y) - 1
 
     @property
     def columns(self) -> int:
-        """Of patches."""
+        """Columns of patches."""
         return len(self.x) - 1
 
     @property

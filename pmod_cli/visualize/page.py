@@ -23,13 +23,7 @@ def build_page(
 ) -> str:
     """The page: a slider over the layers, the prompt, both answers, and each patch's router weights.
 
-    Args:
-        trace: What the routers did with the picture.
-        image: The picture.
-        model: How the user named the model.
-        prompt: What was asked.
-        answer: What the model answered.
-        baseline: ``name`` and ``answer`` of the dense baseline, or None.
+    ``model`` is how the user named it, ``baseline`` has the dense one's ``name`` and ``answer``.
     """
     layout = trace.layout
     data: dict[str, Any] = {
