@@ -75,10 +75,7 @@ def look() -> Iterator[None]:
 
 
 def figure(rows: int, columns: int, inches: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure of ``inches`` (width, height) with a grid of plots; ``options`` are those of ``subplots``.
-
-    Returns:
-        The figure, and its axes [rows, columns].
+    """A figure of ``inches`` (width, height), and its axes [rows, columns]; ``options`` are those of ``subplots``.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

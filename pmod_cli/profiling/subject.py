@@ -84,11 +84,7 @@ class Subject:
 
 
 def find_subject(
-    model: str | None,
-    *,
-    recipe: str | None = None,
-    overrides: Sequence[str] = (),
-    baseline: str = "auto",
+    model: str | None, *, recipe: str | None = None, overrides: Sequence[str] = (), baseline: str = "auto"
 ) -> Subject:
     """Find the p-MoD model and its dense baseline; of a hub id only the config is read.
 

@@ -51,11 +51,6 @@ class View:
         """Positions of the patches' tokens among the picture's vision tokens, [rows, columns]."""
         return self.first + np.arange(self.rows)[:, None] * self.row_step + np.arange(self.columns)
 
-    @property
-    def end(self) -> int:
-        """Position behind its last token, newline tokens included."""
-        return self.first + self.rows * self.row_step
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -151,7 +146,7 @@ def lay_out(model: Any, image_processor: Any, size: tuple[int, int]) -> Layout:
     grid = tower.image_size // tower.patch_size
     pixels = tower.patch_size * np.arange(grid + 1)
     view = View("picture", 0, grid, across.edges(pixels), down.edges(pixels))
-    return Layout(*size, (view,), view.end)
+    return Layout(*size, (view,), grid**2)
 
 
 def _anyres(config: Any, size: tuple[int, int]) -> Layout:
@@ -180,7 +175,7 @@ def _anyres(config: Any, size: tuple[int, int]) -> Layout:
         (height, width), (tiles_down * grid, tiles_across * grid), released
     )
     rows, columns = shrunk_size((bottom - top, right - left), grid, most, released)
-    tokens = whole.end + rows * (columns + 1)  # each row ends in a newline token
+    tokens = grid**2 + rows * (columns + 1)  # each row ends in a newline token
     if not rows or not columns:  # too thin a picture leaves no patch
         return Layout(width, height, (whole,), tokens)
 
@@ -190,7 +185,7 @@ def _anyres(config: Any, size: tuple[int, int]) -> Layout:
 
     tiles = View(
         f"sub-images, {tiles_across} x {tiles_down}",
-        whole.end,
+        grid**2,
         columns + 1,
         across.edges(pixels(np.linspace(left, right, columns + 1))),
         down.edges(pixels(np.linspace(top, bottom, rows + 1))),
