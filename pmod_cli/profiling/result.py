@@ -1,6 +1,6 @@
 """What a profile says: two models side by side, their ratios, and the gates that a user can set on them.
 
-The JSON form is documented in ``docs/profile.md``.
+The JSON form is documented in ``docs/json.md``.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def visualize(
         device: See `VisionLanguageModel.load`.
 
     Returns:
-        What ``pmod visualize --json`` prints (see ``docs/visualize.md``).
+        What ``pmod visualize --json`` prints (see ``docs/json.md``).
 
     Raises:
         PmodError: A source or picture that cannot be used, a dense model, a layer that does not exist.
