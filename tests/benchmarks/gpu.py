@@ -1,4 +1,4 @@
-"""What there is to measure on a GPU, p-MoD against dense, in sections; at most eight minutes on an H100.
+"""What there is to measure on a GPU, p-MoD against dense, in sections whose time limits add up to eight minutes.
 
 Random bf16 weights of LLaVA-1.5-7B and LLaVA-NeXT-7B, made on the device; dense and p-MoD share them and alternate in
 one process. Results are saved after each section; a second run with the same ``--output`` replaces the sections that
