@@ -40,7 +40,7 @@ FAMILIES = {
 LLAVA, NEXT = FAMILIES
 TEXT_TOKENS = 35
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
-TINY_TEXT = {**SIZES, "num_hidden_layers": 4, "num_key_value_heads": 4, "vocab_size": 64}
+TINY_TEXT = {**SIZES, "num_hidden_layers": 3, "num_key_value_heads": 4, "vocab_size": 64}
 TINY_TOWER = {**SIZES, "num_hidden_layers": 2, "image_size": 56}
 TINY = {"image_token_index": 63, "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]]}
 

@@ -91,7 +91,7 @@ def describe(device: torch.device, tiny: bool) -> dict[str, Any]:
         "memory_gb": torch.cuda.get_device_properties(device).total_memory / 1e9 if cuda else None,
         "pmod": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "dtype": "bfloat16",
         "models": "tiny" if tiny else "LLaVA-1.5-7B and LLaVA-NeXT-7B, random weights",
