@@ -70,4 +70,4 @@ def test_the_documentation_draws_the_imports():
     }
     assert drawn == found, "the arrows of docs/architecture.md should be:\n" + "\n".join(lines.values())
     rooms = {room for layer in LAYERS for room in layer} | {"output"}
-    assert rooms == set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)), "one line for each room"
+    assert rooms == set(re.findall(r"^- `(\w+)`:", page, re.MULTILINE)), "one line for each room"

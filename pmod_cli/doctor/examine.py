@@ -33,7 +33,7 @@ def examine(limit: float = LIMIT) -> dict[str, Any]:
         limit: Seconds that the import of one package may take.
 
     Returns:
-        What ``pmod doctor --json`` prints (see ``docs/doctor.md``).
+        What ``pmod doctor --json`` prints (see ``docs/json.md``).
     """
     started = time.perf_counter()
     found = run_chains(_CHAINS, limit)

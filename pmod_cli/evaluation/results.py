@@ -145,7 +145,7 @@ class EvalResult:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in ``results.json``; the schema is in ``docs/evaluate.md``."""
+        """As it stands in ``results.json``; the schema is in ``docs/json.md``."""
         return vars(self) | {
             "tasks": [task.to_dict() for task in self.tasks],
             "paper": [[vars(row) for row in table] for table in self.paper],

@@ -1,4 +1,4 @@
-"""Multiply-adds, KV cache, parameters and memory traffic by formula; every formula is in ``docs/profile.md``.
+"""Multiply-adds, KV cache, parameters and memory traffic by formula; ``docs/profile.md`` has the decoder's.
 
 One MAC is one multiply-add, which is two FLOPs. Attention is counted over all query-key pairs: kernels may skip
 masked ones, but fvcore does not assume so. Element-wise operations are not counted, except the

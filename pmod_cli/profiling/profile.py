@@ -45,7 +45,7 @@ def profile(
         progress: Called with a short text at each step.
 
     Returns:
-        What ``pmod profile --json`` prints (see ``docs/profile.md``).
+        What ``pmod profile --json`` prints (see ``docs/json.md``).
 
     Raises:
         MissingExtraError: fvcore was asked for by name and is not installed.

@@ -27,7 +27,7 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
         force: Whether to replace them if they exist.
 
     Returns:
-        What ``pmod report --json`` prints (see ``docs/visualize.md``).
+        What ``pmod report --json`` prints (see ``docs/json.md``).
 
     Raises:
         PmodError: Nothing to report on, or a place that cannot be written to.

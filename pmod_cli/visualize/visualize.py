@@ -25,7 +25,7 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
     """Draw what each layer of a p-MoD model kept of a picture.
 
     Returns:
-        What ``pmod visualize --json`` prints (see ``docs/visualize.md``).
+        What ``pmod visualize --json`` prints (see ``docs/json.md``).
 
     Raises:
         PmodError: A source or picture that cannot be used, a dense model, a layer that does not exist, a file that

@@ -63,10 +63,10 @@ def test_the_machine_is_told(healthy):
 def test_keys_are_documented(healthy):
     from tests.docs.test_json import check_keys
 
-    check_keys(healthy, "doctor.md")
+    check_keys(healthy, "doctor")
     for part in ("packages", "commands", "caches"):
-        check_keys(healthy[part][0], "doctor.md")
-    check_keys(healthy["attention"], "doctor.md")
+        check_keys(healthy[part][0], "doctor")
+    check_keys(healthy["attention"], "doctor")
 
 
 def test_what_is_broken_and_what_mends_it(tmp_path):

@@ -18,7 +18,7 @@ from pmod_cli.generation import VisionLanguageModel
 from tests.common.eval_models import make_model, make_processor, save_llava, save_pmod, write_questions
 from tests.common.paper_fixtures import Fixtures
 
-DOCS = Path(__file__).parents[2] / "docs" / "evaluate.md"
+DOCS = Path(__file__).parents[2] / "docs" / "json.md"
 
 
 def run(*arguments, capture=None):
