@@ -34,11 +34,7 @@ def is_original(config: dict[str, Any]) -> bool:
 
 
 def refuse_unconverted(source: Source) -> None:
-    """Refuse a checkpoint that nothing but conversion can read.
-
-    Raises:
-        PmodError: It is in the paper's released or in the original LLaVA format.
-    """
+    """Refuse a checkpoint in the paper's released or the original LLaVA format, which only conversion reads."""
     if is_released(source.config) or is_original(source.config):
         whose = "paper's released p-MoD" if is_released(source.config) else "original LLaVA"
         raise PmodError(
@@ -47,11 +43,7 @@ def refuse_unconverted(source: Source) -> None:
 
 
 def check_source(source: str | Path) -> None:
-    """Refuse what is plainly not a checkpoint, before anything is loaded or the network is asked.
-
-    Raises:
-        PmodError: The folder does not exist, is a file, has no config, or has to be converted first.
-    """
+    """Refuse what is plainly no checkpoint or has to be converted first, before anything is loaded or downloaded."""
     check_exists(source, "checkpoint folder")
     path = Path(source)
     if path.is_dir():
@@ -61,10 +53,7 @@ def check_source(source: str | Path) -> None:
 
 
 def read_config(source: str | Path) -> Any:
-    """The transformers config of a checkpoint of a supported family.
-
-    Args:
-        source: A folder or hub id.
+    """The transformers config of a checkpoint of a supported family: a folder or hub id.
 
     Raises:
         PmodError: The source is missing, its config cannot be read, or no family has its model type.
@@ -82,11 +71,7 @@ def read_config(source: str | Path) -> Any:
 
 
 def check_tokenizer(source: str | Path) -> None:
-    """Refuse a folder without a tokenizer: transformers' own error is a list of ways to make one.
-
-    Raises:
-        PmodError: None of a tokenizer's files is there.
-    """
+    """Refuse a folder without a tokenizer: transformers' own error is a list of ways to make one."""
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise PmodError(f"{folder} has no tokenizer", "pmod convert --tokenizer names one")

@@ -20,10 +20,6 @@ _DTYPES = {
 def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
     """The tensors of a pickled state dict, by name; their data stays on disk until it is read.
 
-    Args:
-        path: The file.
-        allow: Whether the user allows pickles.
-
     Raises:
         PmodError: Pickles are not allowed, or the file cannot be read as weights alone.
     """
@@ -35,7 +31,9 @@ def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
     import torch
 
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # torch's format before 1.6 cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except FileNotFoundError:
         raise PmodError(f"no file {path}") from None
     except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
@@ -45,12 +43,6 @@ def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise PmodError(f"{path} is not a state dict of tensors")
     return {name: _stored(path, name, tensor) for name, tensor in state.items()}
-
-
-def _is_zip(path: Path) -> bool:
-    # torch's old format (before 1.6) cannot be mapped.
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:

@@ -20,8 +20,6 @@ from pmod_cli.output.units import share, si, size
 
 if TYPE_CHECKING:
     from pmod_cli.checkpoints.write import Progress
-    from pmod_cli.conversion.convert import ConvertResult
-    from pmod_cli.conversion.preview import Preview
 
 
 class Target(str, Enum):
@@ -86,10 +84,9 @@ def convert_command(
     with starting("convert"):
         from pmod_cli.checkpoints import hub
         from pmod_cli.checkpoints.write import check_destination
-        from pmod_cli.conversion.convert import convert, convert_back
+        from pmod_cli.conversion.convert import convert, convert_back, preview
         from pmod_cli.conversion.formats import Options
         from pmod_cli.conversion.plan import plan_conversion
-        from pmod_cli.conversion.preview import preview
         from pmod_cli.recipe import load_recipe
 
     if destination is None and not dry_run:
@@ -108,13 +105,12 @@ def convert_command(
             )
     else:
         chosen = load_recipe(recipe, settings or ()) if recipe else None
-        parts = Options(allow_pickle, vision_tower, projector, tokenizer).with_recipe(chosen)
         plan = plan_conversion(
             source,
             recipe=chosen,
             overrides=settings or (),
             fmt=source_format,
-            options=parts,
+            options=Options(allow_pickle, vision_tower, projector, tokenizer).with_recipe(chosen),
             revision=revision,
             headers=dry_run,
         )
@@ -122,14 +118,14 @@ def convert_command(
             if destination is not None:
                 check_destination(destination, plan.source.folder, force)
             planned = preview(plan, destination, copy)
-            emit_json("convert", planned.to_dict()) if as_json else _show_preview(planned)
+            emit_json("convert", planned) if as_json else _show_preview(planned)
             return
         assert destination is not None
         with _progress() as progress:
             result = convert(plan, destination, force=force, copy=copy, progress=progress)
     pushed = hub.push(destination, push_to_hub, private) if push_to_hub else None
     if as_json:
-        emit_json("convert", {**result.to_dict(), "pushed_to": pushed})
+        emit_json("convert", {**result, "pushed_to": pushed})
     else:
         _show(result, pushed)
 
@@ -145,51 +141,50 @@ def _progress() -> Iterator[Progress]:
         yield lambda count: bar.advance(task, count)
 
 
-def _show(result: ConvertResult, pushed: str | None) -> None:
-    routers = f"{result.router_parameters:,} router parameters"
-    if result.mean_retention is None:
+def _show(result: dict[str, Any], pushed: str | None) -> None:
+    routers = f"{result['router_parameters']:,} router parameters"
+    if result["mean_retention"] is None:
         what = f"the dense baseline, {routers} taken out"
     else:
-        mod = sum(row["kind"] == "mod" for row in result.layers)
+        mod = sum(row["kind"] == "mod" for row in result["layers"])
         what = (
-            f"{mod} of {len(result.layers)} layers are MoD, {share(result.mean_retention)} of vision tokens "
+            f"{mod} of {len(result['layers'])} layers are MoD, {share(result['mean_retention'])} of vision tokens "
             f"kept on average, {routers} added"
         )
-    how = ", ".join(f"{count} {method}" for method, count in result.methods.items())
+    how = ", ".join(f"{count} {method}" for method, count in result["methods"].items())
     show_lines(
-        f"{result.destination}: {what}",
-        f"{size(result.weight_bytes)} of weights; files: {how}; {result.seconds:.2f} s",
+        f"{result['destination']}: {what}",
+        f"{size(result['weight_bytes'])} of weights; files: {how}; {result['seconds']:.2f} s",
         *([f"pushed: {pushed}"] if pushed else []),
     )
-    _show_notes(result.notes)
+    _show_notes(result["notes"])
 
 
-def _show_preview(planned: Preview) -> None:
-    show_lines(f"{planned.source}: {planned.format} format, family {planned.family}")
-    ratios = [row["retention_ratio"] for row in planned.layers]
+def _show_preview(planned: dict[str, Any]) -> None:
+    show_lines(f"{planned['source']}: {planned['format']} format, family {planned['family']}")
+    ratios = [row["retention_ratio"] for row in planned["layers"]]
     rows: list[Sequence[str]] = [
         [str(layer), "dense", ""] if ratio is None else [str(layer), "MoD", f"{ratio:.4f}"]
         for layer, ratio in enumerate(ratios)
     ]
     stdout.print(Table("", ["layer", "kind", "retention"], rows, left=2).to_rich())
-    show_lines(
-        f"recipe {planned.recipe or 'none: the source brings its own settings'}, "
-        f"mean retention {share(planned.mean_retention)}, {planned.router_parameters:,} parameters added",
-        *(_expected_lines(planned.expected) if planned.expected else []),
-        *([f"download: {size(planned.download_bytes)}"] if planned.download_bytes else []),
-        f"disk: {size(planned.disk_needed_bytes)} needed, {size(planned.disk_free_bytes)} free",
-    )
-    _show_notes(planned.notes)
-
-
-def _expected_lines(expected: dict[str, Any]) -> list[str]:
-    prompt, flops, cache = (expected[key] for key in ("prompt", "prefill_flops", "kv_bytes"))
-    return [
-        f"at one image of {prompt['width']}x{prompt['height']} pixels ({prompt['vision_tokens']} vision tokens) and "
-        f"{prompt['text_tokens']} text tokens:",
-        f"  prefill {si(flops['pmod'], 'FLOPs')}, {share(flops['ratio'])} of {si(flops['dense'], 'FLOPs')}",
-        f"  KV cache {size(cache['pmod'])}, {share(cache['ratio'])} of {size(cache['dense'])}",
+    lines = [
+        f"recipe {planned['recipe'] or 'none: the source brings its own settings'}, "
+        f"mean retention {share(planned['mean_retention'])}, {planned['router_parameters']:,} parameters added"
     ]
+    if expected := planned["expected"]:
+        prompt, flops, cache = (expected[key] for key in ("prompt", "prefill_flops", "kv_bytes"))
+        lines += [
+            f"at one image of {prompt['width']}x{prompt['height']} pixels ({prompt['vision_tokens']} vision tokens) "
+            f"and {prompt['text_tokens']} text tokens:",
+            f"  prefill {si(flops['pmod'], 'FLOPs')}, {share(flops['ratio'])} of {si(flops['dense'], 'FLOPs')}",
+            f"  KV cache {size(cache['pmod'])}, {share(cache['ratio'])} of {size(cache['dense'])}",
+        ]
+    if planned["download_bytes"]:
+        lines.append(f"download: {size(planned['download_bytes'])}")
+    free = size(planned["disk_free_bytes"])
+    show_lines(*lines, f"disk: {size(planned['disk_needed_bytes'])} needed, {free} free")
+    _show_notes(planned["notes"])
 
 
 def _show_notes(notes: list[str]) -> None:

@@ -24,7 +24,7 @@ def model_card(
     """Contents of ``README.md``.
 
     Args:
-        family: Of the model.
+        family: The model's.
         mod: Its settings.
         origin: The ``pmod`` section of its ``config.json``.
         recipe: The whole recipe, or None.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,6 @@ class DataSource:
         if self.table is not None:
             with replacing(path) as partial:
                 self.table.select(indices).save_to_disk(str(partial))
-                shutil.rmtree(path, ignore_errors=True)
             return
         chosen = [self.records[index] for index in indices]
         if path.suffix == ".jsonl":

@@ -11,9 +11,8 @@ import torch
 import yaml
 
 from pmod_cli import __version__, plots
-from pmod_cli.checkpoints.write import Staging
 from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
-from pmod_cli.output.files import write_json
+from pmod_cli.output.files import replacing, write_json
 from pmod_cli.output.versions import versions
 from pmod_cli.recipe import Recipe
 from pmod_cli.training.monitor import read_metrics
@@ -71,8 +70,8 @@ def save_result(
             for name, weight in weights.items()
         }
     try:
-        with Staging(output) as staging:
-            folder = staging.folder
+        with replacing(output) as folder:
+            folder.mkdir()
             network.save_pretrained(folder, **more)
             processor.save_pretrained(folder)
             shutil.copy(work / METRICS, folder / METRICS)
@@ -83,7 +82,6 @@ def save_result(
             text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
             (folder / "recipe.yaml").write_text(text)
             _plot_run(folder)
-            staging.commit()
     except Exception as error:
         reason = unwritable(error)
         if reason is None:

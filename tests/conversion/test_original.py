@@ -39,7 +39,7 @@ def test_baseline_and_routers(tmp_path, decoder, family, layout, changes):
     assert find_format(open_source(source))[0] == "original"
     options = Options(allow_pickle=True)
     done = convert(plan_conversion(source, options=options), tmp_path / "pmod")
-    assert (done.format, done.family, done.recipe) == ("original", family, "default")
+    assert (done["format"], done["family"], done["recipe"]) == ("original", family, "default")
     pmod = AutoModelForImageTextToText.from_pretrained(tmp_path / "pmod")
     assert pmod.config.mod_config.retention_ratios == shifted_cosine(8)
     routers = [value for name, value in pmod.state_dict().items() if ".router." in name]

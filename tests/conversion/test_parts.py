@@ -45,7 +45,7 @@ def options(parts, **changes):
 def assembled(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("assembled") / "pmod"
     done = convert(plan_conversion(parts[1], options=options(parts)), folder)
-    assert (done.format, done.family) == ("parts", "llava")
+    assert (done["format"], done["family"]) == ("parts", "llava")
     return folder
 
 
