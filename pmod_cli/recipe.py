@@ -227,14 +227,10 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def check_recipe(recipe: Recipe, family: str) -> None:
-    """Refuse a recipe that is meant for another family.
-
-    Raises:
-        PmodError: It is.
-    """
+    """Refuse a recipe that is meant for another family."""
     if recipe.family not in (None, family):
         raise PmodError(
-            f"recipe {recipe.name} is for {recipe.family} and the source is {family}",
+            f"recipe {recipe.name} is for {recipe.family}, and the source is {family}",
             "choose a recipe of its family, or --set family=null if you mean it",
         )
 

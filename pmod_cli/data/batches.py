@@ -145,7 +145,8 @@ class Collator:
             return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
         # The logits of a token are about the next one: keep those from the token before the first answer.
-        first = max(0, min(map(_first_label, labels)) - 1)
+        answers = [next(place for place, label in enumerate(row) if label != IGNORED) for row in labels]
+        first = max(0, min(answers) - 1)
         batch: dict[str, Any] = {
             "input_ids": padded(ids, self.padding),
             "labels": padded(labels, IGNORED)[:, first:],
@@ -160,10 +161,6 @@ class Collator:
             sum(len(example.encoded.input_ids) for example in examples),
         )
         return batch
-
-
-def _first_label(labels: Sequence[int]) -> int:
-    return next(index for index, label in enumerate(labels) if label != IGNORED)
 
 
 class OrderedSampler(Sampler[int]):

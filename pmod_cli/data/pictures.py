@@ -6,7 +6,6 @@ A picture is opened only when a sample is asked for, in the loader's workers.
 from __future__ import annotations
 
 import io
-from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,26 +14,7 @@ from PIL import Image, ImageFile
 from pmod_cli.data.records import BadSample
 
 
-class Pictures(ABC):
-    """Finds pictures by the names in `Conversation.images`."""
-
-    def find(self, name: str) -> None:  # noqa: B027
-        """Check that a picture is there, without opening it; a table always holds its own.
-
-        Raises:
-            BadSample: It is not there, or may not be opened.
-        """
-
-    @abstractmethod
-    def load(self, name: str) -> Image.Image:
-        """Decode a picture as RGB.
-
-        Raises:
-            BadSample: It is missing, outside the folder, unreadable, cut short or of no size.
-        """
-
-
-class ImageFolder(Pictures):
+class ImageFolder:
     """Files below one folder; a name never leads out of it.
 
     Args:
@@ -45,12 +25,12 @@ class ImageFolder(Pictures):
         self.folder = folder
 
     def find(self, name: str) -> None:
-        """See `Pictures`."""
+        """Check that a picture is there and may be opened, else `BadSample`; it is not opened."""
         if not self._path(name).is_file():
             raise BadSample("missing image", name)
 
     def load(self, name: str) -> Image.Image:
-        """See `Pictures`."""
+        """Decode a picture as RGB; `BadSample` if it is missing, outside the folder, or see `decode`."""
         try:
             content = self._path(name).read_bytes()
         except FileNotFoundError:
@@ -75,7 +55,7 @@ class ImageFolder(Pictures):
         return path
 
 
-class ImageColumn(Pictures):
+class ImageColumn:
     """The image column of a `datasets` table; the name of a picture is ``ROW`` or ``ROW:PLACE``.
 
     Args:
@@ -93,8 +73,11 @@ class ImageColumn(Pictures):
         self.column, self.root = column, root
         self.table = table.select_columns([column]).cast_column(column, feature)
 
+    def find(self, name: str) -> None:
+        """Nothing to check: a table always holds its own."""
+
     def load(self, name: str) -> Image.Image:
-        """See `Pictures`."""
+        """As `ImageFolder.load`."""
         row, _, place = name.partition(":")
         cell = self.table[int(row)][self.column]
         if place:
@@ -107,6 +90,10 @@ class ImageColumn(Pictures):
         return ImageFolder(self.root).load(str(path.resolve().relative_to(self.root.resolve())))
 
 
+Pictures = ImageFolder | ImageColumn
+"""Finds pictures by the names in `Conversation.images`."""
+
+
 def refuse_cut_pictures() -> None:
     """Have Pillow raise an error for a picture that is cut short, as it does by default.
 
@@ -117,15 +104,7 @@ def refuse_cut_pictures() -> None:
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Decode a picture as RGB.
-
-    Args:
-        content: The image file's bytes.
-        name: For messages.
-
-    Raises:
-        BadSample: It is empty, cut short, or no picture.
-    """
+    """Decode an image file's bytes as RGB; `BadSample`, with the picture's name, if it is empty, cut short or none."""
     if not content:
         raise BadSample("empty image", name)
     refuse_cut_pictures()

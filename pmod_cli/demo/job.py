@@ -200,7 +200,7 @@ class _Demo:
                 recipe=load_recipe("demo", [limit]),
                 force=True,
                 progress=lambda done, total, _: self.progress(step, done, total),
-            ).to_dict()
+            )
 
         words = ["finetune", model, "--data", train, "--images", images, "--output", tuned]
         self.steps.command(

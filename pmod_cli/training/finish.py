@@ -7,15 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from pmod_cli import __version__, plots
 from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
-from pmod_cli.output.files import replacing, write_json
+from pmod_cli.output.files import read_json_lines, replacing, tag, write_json
 from pmod_cli.output.versions import versions
 from pmod_cli.recipe import Recipe
-from pmod_cli.training.monitor import read_metrics
 from pmod_cli.training.trainer import unwritable
 
 METRICS = "metrics.jsonl"
@@ -78,10 +78,13 @@ def save_result(
             if (work / EVENTS).is_dir():
                 shutil.copytree(work / EVENTS, folder / EVENTS)
             made_with = {"pmod": __version__, **versions("torch", "transformers", "accelerate")}
-            write_json(folder / "training.json", {**summary, "versions": made_with})
+            write_json(folder / "training.json", {**tag("finetune"), **summary, "versions": made_with})
             text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
             (folder / "recipe.yaml").write_text(text)
-            _plot_run(folder)
+            try:
+                _draw(read_json_lines(folder / METRICS), folder / _PICTURE)
+            except (MissingExtraError, BrokenPackageError) as error:
+                _log.warning("no %s: %s", _PICTURE, error)
     except Exception as error:
         reason = unwritable(error)
         if reason is None:
@@ -90,14 +93,6 @@ def save_result(
             f"cannot write {output}: {reason}", "the last checkpoint is kept: free some space and --resume"
         ) from error
     shutil.rmtree(work)
-
-
-def _plot_run(folder: Path) -> None:
-    """Draw ``metrics.jsonl`` into ``training.png``; without matplotlib, warn."""
-    try:
-        _draw(read_metrics(folder / METRICS), folder / _PICTURE)
-    except (MissingExtraError, BrokenPackageError) as error:
-        _log.warning("no %s: %s", _PICTURE, error)
 
 
 @plots.look()
@@ -128,14 +123,8 @@ def _draw_loss(axis: Any, rows: list[dict[str, Any]], pmod: bool) -> None:
 def _draw_routers(figure: Any, axis: Any, looks: list[dict[str, Any]], name: str, title: str) -> None:
     """A colour for each layer and look: rows are layers, columns are looks."""
     layers = [row["layer"] for row in looks[0]["routers"]]
-    values = [
-        [
-            float("nan") if look["routers"][place][name] is None else look["routers"][place][name]
-            for look in looks
-        ]
-        for place in range(len(layers))
-    ]
-    image = axis.imshow(values, aspect="auto", origin="lower", cmap=plots.HEAT, interpolation="nearest")
+    values = np.array([[row[name] for row in look["routers"]] for look in looks], dtype=float)  # None is NaN
+    image = axis.imshow(values.T, aspect="auto", origin="lower", cmap=plots.HEAT, interpolation="nearest")
     axis.set(title=title, xlabel="step", ylabel="decoder layer")
     axis.grid(False)
     every = max(1, len(looks) // 8)

@@ -45,7 +45,7 @@ class Monitor(TrainerCallback):
 
     Args:
         path: The file.
-        progress: Or None.
+        progress: See `ProgressCallback`.
         probe: Batches on which the routers are watched; empty on a process that takes no part in it.
         every: Steps between two looks at the routers.
     """
@@ -61,7 +61,7 @@ class Monitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the file, or cut it at the checkpoint."""
         if state.is_world_process_zero:
-            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+            kept = [row for row in read_json_lines(self.path) if row["step"] <= state.global_step]
             write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         # Later looks are compared with this one: the routers as they start, or as the checkpoint has them.
         if self.probe:
@@ -122,11 +122,7 @@ class BadSampleLog:
         self._read = 0  # bytes of the file
 
     def add(self, replaced: Iterable[tuple[str, str]]) -> None:
-        """Count samples that were replaced: (id, reason) each.
-
-        Raises:
-            GateError: There are now more than the limit, those of other processes included.
-        """
+        """Count samples that were replaced: (id, reason) each; `GateError` if there are now more than the limit."""
         samples = self.all()
         for name, reason in replaced:
             if name not in samples:
@@ -151,28 +147,18 @@ class BadSampleLog:
         return self.samples
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; none if there is no file yet."""
-    return read_json_lines(path) if path.exists() else []
-
-
 def make_probe(
     model: nn.Module, dataset: EncodedDataset, collator: Collator, size: int
 ) -> list[dict[str, Any]]:
-    """Batches of ``size`` fixed samples with images, `PROBE_SAMPLES` in all.
-
-    Empty for a dense model and for data without images.
-    """
+    """Batches of ``size`` fixed samples with images, `PROBE_SAMPLES` in all; none for a dense model."""
     if not any(is_router(name) for name, _ in model.named_parameters()):
         return []
     chosen = [index for index, sample in enumerate(dataset.samples) if sample.images][:PROBE_SAMPLES]
-    batches = [
-        collator([dataset[index] for index in chosen[start : start + size]])
-        for start in range(0, len(chosen), size)
-    ]
-    return [
-        {key: value for key, value in batch.items() if key not in ("labels", "notes")} for batch in batches
-    ]
+    batches = []
+    for start in range(0, len(chosen), size):
+        batch = collator([dataset[index] for index in chosen[start : start + size]])
+        batches.append({key: value for key, value in batch.items() if key not in ("labels", "notes")})
+    return batches
 
 
 @torch.no_grad()
@@ -197,12 +183,9 @@ def router_statistics(
     kept: dict[int, list[Tensor]] = {}
     weights: dict[int, list[Tensor]] = {}
     for batch in probe:
-        inputs = {
-            key: value.to(model.device) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
+        inputs = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, Tensor)}
         vision = inputs["input_ids"] == model.config.image_token_id
-        output = model(**{**inputs, "logits_to_keep": 1}, use_cache=False, output_routing=True)
+        output = model(**inputs, logits_to_keep=1, use_cache=False, output_routing=True)
         for index, layer in enumerate(output.routing):
             if layer is not None:
                 rows = [mask[image] for mask, image in zip(layer.kept, vision, strict=True) if image.any()]

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from pmod_cli.checkpoints.load import check_source
-from pmod_cli.data.dataset import ConversationData
+from pmod_cli.checkpoints.load import read_config
+from pmod_cli.data.dataset import DataSource
 from pmod_cli.extras import installed, require
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import read_json, write_json
-from pmod_cli.recipe import Recipe, TrainSettings
+from pmod_cli.recipe import Recipe, TrainSettings, check_recipe
 from pmod_cli.training.trainer import KEPT_CHECKPOINTS, last_checkpoint
 
 # What may be changed when a run is resumed: none of it decides what is learned from which sample.
@@ -41,22 +41,8 @@ def sharding() -> str | None:
 
 
 def check_model(model: str | Path, recipe: Recipe) -> None:
-    """Refuse a checkpoint that is not there, and a recipe for another family or with packages that are missing.
-
-    Raises:
-        PmodError: It does not fit, or its config cannot be read.
-        MissingExtraError: A package that the recipe asks for is missing.
-        BrokenPackageError: It cannot be imported.
-    """
-    check_source(model)
-    config = Path(model) / "config.json"
-    if config.is_file():  # the family of a hub id is found out when it is loaded
-        family = find_family(str(read_json(config).get("model_type")))
-        if recipe.family not in (None, family.name):
-            raise PmodError(
-                f"recipe {recipe.name} is for {recipe.family}, and {model} is {family.name}",
-                "choose another with --recipe",
-            )
+    """Refuse a checkpoint that is not there, and a recipe for another family or with packages that are missing."""
+    check_recipe(recipe, find_family(read_config(model).model_type).name)
     if recipe.train.lora is not None:
         require("peft")
     if "tensorboard" in recipe.train.report_to:
@@ -66,11 +52,7 @@ def check_model(model: str | Path, recipe: Recipe) -> None:
 
 
 def check_output(output: Path, work: Path, *, resume: bool, force: bool) -> None:
-    """Refuse to overwrite a result or an unfinished run without being asked to.
-
-    Raises:
-        PmodError: One of them is there.
-    """
+    """Refuse to overwrite a result or an unfinished run without being asked to."""
     if output.exists() and not force:
         raise PmodError(f"{output} exists", "--force replaces it")
     if output.is_file():
@@ -79,12 +61,8 @@ def check_output(output: Path, work: Path, *, resume: bool, force: bool) -> None
         raise PmodError(f"{work} holds an unfinished run", "--resume goes on with it, --force starts anew")
 
 
-def check_data_fits(data: ConversationData, limit: int) -> None:
-    """The quick part of `pmod data check`: records, and whether their image files are there.
-
-    Raises:
-        PmodError: More than ``limit`` samples cannot be used.
-    """
+def check_data_fits(data: DataSource, limit: int) -> None:
+    """Refuse data of which more than ``limit`` samples cannot be used; pictures are looked for, and not opened."""
     bad = {**data.bad, **data.missing_images()}
     if len(bad) > limit:
         name, reason = next(iter(bad.items()))
@@ -165,18 +143,7 @@ def training_arguments(
 
 
 def check_identity(work: Path, recipe: Recipe, model: str | Path, data: str, resuming: bool) -> None:
-    """Refuse to resume with other data, another recipe or another model; write down what this run is.
-
-    Args:
-        work: The training folder; ``run.json`` in it says what the run was begun with.
-        recipe: The resolved recipe.
-        model: The checkpoint that training starts from.
-        data: SHA-256 of the data.
-        resuming: Whether there is a checkpoint to go on from.
-
-    Raises:
-        PmodError: Something changed.
-    """
+    """Refuse to resume with other data (a SHA-256), recipe or model; write what this run is to ``work/run.json``."""
     train = recipe.train.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     identity = {"data": data, "recipe": train, "model": str(model)}
     path = work / "run.json"

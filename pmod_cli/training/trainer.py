@@ -31,7 +31,6 @@ from transformers.trainer_callback import PrinterCallback
 from pmod_cli.data.batches import BatchNotes, OrderedSampler
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import GateError, PmodError, first_line
-from pmod_cli.training.model import PartCount
 from pmod_cli.training.monitor import BadSampleLog
 
 STAGING = "saving"
@@ -207,10 +206,10 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next(reversed(checkpoints(folder)), None)
 
 
-def checkpoint_bytes(parts: Sequence[PartCount], *, adapter_only: bool) -> int:
+def checkpoint_bytes(parts: Sequence[dict[str, Any]], *, adapter_only: bool) -> int:
     """Size of a checkpoint: float32 weights (with LoRA, of what is trained) and Adam's two moments."""
-    trained = sum(part.trained for part in parts)
-    saved = trained if adapter_only else trained + sum(part.frozen for part in parts)
+    trained = sum(part["trained"] for part in parts)
+    saved = trained if adapter_only else trained + sum(part["frozen"] for part in parts)
     return 4 * saved + 8 * trained
 
 

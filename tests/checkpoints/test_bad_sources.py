@@ -178,7 +178,7 @@ def test_models_that_are_not_supported(tmp_path):
 
 def test_recipes_that_do_not_fit(tmp_path):
     source = make_checkpoint(tmp_path / "source")
-    with pytest.raises(PmodError, match="is for llava_next and the source is llava"):
+    with pytest.raises(PmodError, match="is for llava_next, and the source is llava"):
         plan_conversion(source, recipe=load_recipe("llava-next-7b"))
     for mod, message in (
         ({"floor": 0.0}, r"layer 7 is 0, outside \(0, 1\]"),
