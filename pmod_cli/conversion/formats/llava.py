@@ -23,7 +23,6 @@ from pmod_cli.conversion.formats.llava_weights import (
     PROJECTOR,
     TOWER,
     Tower,
-    check_tower,
     find_tower,
     read_weights,
     rows_needed,
@@ -41,25 +40,17 @@ _NO_TOKENIZER = (
 )
 
 
-def translate_original(source: Source, options: Options) -> Translation:
-    """Translate a dense model of LLaVA's own code.
+def translate_released(source: Source, options: Options) -> Translation:
+    """Translate a released p-MoD model: retention ratios, weight norm and target tokens are in its config."""
+    return translate_original(source, options, mod_config(source.config))
+
+
+def translate_original(source: Source, options: Options, mod: MoDConfig | None = None) -> Translation:
+    """Translate a model of LLaVA's own code: a dense one, or with p-MoD settings.
 
     Raises:
         PmodError: A part is missing, does not fit, or is not supported.
     """
-    return _translate(source, options, None)
-
-
-def translate_released(source: Source, options: Options) -> Translation:
-    """Translate a released p-MoD model: retention ratios, weight norm and target tokens are in its config.
-
-    Raises:
-        PmodError: A setting that the release does not know, or see `translate_original`.
-    """
-    return _translate(source, options, mod_config(source.config))
-
-
-def _translate(source: Source, options: Options, mod: MoDConfig | None) -> Translation:
     config, notes = source.config, []
     family = family_name(config)
     files = read_weights(source, options.allow_pickle)
@@ -108,8 +99,8 @@ def assemble(
         PmodError: A part is missing or does not fit.
     """
     tokenizer = find_tokenizer(source, options.tokenizer, decoder, flat.get("tokenizer_model_max_length"))
-    tensors = {tensor.name: tensor for file in files for tensor in file if not is_router(tensor.name)}
-    embedding = tensors.get(EMBEDDING)
+    tensors = [tensor for file in files for tensor in file]
+    embedding = next((tensor for tensor in tensors if tensor.name == EMBEDDING), None)
     if embedding is None or len(embedding.shape) != 2:
         raise PmodError("the weights have no token embeddings (model.embed_tokens.weight)")
     image_token = tokenizer.image_token if tokenizer else embedding.shape[0]
@@ -117,63 +108,61 @@ def assemble(
     if tokenizer and tokenizer.pad_token is not None:
         flat = {**flat, "pad_token_id": tokenizer.pad_token}
     config = dense_config(flat, decoder, tower.config, image_token, rows)
-    check_complete(config, [tensor for file in files for tensor in file])
+    _check_complete(config, embedding.shape[1], tensors)
+    kept = []
+    for file in files:
+        weights = [tensor for tensor in file if not is_router(tensor.name)]
+        if weights:
+            tables = (EMBEDDING, HEAD)
+            kept.append([with_mean_rows(t, rows) if t.name in tables else t for t in weights])
     aspect_ratio = flat.get("image_aspect_ratio")
+    given = source.json("generation_config.json")
     return Translation(
         config=config,
-        shards=_shards(files, rows),
+        shards=[
+            Shard(f"model-{number:05d}-of-{len(kept):05d}.safetensors", file)
+            for number, file in enumerate(kept, 1)
+        ],
         files={
             **{name: path for name, path in source.sidecars().items() if name in _LICENCES},
             **processor_files(config, tower.images, aspect_ratio),
-            "generation_config.json": generation_file(
-                config["text_config"], source.json("generation_config.json")
-            ),
+            "generation_config.json": generation_file(config["text_config"], given),
             **(tokenizer.files if tokenizer else {}),
         },
         mod=mod,
-        routers={tensor.name: tensor for file in files for tensor in file if is_router(tensor.name)},
+        routers={tensor.name: tensor for tensor in tensors if is_router(tensor.name)},
         originals=processor_files(config, tower.images, aspect_ratio, baseline=True),
         notes=notes if tokenizer else [*notes, _NO_TOKENIZER],
     )
 
 
-def check_complete(config: dict[str, Any], tensors: Iterable[StoredTensor]) -> None:
-    """Check that nothing is missing beside the decoder layers, which conversion checks itself.
+def _check_complete(config: dict[str, Any], hidden: int, tensors: Iterable[StoredTensor]) -> None:
+    """Refuse weights that lack something outside the decoder layers, which conversion checks itself."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    Args:
-        config: The dense config.
-        tensors: All of them.
-
-    Raises:
-        PmodError: The first tensor that is missing, is there twice, or has another shape.
-    """
     by_name: dict[str, StoredTensor] = {}
     for tensor in tensors:
         if by_name.setdefault(tensor.name, tensor) is not tensor:
             raise PmodError(f"the weights have {tensor.name} twice")
-    needed = [EMBEDDING, "model.language_model.norm.weight", *PROJECTOR]
-    if not config["tie_word_embeddings"]:
-        needed.append(HEAD)
-    if config["model_type"] == "llava_next":
-        needed.append(NEWLINE)
-    for name in needed:
+    vision = config["vision_config"]
+    with torch.device("meta"):
+        tower = CLIPVisionModel(CLIPVisionConfig(**vision))
+    sides = ((hidden, vision["hidden_size"]), (hidden,), (hidden, hidden), (hidden,))
+    needed: dict[str, tuple[int, ...]] = {
+        **{
+            TOWER + name.removeprefix("vision_model."): tuple(parameter.shape)
+            for name, parameter in tower.named_parameters()
+        },
+        "model.language_model.norm.weight": (hidden,),
+        **dict(zip(PROJECTOR, sides, strict=True)),
+        **({} if config["tie_word_embeddings"] else {HEAD: by_name[EMBEDDING].shape}),
+        **({NEWLINE: (hidden,)} if config["model_type"] == "llava_next" else {}),
+    }
+    for name, shape in needed.items():
         if name not in by_name:
             raise PmodError(f"the weights lack {name} (in transformers' terms)")
-    check_tower(config["vision_config"], by_name.values())
-
-
-def _shards(files: list[list[StoredTensor]], rows: int) -> list[Shard]:
-    """One output shard for each file that has weights, routers aside; the tables get so many rows."""
-    kept = [
-        [
-            with_mean_rows(tensor, rows) if tensor.name in (EMBEDDING, HEAD) else tensor
-            for tensor in file
-            if not is_router(tensor.name)
-        ]
-        for file in files
-    ]
-    kept = [file for file in kept if file]
-    return [
-        Shard(f"model-{number:05d}-of-{len(kept):05d}.safetensors", file)
-        for number, file in enumerate(kept, 1)
-    ]
+        if by_name[name].shape != shape:
+            raise PmodError(
+                f"{name} has shape {list(by_name[name].shape)}, and its config says {list(shape)}"
+            )

@@ -29,7 +29,6 @@ _TOWER_FIELDS = [
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _BICUBIC = 3
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _TARGETS = {"vision_all": "vision", "vision_hr": "vision_hr", "all": "all"}
 _DECAY = re.compile(r"(\w+)_decay_(\d+\.\d+)_(\d+\.\d+)")
@@ -45,11 +44,7 @@ def decoder_config(config: dict[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def tower_config(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The vision half of a CLIP config.
-
-    Args:
-        config: Of a ``clip`` or a ``clip_vision_model`` checkpoint.
-        name: The tower's, for messages.
+    """The vision half of the config of a ``clip`` or ``clip_vision_model`` checkpoint, which messages call ``name``.
 
     Raises:
         PmodError: It is another kind of tower, or lacks its geometry.
@@ -95,15 +90,11 @@ def dense_config(
 
     Args:
         config: Its flat config.
-        model_type: Of its decoder.
+        model_type: Its decoder's.
         vision: What `tower_config` gave.
         image_token: Id of the image token.
         rows: Rows of the embedding table, with the image token's.
-
-    Raises:
-        PmodError: See `family_name`; or ``image_grid_pinpoints`` that are no pairs.
     """
-    text = decoder_config(config, model_type) | {"vocab_size": rows}
     strategy = "default" if config.get("mm_vision_select_feature", "patch") == "patch" else "full"
     family = family_name(config)
     dense = {
@@ -111,7 +102,7 @@ def dense_config(
         "architectures": [
             "LlavaNextForConditionalGeneration" if family == "llava_next" else "LlavaForConditionalGeneration"
         ],
-        "text_config": text,
+        "text_config": decoder_config(config, model_type) | {"vocab_size": rows},
         "vision_config": vision,
         "image_token_index": image_token,
         "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2 + (strategy == "full"),
@@ -134,12 +125,9 @@ def dense_config(
 
 
 def grid_pinpoints(config: dict[str, Any]) -> list[list[int]]:
-    """``image_grid_pinpoints``, (height, width) as in transformers.
+    """``image_grid_pinpoints``, (height, width) as in transformers, where this format has (width, height).
 
-    This format has (width, height). The order stays, since it decides between two grids that are equally good.
-
-    Raises:
-        PmodError: They are no list of pairs.
+    Their order stays, since it decides between two grids that are equally good.
     """
     pinpoints: Any = config.get("image_grid_pinpoints")
     try:
@@ -179,11 +167,7 @@ def mod_config(config: dict[str, Any]) -> MoDConfig:
 
 
 def weight_norm(name: str) -> tuple[str, float, float]:
-    """Function, scale and bias of a ``mod_weight_norm``: ``tanh_0.2_1``; without numbers both are 1.
-
-    Raises:
-        PmodError: Unknown name.
-    """
+    """Function, scale and bias of a ``mod_weight_norm``: ``tanh_0.2_1``; without numbers both are 1."""
     function, *numbers = name.split("_")
     try:
         scale, bias = (float(number) for number in numbers) if numbers else (1.0, 1.0)
@@ -197,11 +181,7 @@ def weight_norm(name: str) -> tuple[str, float, float]:
 
 
 def released_ratios(config: dict[str, Any]) -> Ratios:
-    """The retention ratio of each layer, as the release computes it from a ``mod_target_layers`` name.
-
-    Raises:
-        PmodError: Unknown name, or no number of layers.
-    """
+    """The retention ratio of each layer, as the release computes it from a ``mod_target_layers`` name."""
     name = config.get("mod_target_layers")
     try:
         layers, factor = int(config["num_hidden_layers"]), float(config["mod_router_factor"])
@@ -242,21 +222,18 @@ def processor_files(
     images: dict[str, Any] = {
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
-        "do_resize": True,
-        "do_center_crop": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "do_convert_rgb": True,
+        **dict.fromkeys(
+            ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True
+        ),
         "resample": _BICUBIC,
         "rescale_factor": 1 / 255,
         "image_mean": _CLIP_MEAN,
         "image_std": _CLIP_STD,
     }
     images |= {name: value for name, value in (tower or {}).items() if name in images}
+    images["do_pad"] = tiled or aspect_ratio == "pad"
     if tiled:
-        images |= {"do_pad": True, "image_grid_pinpoints": dense["image_grid_pinpoints"]}
-    else:
-        images["do_pad"] = aspect_ratio == "pad"
+        images["image_grid_pinpoints"] = dense["image_grid_pinpoints"]
     prefix, stem = ("" if baseline else "Pmod"), ("LlavaNext" if tiled else "Llava")
     images["image_processor_type"] = f"{prefix}{stem}ImageProcessor"
     processor: dict[str, Any] = {
@@ -274,15 +251,13 @@ def processor_files(
 
 
 def generation_file(*configs: dict[str, Any] | None) -> bytes:
-    """``generation_config.json`` with the special tokens and nothing else, so that ``generate`` is greedy.
+    """``generation_config.json`` with the special tokens alone, from the first config that has them: it is greedy.
 
     Vicuna's own says ``do_sample: true``, which the original evaluation code overrides everywhere.
-
-    Args:
-        configs: Where to look for a token's id, the first that has it counts.
     """
-    found = {
-        name: next((config[name] for config in configs if config and config.get(name) is not None), None)
-        for name in _TOKEN_IDS
-    }
-    return to_json({name: value for name, value in found.items() if value is not None})
+    found: dict[str, Any] = {}
+    for config in reversed(configs):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if config and config.get(name) is not None:
+                found[name] = config[name]
+    return to_json(found)

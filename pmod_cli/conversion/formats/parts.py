@@ -50,10 +50,12 @@ def translate(source: Source, options: Options) -> Translation:
     hidden = int(source.config["hidden_size"])
     projector = read_projector(projector_name, source.folder, options.allow_pickle)
     tower = find_tower(tower_name, inside=False, near=None, allow_pickle=options.allow_pickle)
-    _check_projector(projector, tower.config["hidden_size"], hidden)
     notes, extra = [], [*projector, *tower.tensors]
     if tiled:
-        extra.append(_newline(hidden, projector[0].dtype))
+        dtype = projector[0].dtype if projector[0].dtype in ("F16", "BF16") else "F32"
+        numbers = np.random.default_rng(_NEWLINE_SEED).standard_normal(hidden) / np.sqrt(hidden)
+        data = encode(numbers.astype(np.float32), dtype)
+        extra.append(StoredTensor.from_bytes(NEWLINE, dtype, (hidden,), data))
         notes.append("image_newline starts with random numbers, as in LLaVA-NeXT's training")
     side = tower.config["image_size"]
     flat: dict[str, Any] = {
@@ -92,20 +94,3 @@ def read_projector(name: str, near: Path, allow_pickle: bool) -> list[StoredTens
             f"{path} is no mlp2x_gelu projector", f"it has {', '.join(sorted(stored)[:6]) or 'nothing'}"
         )
     return [found[name] for name in PROJECTOR]
-
-
-def _check_projector(projector: list[StoredTensor], features: int, hidden: int) -> None:
-    for tensor, shape in zip(
-        projector, ((hidden, features), (hidden,), (hidden, hidden), (hidden,)), strict=True
-    ):
-        if tensor.shape != shape:
-            raise PmodError(
-                f"the projector's {tensor.name.rpartition('projector.')[2]} has shape {list(tensor.shape)}; "
-                f"vision tower and language model want {list(shape)}"
-            )
-
-
-def _newline(hidden: int, dtype: str) -> StoredTensor:
-    numbers = np.random.default_rng(_NEWLINE_SEED).standard_normal(hidden) / np.sqrt(hidden)
-    dtype = dtype if dtype in ("F16", "BF16") else "F32"
-    return StoredTensor.from_bytes(NEWLINE, dtype, (hidden,), encode(numbers.astype(np.float32), dtype))
