@@ -61,11 +61,7 @@ class Answer:
 
 
 def generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what transformers' ``generate`` knows; greedy unless sampling is asked for.
-
-    Args:
-        requested: For example the ``generation_kwargs`` of an lmms-eval task.
-    """
+    """Keep what transformers' ``generate`` knows, e.g. of a task's ``generation_kwargs``; greedy unless told else."""
     settings = {name: requested[name] for name in _SETTINGS if requested.get(name) is not None}
     settings.setdefault("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
     settings["do_sample"] = bool(requested.get("do_sample") and requested.get("temperature", 1) != 0)
@@ -76,11 +72,7 @@ def generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read a picture as RGB.
-
-    Raises:
-        PmodError: If there is no such file or it is not a readable picture.
-    """
+    """Read a picture as RGB; `PmodError` if there is none or it is not readable."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -93,12 +85,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 class VisionLanguageModel:
-    """A model with its processor.
-
-    Args:
-        model: A transformers image-text-to-text model.
-        processor: Its processor, with a chat template.
-    """
+    """A transformers image-text-to-text model with its processor, which has a chat template."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model.eval()

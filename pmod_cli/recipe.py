@@ -72,11 +72,7 @@ class ModSettings(_Section):
         return self
 
     def retention_ratios(self, num_layers: int) -> Ratios:
-        """Apply the schedule to a decoder of ``num_layers`` layers: one ratio per layer, None for a dense one.
-
-        Raises:
-            PmodError: If the schedule does not fit that number of layers.
-        """
+        """Apply the schedule to a decoder of ``num_layers`` layers: one ratio per layer, None for a dense one."""
         schedule = SCHEDULES[self.schedule]
         parameters = [name for name in inspect.signature(schedule).parameters if name != "num_layers"]
         try:
@@ -198,11 +194,7 @@ def default_recipe(overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
-    """Validate a mapping as a recipe, after applying ``key.sub=value`` overrides.
-
-    Raises:
-        PmodError: Unknown key (the nearest known one is named) or bad value.
-    """
+    """Validate a mapping as a recipe, after applying ``key.sub=value`` overrides; a `PmodError` says what is wrong."""
     for override in overrides:
         _override(data, override)
     try:

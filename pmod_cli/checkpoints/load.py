@@ -53,11 +53,7 @@ def check_source(source: str | Path) -> None:
 
 
 def read_config(source: str | Path) -> Any:
-    """The transformers config of a checkpoint of a supported family: a folder or hub id.
-
-    Raises:
-        PmodError: The source is missing, its config cannot be read, or no family has its model type.
-    """
+    """The transformers config of a checkpoint of a supported family: a folder or hub id. Else a `PmodError`."""
     check_source(source)
     from transformers import AutoConfig
 

@@ -18,11 +18,7 @@ _DTYPES = {
 
 
 def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
-    """The tensors of a pickled state dict, by name; their data stays on disk until it is read.
-
-    Raises:
-        PmodError: Pickles are not allowed, or the file cannot be read as weights alone.
-    """
+    """The tensors of a pickled state dict, by name, if pickles are allowed; their data stays on disk until read."""
     if not allow:
         raise PmodError(
             f"{path.name} holds pickled weights, which can run code when they are loaded",

@@ -74,12 +74,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of a checkpoint's weights.
-
-    Attributes:
-        tensors: What is in it, by name.
-        safe: Whether it is a safetensors file (else a pickle).
-    """
+    """One file of a checkpoint's weights: its tensors by name, and whether it is a safetensors file (else a pickle)."""
 
     path: Path
     tensors: dict[str, StoredTensor]
@@ -92,11 +87,7 @@ class WeightFile:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by name; only the header is read, and the library checks it.
-
-    Raises:
-        PmodError: The file is missing, truncated or corrupt.
-    """
+    """The tensors of a safetensors file, by name; only the header is read, and the library checks it."""
     try:
         with safe_open(path, framework="numpy"):
             pass

@@ -135,9 +135,6 @@ def expected_savings(plan: Plan) -> dict[str, Any]:
     """FLOPs and KV cache of a prefill, dense and p-MoD, by the formulas of ``pmod profile``.
 
     The prompt's image has the size that gives most vision tokens.
-
-    Raises:
-        PmodError: The model's vision tower cannot be counted.
     """
     from pmod_cli.profiling import closed_form
     from pmod_cli.profiling.prompt import Workload, default_image_size, image_tokens

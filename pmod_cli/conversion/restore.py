@@ -51,11 +51,7 @@ def baseline_files(translation: Translation) -> dict[str, Path | bytes]:
 
 
 def plan_baseline(source: Source) -> Translation:
-    """The dense baseline of a p-MoD checkpoint; ``config.json`` and the index are among its files.
-
-    Raises:
-        PmodError: The checkpoint is not p-MoD, or files are missing.
-    """
+    """The dense baseline of a p-MoD checkpoint; ``config.json`` and the index are among its files."""
     family = find_family(source.model_type)
     if source.model_type != family.model_type:
         raise PmodError(f"{source.name} is a dense {family.name} checkpoint already")

@@ -52,11 +52,7 @@ FAMILIES = (
 
 
 def find_family(model_type: str) -> Family:
-    """The family of a dense or p-MoD ``model_type``.
-
-    Raises:
-        PmodError: If no family has it; the message names those that exist.
-    """
+    """The family of a dense or p-MoD ``model_type``; a `PmodError` names those that exist."""
     for family in FAMILIES:
         if model_type in (family.base_type, family.model_type):
             return family
@@ -65,11 +61,7 @@ def find_family(model_type: str) -> Family:
 
 
 def check_decoder(family: Family, config: dict[str, Any]) -> None:
-    """Refuse a language model that cannot become p-MoD.
-
-    Raises:
-        PmodError: Its architecture is not supported, or its attention has a sliding window.
-    """
+    """Refuse a language model that cannot become p-MoD: of another architecture, or with a sliding window."""
     text = config.get("text_config") or {}
     kind = text.get("model_type", family.decoders[0])
     if kind not in family.decoders:

@@ -64,14 +64,7 @@ _SIZES = (
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
-    """A dense ``config.json`` with its defaults filled in.
-
-    Args:
-        raw: Its contents.
-
-    Raises:
-        PmodError: A size is not a number above 0, or transformers refuses the config.
-    """
+    """A dense ``config.json`` with its defaults filled in; `PmodError` if a size is not a number above 0."""
     text = {"model_type": "llama"} | (raw.get("text_config") or {})
     vision = {"model_type": "clip_vision_model"} | (raw.get("vision_config") or _CLIP_LARGE_336)
     kinds = (text["model_type"], vision["model_type"])
@@ -93,11 +86,7 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def transformers_config(raw: dict[str, Any]) -> Any:
-    """The transformers config of a ``config.json``.
-
-    Raises:
-        PmodError: transformers refuses it.
-    """
+    """The transformers config of a ``config.json``; `PmodError` if transformers refuses it."""
     from transformers.models.auto import CONFIG_MAPPING
 
     try:

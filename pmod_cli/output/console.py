@@ -48,12 +48,7 @@ def show_lines(*lines: str) -> None:
 
 
 def emit_json(command: str, result: Any) -> None:
-    """Print the one JSON object that ``--json`` promises (see ``docs/json.md``).
-
-    Args:
-        command: Name of the command, e.g. ``"convert"``.
-        result: Anything ``json`` can write.
-    """
+    """Print the one JSON object that ``--json`` promises (see ``docs/json.md``)."""
     document = tag(command) | {"result": result}
     try:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -21,11 +21,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <linux/fs.h>
 
 
 def tag(command: str) -> dict[str, Any]:
-    """The keys with which a result in JSON begins: ``pmod report`` knows it by them.
-
-    Args:
-        command: Which command it is of, e.g. ``"eval"``.
-    """
+    """The keys with which a command's result in JSON begins: ``pmod report`` knows it by them."""
     return {"schema_version": SCHEMA_VERSION, "command": command}
 
 
@@ -70,11 +66,7 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that should hold an object.
-
-    Raises:
-        PmodError: It cannot be read, or holds something else.
-    """
+    """A JSON file that should hold an object; `PmodError` if it cannot be read or holds something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

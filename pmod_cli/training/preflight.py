@@ -73,11 +73,7 @@ def check_data_fits(data: DataSource, limit: int) -> None:
 
 
 def plan_steps(settings: TrainSettings, samples: int, world: int) -> tuple[int, int]:
-    """Optimizer steps of a run, and micro batches that each process takes for one of them.
-
-    Raises:
-        PmodError: The global batch cannot be divided.
-    """
+    """Optimizer steps of a run, and micro batches that each process takes for one; `PmodError` if that is not whole."""
     accumulation, remainder = divmod(settings.global_batch_size, settings.micro_batch_size * world)
     if remainder or not accumulation:
         raise PmodError(
@@ -93,11 +89,7 @@ def plan_steps(settings: TrainSettings, samples: int, world: int) -> tuple[int, 
 def training_arguments(
     settings: TrainSettings, work: Path, steps: int, accumulation: int
 ) -> TrainingArguments:
-    """The Trainer's arguments; making them starts the process group under torchrun.
-
-    Raises:
-        PmodError: This machine cannot do what the recipe asks for.
-    """
+    """The Trainer's arguments, if this machine can follow them; making them starts the process group under torchrun."""
     on_gpu = torch.cuda.is_available()
     if sharding() is not None and not on_gpu:
         # Tried: on the CPU the Trainer silently runs DDP when FSDP is asked for.

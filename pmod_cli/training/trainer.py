@@ -103,11 +103,7 @@ class PmodTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One micro batch.
-
-        Raises:
-            GateError: Too many bad samples.
-        """
+        """One micro batch; `GateError` if there are too many bad samples."""
         notes: BatchNotes = inputs.pop("notes")
         self._step_ids += notes.ids
         self._samples += len(notes.ids)
@@ -118,10 +114,9 @@ class PmodTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm, just before the optimizer steps; the one place that waits for the device.
+        """The gradient's norm, just before the optimizer steps; `GateError` if it or a loss is not finite.
 
-        Raises:
-            GateError: A loss or gradient that is not finite.
+        This is the one place that waits for the device.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         losses = torch.stack(self._step_losses).tolist()
@@ -156,11 +151,7 @@ class PmodTrainer(Trainer):
         return str(Path(self.args.output_dir) / STAGING)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place and rename it there: it is complete or absent.
-
-        Raises:
-            PmodError: It cannot be written.
-        """
+        """Write a checkpoint beside its place and rename it there: it is complete or absent."""
         work = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         try:

@@ -46,11 +46,7 @@ FORMATS = {
 
 
 def find_format(source: Source, name: str | None = None) -> tuple[str, Format]:
-    """The format of a source: the one that is named, or the first that matches.
-
-    Raises:
-        PmodError: Unknown name, or no format matches.
-    """
+    """The format of a source: the one that is named, or the first that matches; `PmodError` if there is none."""
     known = ", ".join(FORMATS)
     if name is None:
         name = next((name for name, format in FORMATS.items() if format.matches(source)), None)

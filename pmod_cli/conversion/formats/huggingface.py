@@ -24,11 +24,7 @@ def matches(source: Source) -> bool:
 
 
 def translate(source: Source, options: Options) -> Translation:
-    """Link the weights as they are; pickled ones are rewritten as safetensors.
-
-    Raises:
-        PmodError: The source is p-MoD already, or its weights are missing or corrupt.
-    """
+    """Link the weights as they are; pickled ones are rewritten as safetensors. What is p-MoD already is refused."""
     if any(source.model_type == family.model_type for family in FAMILIES):
         raise PmodError(
             f"{source.name} is p-MoD already",

@@ -46,11 +46,7 @@ def translate_released(source: Source, options: Options) -> Translation:
 
 
 def translate_original(source: Source, options: Options, mod: MoDConfig | None = None) -> Translation:
-    """Translate a model of LLaVA's own code: a dense one, or with p-MoD settings.
-
-    Raises:
-        PmodError: A part is missing, does not fit, or is not supported.
-    """
+    """Translate a model of LLaVA's own code: a dense one, or with p-MoD settings."""
     config, notes = source.config, []
     family = family_name(config)
     files = read_weights(source, options.allow_pickle)

@@ -44,11 +44,7 @@ def decoder_config(config: dict[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def tower_config(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The vision half of the config of a ``clip`` or ``clip_vision_model`` checkpoint, which messages call ``name``.
-
-    Raises:
-        PmodError: It is another kind of tower, or lacks its geometry.
-    """
+    """The vision half of the config of a ``clip`` or ``clip_vision_model`` checkpoint, which messages call ``name``."""
     if config.get("model_type") not in ("clip", "clip_vision_model"):
         raise PmodError(
             f"vision tower {name} is of type {config.get('model_type')!r}, only CLIP towers are supported here"
@@ -61,11 +57,7 @@ def tower_config(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def family_name(config: dict[str, Any]) -> str:
-    """``llava`` or ``llava_next``, by what the code of this format does with an image.
-
-    Raises:
-        PmodError: A setting that transformers has no counterpart for.
-    """
+    """``llava`` or ``llava_next``, by what the code of this format does with an image; else a `PmodError`."""
     projector = config.get("mm_projector_type", "mlp2x_gelu")
     if projector != "mlp2x_gelu":
         raise PmodError(f"mm_projector_type {projector!r} is not supported", "supported: mlp2x_gelu")
@@ -144,11 +136,7 @@ def max_num_patches(config: dict[str, Any]) -> int | None:
 
 
 def mod_config(config: dict[str, Any]) -> MoDConfig:
-    """The schedule, weight normalisation and targets of a released p-MoD config.
-
-    Raises:
-        PmodError: A value that the release does not know either.
-    """
+    """The schedule, weight normalisation and targets of a released p-MoD config; `PmodError` for unknown ones."""
     target = config.get("mod_target_token_type", "vision_all")
     if target not in _TARGETS:
         raise PmodError(f"mod_target_token_type {target!r} is not known", f"known: {', '.join(_TARGETS)}")

@@ -65,13 +65,9 @@ _KNOWN_TOWERS = {
 
 
 def parse_key(name: str) -> str | None:
-    """Transformers' name of a parameter that the original LLaVA code or the p-MoD release wrote.
+    """Transformers' name of a parameter that the original LLaVA code or the p-MoD release wrote; None for any other.
 
-    Args:
-        name: For example ``model.layers.8.decoder_layer.mlp.up_proj.weight``.
-
-    Returns:
-        The name, routers as ``model.language_model.layers.8.router.weight``; None if neither code has such a parameter.
+    For example ``model.language_model.layers.8.router.weight`` of ``model.layers.8.router.router.weight``.
     """
     matches = ((re.fullmatch(pattern, name), ours) for pattern, ours in _NAMES)
     return next((match.expand(ours) for match, ours in matches if match), None)
@@ -94,11 +90,7 @@ def is_buffer(name: str) -> bool:
 
 
 def read_weights(source: Source, allow_pickle: bool) -> list[list[StoredTensor]]:
-    """The weights of a checkpoint, file by file, in transformers' names; routers included.
-
-    Raises:
-        PmodError: A name that these formats do not have, or see `Source.weight_files`.
-    """
+    """The weights of a checkpoint, file by file, in transformers' names, routers included; others are refused."""
     files = []
     for file in source.weight_files(allow_pickle):
         tensors = []

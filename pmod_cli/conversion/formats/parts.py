@@ -32,11 +32,7 @@ def matches(source: Source) -> bool:
 
 
 def translate(source: Source, options: Options) -> Translation:
-    """Put the parts together as LLaVA's training code does.
-
-    Raises:
-        PmodError: A part is missing, does not fit the others, or is not supported.
-    """
+    """Put the parts together as LLaVA's training code does."""
     tower_name = options.vision_tower or options.parts.get("vision_tower")
     projector_name = options.projector or options.parts.get("projector")
     if not tower_name or not projector_name:
