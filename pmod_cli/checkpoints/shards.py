@@ -1,4 +1,7 @@
-"""safetensors files by their headers: what is in them, and writing new ones tensor by tensor, without torch.
+"""Weight files: what is in them, without reading it all, and writing new ones tensor by tensor.
+
+Files of safetensors need no torch. Pickled ones (``.bin``), where the user allows them, are read by
+``torch.load(weights_only=True)``, memory-mapped.
 
 The library reads and writes whole tensors, and BF16 only with torch; models are larger than memory.
 
@@ -9,11 +12,13 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -32,6 +37,13 @@ DTYPE_BYTES = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
+
+
+TORCH_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+"""torch's names of safetensors' types, those that pickled weights may have."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,46 @@ def _read_range(path: Path, start: int, end: int) -> Iterator[bytes]:
                 raise _corrupt(path, "it became shorter while it was read")
             start += len(data)
             yield data
+
+
+def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
+    """The tensors of a pickled state dict, by name, if pickles are allowed; their data stays on disk until read."""
+    if not allow:
+        raise PmodError(
+            f"{path.name} holds pickled weights, which can run code when they are loaded",
+            "--allow-pickle loads them with torch's weights_only reader",
+        )
+    import torch
+
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # torch's format before 1.6 cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except FileNotFoundError:
+        raise PmodError(f"no file {path}") from None
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise PmodError(
+            f"{path} is corrupt or holds more than weights: {first_line(error)}", "download it again"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise PmodError(f"{path} is not a state dict of tensors")
+    return {name: _stored(path, name, tensor) for name, tensor in state.items()}
+
+
+def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
+    import torch
+
+    kind = str(tensor.dtype).removeprefix("torch.")
+    dtype = next((dtype for dtype, name in TORCH_DTYPES.items() if name == kind), None)
+    if dtype is None:
+        raise PmodError(f"{path}: {name} has type {tensor.dtype}, which is not supported")
+
+    def chunks() -> Iterator[memoryview]:
+        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        for start in range(0, flat.numel(), CHUNK):
+            yield memoryview(flat[start : start + CHUNK].numpy())
+
+    return StoredTensor(name, dtype, tuple(tensor.shape), chunks)
 
 
 def decode(data: bytes, dtype: str) -> np.ndarray:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints import hub
-from pmod_cli.checkpoints.pickles import read_pickle
-from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header
+from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header, read_pickle
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import read_json
 

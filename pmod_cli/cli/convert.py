@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,13 +19,6 @@ from pmod_cli.output.units import share, si, size
 
 if TYPE_CHECKING:
     from pmod_cli.checkpoints.write import Progress
-
-
-class Target(str, Enum):
-    """What to make."""
-
-    pmod = "pmod"
-    baseline = "baseline"
 
 
 @app.command(
@@ -48,8 +40,9 @@ def convert_command(
     ] = None,
     settings: Overrides = None,
     to: Annotated[
-        Target, typer.Option(help="baseline takes the routers out of a p-MoD checkpoint again.")
-    ] = Target.pmod,
+        Literal["pmod", "baseline"],
+        typer.Option(help="baseline takes the routers out of a p-MoD checkpoint again."),
+    ] = "pmod",
     source_format: Annotated[
         str | None, typer.Option("--format", help="Format of SOURCE; detected by default.")
     ] = None,
@@ -93,7 +86,7 @@ def convert_command(
         raise PmodError("no DESTINATION", "pmod convert SOURCE DESTINATION, or --dry-run")
     if push_to_hub and not dry_run:
         hub.check_login()
-    if to is Target.baseline:
+    if to == "baseline":
         if recipe or settings or source_format or dry_run:
             raise PmodError(
                 "--recipe, --set, --format and --dry-run say nothing about --to baseline", "leave them out"
@@ -110,7 +103,7 @@ def convert_command(
             recipe=chosen,
             overrides=settings or (),
             fmt=source_format,
-            options=Options(allow_pickle, vision_tower, projector, tokenizer).with_recipe(chosen),
+            options=Options(allow_pickle, vision_tower, projector, tokenizer),
             revision=revision,
             headers=dry_run,
         )

@@ -33,7 +33,7 @@ def _root() -> None:
 )
 def check_command(
     data: Annotated[str, typer.Argument(help="LLaVA JSON or JSONL; or a datasets folder or hub id.")],
-    images: Images | None = None,
+    images: Images = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="Its processor finds samples whose answers all lie past --max-length."),

@@ -33,7 +33,7 @@ def finetune_command(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", help="The new checkpoint.")],
-    images: Images | None = None,
+    images: Images = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", help="Name of a shipped recipe, or a .yaml file.")
     ] = None,

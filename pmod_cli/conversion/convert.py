@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.hub import download
-from pmod_cli.checkpoints.shards import shard_bytes
+from pmod_cli.checkpoints.shards import TORCH_DTYPES, shard_bytes
 from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.checkpoints.write import (
     Progress,
@@ -24,8 +24,6 @@ from pmod_cli.conversion.restore import FOLDER, plan_baseline
 from pmod_cli.families import find_family
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError
-
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def convert(
@@ -142,7 +140,7 @@ def expected_savings(plan: Plan) -> dict[str, Any]:
 
     geometry = Variant(plan.source.name, plan.translation.config, plan.mod, None).geometry
     size = default_image_size(geometry)
-    work = Workload(image_tokens(geometry, size), size, dtype=_DTYPES[plan.layout.dtype])
+    work = Workload(image_tokens(geometry, size), size, dtype=TORCH_DTYPES[plan.layout.dtype])
 
     def compare(dense: int, pmod: int) -> dict[str, Any]:
         return {"dense": dense, "pmod": pmod, "ratio": pmod / dense}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def plan_conversion(
     Raises:
         PmodError: Whatever is wrong with the source, or does not fit it.
     """
-    options = options or Options()
+    options = replace(options or Options(), recipe=recipe)
     opened = open_source(source, revision=revision, allow_pickle=options.allow_pickle, headers=headers)
     name, format = find_format(opened, fmt)
     translation = format.translate(opened, options)

@@ -18,7 +18,7 @@ _CLIP = {
     "image_size": 224,
     "patch_size": 32,
 }
-_CLIP_LARGE_336 = _CLIP | {
+CLIP_LARGE_336 = _CLIP | {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -66,7 +66,7 @@ _SIZES = (
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
     """A dense ``config.json`` with its defaults filled in; `PmodError` if a size is not a number above 0."""
     text = {"model_type": "llama"} | (raw.get("text_config") or {})
-    vision = {"model_type": "clip_vision_model"} | (raw.get("vision_config") or _CLIP_LARGE_336)
+    vision = {"model_type": "clip_vision_model"} | (raw.get("vision_config") or CLIP_LARGE_336)
     kinds = (text["model_type"], vision["model_type"])
     if raw["model_type"] not in MODELS or not set(kinds) <= set(PARTS):
         full: dict[str, Any] = transformers_config(raw).to_dict()

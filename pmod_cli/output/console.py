@@ -112,7 +112,7 @@ def _usage_error(error: Any) -> int:
         error.show()
     else:
         command = f"; {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
-        _line(f"{error.format_message().rstrip('.')}{command}")
+        _line(f"{error.format_message().rstrip('.').replace('Value error, ', '')}{command}")
     return error.exit_code
 
 

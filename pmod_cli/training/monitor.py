@@ -119,7 +119,6 @@ class BadSampleLog:
     def __init__(self, path: Path, limit: int, known: dict[str, str]) -> None:
         self.path, self.limit = path, limit
         self.samples = dict(known)
-        self._read = 0  # bytes of the file
 
     def add(self, replaced: Iterable[tuple[str, str]]) -> None:
         """Count samples that were replaced: (id, reason) each; `GateError` if there are now more than the limit."""
@@ -139,11 +138,8 @@ class BadSampleLog:
 
     def all(self) -> dict[str, str]:
         """Id -> reason, those of other processes included."""
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size != self._read:
-            self._read = size
-            for name, reason in read_json_lines(self.path):
-                self.samples.setdefault(name, reason)
+        for name, reason in read_json_lines(self.path):
+            self.samples.setdefault(name, reason)
         return self.samples
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from pmod_cli.checkpoints.load import is_original, is_released
 from pmod_cli.checkpoints.source import Source
-from pmod_cli.conversion.formats import huggingface, llava, parts
+from pmod_cli.conversion.formats import huggingface, llava
 from pmod_cli.conversion.formats.translation import Options, Shard, Translation
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError
@@ -40,7 +40,7 @@ FORMATS = {
     "released": Format(lambda source: is_released(source.config), llava.translate_released),
     "original": Format(lambda source: is_original(source.config), llava.translate_original),
     "huggingface": Format(huggingface.matches, huggingface.translate),
-    "parts": Format(parts.matches, parts.translate),
+    "parts": Format(llava.is_language_model, llava.translate_parts),
 }
 """By name, in the order in which they are asked."""
 

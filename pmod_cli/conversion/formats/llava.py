@@ -1,14 +1,17 @@
-"""The original LLaVA format (``liuhaotian/llava-*``) and the paper's released p-MoD format, which extends it."""
+"""Original LLaVA checkpoints (``liuhaotian/llava-*``), the paper's releases, which extend them, and their parts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 from pmod_cli.checkpoints.load import ORIGINAL_DECODERS
-from pmod_cli.checkpoints.shards import StoredTensor
+from pmod_cli.checkpoints.shards import StoredTensor, encode
 from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats.llava_config import (
+    NEXT_GRIDS,
     dense_config,
     family_name,
     generation_file,
@@ -24,15 +27,18 @@ from pmod_cli.conversion.formats.llava_weights import (
     TOWER,
     Tower,
     find_tower,
+    read_projector,
     read_weights,
     rows_needed,
     with_mean_rows,
 )
-from pmod_cli.conversion.formats.translation import Options, Shard, Translation
+from pmod_cli.conversion.formats.translation import Options, Shard, Translation, shard_name
 from pmod_cli.modeling.names import is_router
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
 
+_DECODERS = ("llama", "mistral", "qwen2")
+_NEWLINE_SEED = 0
 _LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 _NO_TOKENIZER = (
     "no tokenizer was found: the new checkpoint has none, and its image token is the first id after the vocabulary; "
@@ -66,10 +72,50 @@ def translate_original(source: Source, options: Options, mod: MoDConfig | None =
         chosen=options.vision_tower is not None,
     )
     decoder = ORIGINAL_DECODERS.get(source.model_type, "llama")
-    return assemble(source, options, decoder, config, [*files, list(tower.tensors)], tower, mod, notes)
+    return _assemble(source, options, decoder, config, [*files, list(tower.tensors)], tower, mod, notes)
 
 
-def assemble(
+def is_language_model(source: Source) -> bool:
+    """Whether the source is a language model alone."""
+    return source.model_type in _DECODERS
+
+
+def translate_parts(source: Source, options: Options) -> Translation:
+    """Put a language model, a vision tower and the projector of LLaVA's first stage together, as the paper trains."""
+    recipe = options.recipe
+    named = recipe.source if recipe and isinstance(recipe.source, dict) else {}
+    tower_name = options.vision_tower or named.get("vision_tower")
+    projector_name = options.projector or named.get("projector")
+    if not tower_name or not projector_name:
+        raise PmodError(
+            f"{source.name} is a language model alone",
+            "--vision-tower and --projector name the other parts, e.g. openai/clip-vit-large-patch14-336 and "
+            "mm_projector.bin",
+        )
+    tiled = recipe is not None and recipe.family == "llava_next"
+    files = read_weights(source, options.allow_pickle)
+    hidden = int(source.config["hidden_size"])
+    projector = read_projector(projector_name, source.folder, options.allow_pickle)
+    tower = find_tower(tower_name, inside=False, near=None, allow_pickle=options.allow_pickle)
+    notes, extra = [], [*projector, *tower.tensors]
+    if tiled:
+        dtype = projector[0].dtype if projector[0].dtype in ("F16", "BF16") else "F32"
+        numbers = np.random.default_rng(_NEWLINE_SEED).standard_normal(hidden) / np.sqrt(hidden)
+        data = encode(numbers.astype(np.float32), dtype)
+        extra.append(StoredTensor.from_bytes(NEWLINE, dtype, (hidden,), data))
+        notes.append("image_newline starts with random numbers, as in LLaVA-NeXT's training")
+    side = tower.config["image_size"]
+    flat: dict[str, Any] = {
+        **source.config,
+        "mm_projector_type": "mlp2x_gelu",
+        "image_aspect_ratio": "anyres" if tiled else "pad",
+        "mm_patch_merge_type": "spatial_unpad" if tiled else "flat",
+        "image_grid_pinpoints": [[across * side, down * side] for across, down in NEXT_GRIDS],
+    }
+    return _assemble(source, options, source.model_type, flat, [*files, extra], tower, None, notes)
+
+
+def _assemble(
     source: Source,
     options: Options,
     decoder: str,
@@ -79,20 +125,9 @@ def assemble(
     mod: MoDConfig | None,
     notes: list[str],
 ) -> Translation:
-    """Make a translation of weights that have transformers' names already.
+    """Make a translation of weights that have transformers' names already, routers included, by file.
 
-    Args:
-        source: The checkpoint; special tokens and licences are taken from it.
-        options: What the user said.
-        decoder: ``model_type`` of its language model.
-        flat: The config in LLaVA's terms.
-        files: All tensors, routers included, by file.
-        tower: The vision tower.
-        mod: Settings, if the source is p-MoD.
-        notes: What the user should know so far.
-
-    Raises:
-        PmodError: A part is missing or does not fit.
+    ``decoder`` is the ``model_type`` of the language model, ``flat`` the config in LLaVA's terms.
     """
     tokenizer = find_tokenizer(source, options.tokenizer, decoder, flat.get("tokenizer_model_max_length"))
     tensors = [tensor for file in files for tensor in file]
@@ -115,10 +150,7 @@ def assemble(
     given = source.json("generation_config.json")
     return Translation(
         config=config,
-        shards=[
-            Shard(f"model-{number:05d}-of-{len(kept):05d}.safetensors", file)
-            for number, file in enumerate(kept, 1)
-        ],
+        shards=[Shard(shard_name(number, len(kept)), file) for number, file in enumerate(kept, 1)],
         files={
             **{name: path for name, path in source.sidecars().items() if name in _LICENCES},
             **processor_files(config, tower.images, aspect_ratio),

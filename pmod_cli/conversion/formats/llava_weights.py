@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pmod_cli.checkpoints.shards import StoredTensor, decode, encode
+from pmod_cli.checkpoints.shards import StoredTensor, decode, encode, read_header, read_pickle
 from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.conversion.formats.llava_config import tower_config
+from pmod_cli.families.defaults import CLIP_LARGE_336
 from pmod_cli.output.errors import PmodError
 
 TOWER = "model.vision_tower."
@@ -45,20 +46,14 @@ _NAMES = (
 )
 """Names of LLaVA's code, and transformers' for them."""
 
-_LARGE: dict[str, Any] = {
+_LARGE = {
     "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
+    **CLIP_LARGE_336,
     "num_attention_heads": 16,
-    "num_channels": 3,
-    "patch_size": 14,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
     "projection_dim": 768,
 }
 _KNOWN_TOWERS = {
-    "clip-vit-large-patch14-336": _LARGE | {"image_size": 336},
+    "clip-vit-large-patch14-336": _LARGE,
     "clip-vit-large-patch14": _LARGE | {"image_size": 224},
 }
 """Geometry of OpenAI's towers, which LLaVA checkpoints name: one that holds the weights then needs no download."""
@@ -71,12 +66,6 @@ def parse_key(name: str) -> str | None:
     """
     matches = ((re.fullmatch(pattern, name), ours) for pattern, ours in _NAMES)
     return next((match.expand(ours) for match, ours in matches if match), None)
-
-
-def projector_key(name: str) -> str | None:
-    """Transformers' name of a projector's parameter in ``mm_projector.bin``; None for any other."""
-    _, found, end = name.rpartition("mm_projector.")
-    return parse_key(f"model.mm_projector.{end}") if found else None
 
 
 def tower_key(name: str) -> str | None:
@@ -152,6 +141,31 @@ def find_tower(
     stored = [tensor for file in source.weight_files(allow_pickle) for tensor in file.tensors.values()]
     named = [(tower_key(tensor.name), tensor) for tensor in stored if not is_buffer(tensor.name)]
     return Tower(config, images, tuple(tensor.renamed(key) for key, tensor in named if key))
+
+
+def read_projector(name: str, near: Path, allow_pickle: bool) -> list[StoredTensor]:
+    """The projector's four tensors, in transformers' names and in the order of `PROJECTOR`.
+
+    It is a file, a folder that has ``mm_projector.safetensors`` or ``.bin``, or a hub id; first ``near`` is looked in.
+    """
+    path = next((path for path in (near / name, Path(name).expanduser()) if path.is_file()), None)
+    if path is None:
+        folder = open_source(name, near=near, allow_pickle=allow_pickle).folder
+        names = ("mm_projector.safetensors", "mm_projector.bin")
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
+            raise PmodError(f"{name} has no {' or '.join(names)}")
+    stored = read_header(path) if path.suffix == ".safetensors" else read_pickle(path, allow_pickle)
+    found = {}
+    for name, tensor in stored.items():
+        key = parse_key(f"model.mm_projector.{name.rpartition('mm_projector.')[2]}")
+        if key and "mm_projector." in name:
+            found[key] = tensor.renamed(key)
+    if set(found) != set(PROJECTOR):
+        raise PmodError(
+            f"{path} is no mlp2x_gelu projector", f"it has {', '.join(sorted(stored)[:6]) or 'nothing'}"
+        )
+    return [found[name] for name in PROJECTOR]
 
 
 def rows_needed(rows: int, token: int) -> int:
