@@ -195,17 +195,11 @@ class VisionLanguageModel:
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()
-        new_tokens = self._count_new_tokens(new_ids)
+        eos = self.model.generation_config.eos_token_id
+        # Up to and with the first end-of-sequence token.
+        ended = torch.isin(new_ids, torch.as_tensor([] if eos is None else eos, device=new_ids.device)).int()
+        new_tokens = (ended.cumsum(1) - ended == 0).sum(1).tolist()
         return [
             Answer(text.strip(), length, new)
             for text, length, new in zip(texts, prompt_tokens, new_tokens, strict=True)
         ]
-
-    def _count_new_tokens(self, ids: torch.Tensor) -> list[int]:
-        """Tokens of each row up to and with its first end-of-sequence token. ``ids``: [batch, new]."""
-        eos = self.model.generation_config.eos_token_id
-        if eos is None:
-            return [ids.shape[1]] * ids.shape[0]
-        ended = torch.isin(ids, torch.as_tensor(eos, device=ids.device)).int()
-        before = (ended.cumsum(1) - ended == 0).sum(1)
-        return before.tolist()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,8 @@ from pmod_cli.checkpoints.shards import INDEX, SINGLE, StoredTensor, WeightFile
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import read_json
 
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
+"""Everything but weights."""
 
 
 @contextmanager
@@ -31,7 +32,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """Fetch the files whose names match; returns the folder in the cache, which has the commit's name.
 
     Only files at the top level match, unless a pattern has a slash: some repositories keep the weights in a second
@@ -48,16 +49,8 @@ def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     ignored = None if any("/" in pattern for pattern in patterns) else ["*/*"]
     with _one_line_errors(f"no folder {repo}, and it cannot be had from the hub"):
         return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+            snapshot_download(repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored)
         )
-
-
-def download_small_files(repo: str, revision: str | None) -> Path:
-    """Fetch everything but weights; returns the folder in the cache. See `download`."""
-    folder = download(repo, revision, list(_SMALL_FILES))
-    if not any(folder.iterdir()):
-        raise PmodError(f"{repo} has no files at its top level")
-    return folder
 
 
 def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:

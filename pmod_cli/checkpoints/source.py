@@ -161,7 +161,9 @@ def open_source(
             return Source(str(name), path)
     check_exists(name)
     name = str(name)
-    folder = hub.download_small_files(name, revision)
+    folder = hub.download(name, revision, hub.SMALL_FILES)
+    if not any(folder.iterdir()):
+        raise PmodError(f"{name} has no files at its top level")
     source = Source(name, folder, folder.name)
     if only is not None and (folder / INDEX).is_file():
         files = {file for tensor, file in source._weight_map(INDEX).items() if only(tensor)}

@@ -43,9 +43,6 @@ def convert_command(
         Literal["pmod", "baseline"],
         typer.Option(help="baseline takes the routers out of a p-MoD checkpoint again."),
     ] = "pmod",
-    source_format: Annotated[
-        str | None, typer.Option("--format", help="Format of SOURCE; detected by default.")
-    ] = None,
     vision_tower: Annotated[
         str | None, typer.Option(help="Folder or hub id, where SOURCE is a language model alone.")
     ] = None,
@@ -87,10 +84,8 @@ def convert_command(
     if push_to_hub and not dry_run:
         hub.check_login()
     if to == "baseline":
-        if recipe or settings or source_format or dry_run:
-            raise PmodError(
-                "--recipe, --set, --format and --dry-run say nothing about --to baseline", "leave them out"
-            )
+        if recipe or settings or dry_run:
+            raise PmodError("--recipe, --set and --dry-run say nothing about --to baseline", "leave them out")
         assert destination is not None
         with _progress() as progress:
             result = convert_back(
@@ -102,7 +97,6 @@ def convert_command(
             source,
             recipe=chosen,
             overrides=settings or (),
-            fmt=source_format,
             options=Options(allow_pickle, vision_tower, projector, tokenizer),
             revision=revision,
             headers=dry_run,

@@ -13,7 +13,7 @@ from pmod_cli.checkpoints.shards import INDEX, StoredTensor, shard_bytes
 from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.conversion.card import model_card
 from pmod_cli.conversion.decoder import DecoderLayout, find_decoder, router_tensors
-from pmod_cli.conversion.formats import Options, Shard, Translation, find_format
+from pmod_cli.conversion.formats import FORMATS, Options, Shard, Translation, find_format
 from pmod_cli.conversion.restore import baseline_files, index_of
 from pmod_cli.families import Family, check_decoder, find_family
 from pmod_cli.modeling.schedule import mean_retention
@@ -102,7 +102,6 @@ def plan_conversion(
     *,
     recipe: Recipe | None = None,
     overrides: Sequence[str] = (),
-    fmt: str | None = None,
     options: Options | None = None,
     revision: str | None = None,
     headers: bool = False,
@@ -113,7 +112,6 @@ def plan_conversion(
         source: Folder or hub id.
         recipe: The paper's settings if None, unless the source brings its own.
         overrides: ``key.sub=value`` for the default recipe, where ``recipe`` is None.
-        fmt: Name of the source's format; detected if None.
         options: See `Options`.
         revision: Hub branch, tag or commit.
         headers: Of a hub id, read the headers over the network and do not download the weights.
@@ -123,8 +121,8 @@ def plan_conversion(
     """
     options = replace(options or Options(), recipe=recipe)
     opened = open_source(source, revision=revision, allow_pickle=options.allow_pickle, headers=headers)
-    name, format = find_format(opened, fmt)
-    translation = format.translate(opened, options)
+    name = find_format(opened)
+    translation = FORMATS[name].translate(opened, options)
     family = find_family(str(translation.config.get("model_type", "")))
     check_decoder(family, translation.config)
     tensors = [tensor for shard in translation.shards for tensor in shard.tensors]

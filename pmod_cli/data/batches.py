@@ -35,15 +35,6 @@ class Example:
     replaced: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class BatchNotes:
-    """What the trainer wants to know of a batch: ids, samples that were replaced (id, reason), real tokens."""
-
-    ids: list[str]
-    replaced: list[tuple[str, str]]
-    tokens: int
-
-
 class EncodedDataset(Dataset[Example]):
     """Encodes samples when they are asked for; a bad one is replaced by the next good one.
 
@@ -124,7 +115,7 @@ class Collator:
         )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """A batch of the model's inputs, and ``notes`` on it for the trainer.
+        """A batch of the model's inputs, and ``notes`` on it: ``ids``, ``replaced`` samples, real ``tokens``.
 
         Labels are cut before the first answer, and ``logits_to_keep`` has the model's head leave out the same
         tokens, most of them vision tokens: the loss is the same, without their logits.
@@ -155,11 +146,11 @@ class Collator:
         }
         if images:
             batch |= self.processor.image_processor(images, return_tensors="pt")
-        batch["notes"] = BatchNotes(
-            [example.id for example in examples],
-            [pair for example in examples for pair in example.replaced],
-            sum(len(example.encoded.input_ids) for example in examples),
-        )
+        batch["notes"] = {
+            "ids": [example.id for example in examples],
+            "replaced": [pair for example in examples for pair in example.replaced],
+            "tokens": sum(len(example.encoded.input_ids) for example in examples),
+        }
         return batch
 
 

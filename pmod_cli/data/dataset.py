@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints.source import is_hub_id
 from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
 from pmod_cli.data.records import BadSample, Conversation, parse_json, parse_record
 from pmod_cli.extras import require
@@ -109,8 +110,7 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     if path.is_dir():
         return _open_table(str(data), path)
     name = str(data)
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix
-    if looks_like_hub_id and not path.exists():
+    if is_hub_id(name) and not path.suffix:
         return _open_table(name, None)
     try:
         content = path.read_bytes()

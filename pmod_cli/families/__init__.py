@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from pmod_cli.output.errors import PmodError
@@ -36,10 +35,6 @@ class Family:
     def model_type(self) -> str:
         """``model_type`` of the p-MoD model."""
         return f"pmod_{self.base_type}"
-
-    def module(self) -> ModuleType:
-        """Import the family's classes (this imports torch)."""
-        return importlib.import_module(f"pmod_cli.families.{self.name}")
 
 
 FAMILIES = (
@@ -81,4 +76,4 @@ def check_decoder(family: Family, config: dict[str, Any]) -> None:
 def register_auto_classes() -> None:
     """Tell transformers' Auto classes about every p-MoD family (this imports torch)."""
     for family in FAMILIES:
-        family.module().register()
+        importlib.import_module(f"pmod_cli.families.{family.name}").register()

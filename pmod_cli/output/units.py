@@ -31,10 +31,8 @@ def si(value: float, unit: str = "") -> str:
 
 def size(count: float) -> str:
     """Bytes: ``1.234 GB``."""
-    for name, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3f} {name}"
-    return f"{count:.0f} B"
+    name, factor = prefix(count)
+    return f"{count / factor:.3f} {name}B" if name else f"{count:.0f} B"
 
 
 def share(value: float | None) -> str:

@@ -102,15 +102,9 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     statistics = _STATISTICS if looks else ()
     count = 1 + len(statistics)
     figure, axes = plots.figure(count, 1, (7, 2.4 * count))
-    _draw_loss(axes[0][0], [row for row in rows if row.get("loss") is not None], bool(looks))
-    for row, (name, title) in zip(axes[1:], statistics, strict=True):
-        _draw_routers(figure, row[0], looks, name, title)
-    plots.save(figure, path, title="training")
-
-
-def _draw_loss(axis: Any, rows: list[dict[str, Any]], pmod: bool) -> None:
+    axis, rows = axes[0][0], [row for row in rows if row.get("loss") is not None]
     steps = [row["step"] for row in rows]
-    axis.plot(steps, [row["loss"] for row in rows], color=plots.PMOD if pmod else plots.DENSE)
+    axis.plot(steps, [row["loss"] for row in rows], color=plots.PMOD if looks else plots.DENSE)
     axis.set(title="loss (line) and learning rate (dashed)", xlabel="step", ylabel="loss")
     axis.set_ylim(bottom=0)
     rates = axis.twinx()
@@ -118,6 +112,9 @@ def _draw_loss(axis: Any, rows: list[dict[str, Any]], pmod: bool) -> None:
     rates.plot(steps, [row.get("learning_rate") for row in rows], **style)
     rates.set_ylabel("learning rate")
     rates.set_ylim(bottom=0)
+    for row, (name, title) in zip(axes[1:], statistics, strict=True):
+        _draw_routers(figure, row[0], looks, name, title)
+    plots.save(figure, path, title="training")
 
 
 def _draw_routers(figure: Any, axis: Any, looks: list[dict[str, Any]], name: str, title: str) -> None:

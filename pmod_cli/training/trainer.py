@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from pmod_cli.data.batches import BatchNotes, OrderedSampler
+from pmod_cli.data.batches import OrderedSampler
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import GateError, PmodError, first_line
 from pmod_cli.training.monitor import BadSampleLog
@@ -104,11 +104,11 @@ class PmodTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """One micro batch; `GateError` if there are too many bad samples."""
-        notes: BatchNotes = inputs.pop("notes")
-        self._step_ids += notes.ids
-        self._samples += len(notes.ids)
-        self._tokens += notes.tokens
-        self.bad.add(notes.replaced)
+        notes = inputs.pop("notes")
+        self._step_ids += notes["ids"]
+        self._samples += len(notes["ids"])
+        self._tokens += notes["tokens"]
+        self.bad.add(notes["replaced"])
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._step_losses.append(loss.detach())
         return loss

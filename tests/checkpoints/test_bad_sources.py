@@ -172,8 +172,6 @@ def test_models_that_are_not_supported(tmp_path):
         plan_conversion(silent)
     none = TEXT | {"model_type": "mistral", "sliding_window": None}
     plan_conversion(make_checkpoint(tmp_path / "none", config={"text_config": none}))
-    with pytest.raises(PmodError, match="unknown format 'gguf'"):
-        plan_conversion(source, fmt="gguf")
 
 
 def test_recipes_that_do_not_fit(tmp_path):

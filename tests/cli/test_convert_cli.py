@@ -96,7 +96,6 @@ def test_one_line_and_exit_code_2(pmod, tmp_path):
         ([source, tmp_path / "x", "--recipe", "demoo"], "did you mean demo?"),
         ([source, tmp_path / "x", "--set", "mod.flor=1"], "did you mean mod.floor?"),
         ([source, tmp_path / "x", "--set", "mod.floor=0"], "outside (0, 1]"),
-        ([source, tmp_path / "x", "--format", "gguf"], "unknown format 'gguf'"),
         ([source, tmp_path / "x", "--to", "baseline", "--recipe", "demo"], "leave them out"),
     ):
         code, out, err = pmod("convert", *words)

@@ -203,5 +203,5 @@ def test_a_projector_of_another_width(parts, tmp_path):
 
 
 def test_formats_are_told_apart(parts):
-    assert find_format(open_source(parts[1]))[0] == "parts"
+    assert find_format(open_source(parts[1])) == "parts"
     assert LlavaForConditionalGeneration.config_class is LlavaConfig

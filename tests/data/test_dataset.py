@@ -216,7 +216,7 @@ def test_images_are_loaded_in_workers_and_give_the_same_batches(demo_data, proce
         for name in ("input_ids", "labels", "attention_mask"):
             assert torch.equal(alone[name], worked[name])
         assert ("pixel_values" in alone) == ("pixel_values" in worked)
-    real = Counter(len(batch["notes"].ids) for batch in batches[0])
+    real = Counter(len(batch["notes"]["ids"]) for batch in batches[0])
     assert real == {8: 4}
 
 

@@ -45,18 +45,14 @@ FORMATS = {
 """By name, in the order in which they are asked."""
 
 
-def find_format(source: Source, name: str | None = None) -> tuple[str, Format]:
-    """The format of a source: the one that is named, or the first that matches; `PmodError` if there is none."""
-    known = ", ".join(FORMATS)
-    if name is None:
-        name = next((name for name, format in FORMATS.items() if format.matches(source)), None)
-    elif name not in FORMATS:
-        raise PmodError(f"unknown format {name!r}", f"known: {known}")
+def find_format(source: Source) -> str:
+    """The name of the first format that a source matches; `PmodError` if there is none."""
+    name = next((name for name, format in FORMATS.items() if format.matches(source)), None)
     if name is not None:
-        return name, FORMATS[name]
+        return name
     if source.model_type:
         find_family(source.model_type)  # its error names the families that exist
     raise PmodError(
         f"{source.name} is not a checkpoint of a known format",
-        f"known formats: {known}" if source.config else "it has no config.json",
+        f"known formats: {', '.join(FORMATS)}" if source.config else "it has no config.json",
     )

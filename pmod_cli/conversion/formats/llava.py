@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pmod_cli.checkpoints.load import ORIGINAL_DECODERS
+from pmod_cli.checkpoints.load import ORIGINAL_DECODERS, RELEASED_TYPE
 from pmod_cli.checkpoints.shards import StoredTensor, encode
 from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats.llava_config import (
@@ -59,7 +59,8 @@ def translate_original(source: Source, options: Options, mod: MoDConfig | None =
     names = {tensor.name for file in files for tensor in file}
     if mod is None and any(map(is_router, names)):
         raise PmodError(
-            f"{source.name} has routers, and its config.json no p-MoD settings", "--format released?"
+            f"{source.name} has routers, and its config.json no p-MoD settings",
+            f"its model_type should be {RELEASED_TYPE}",
         )
     if family == "llava" and NEWLINE in names:
         files = [[tensor for tensor in file if tensor.name != NEWLINE] for file in files]
