@@ -199,13 +199,7 @@ def shard_bytes(tensors: Sequence[StoredTensor]) -> int:
 def write_shard(
     path: Path, tensors: Sequence[StoredTensor], progress: Callable[[int], None] | None = None
 ) -> None:
-    """Write a safetensors file, holding one chunk of one tensor at a time.
-
-    Args:
-        path: The file.
-        tensors: What goes into it, in any order.
-        progress: Called with the number of bytes after each piece.
-    """
+    """Write a safetensors file, holding one chunk of one tensor at a time; ``progress`` gets the bytes of each."""
     # The largest types first: each is then aligned.
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}

@@ -19,10 +19,8 @@ Progress = Callable[[int], None]
 def check_destination(destination: Path, source: Path | None, force: bool) -> None:
     """Refuse a destination before any work is done.
 
-    Args:
-        destination: The folder to be.
-        source: The folder read from; the two may not lie one inside the other.
-        force: Whether a checkpoint that is there may be replaced; nothing else ever is.
+    With ``force`` a checkpoint that is there may be replaced, nothing else ever. The source may neither hold it nor lie
+    in it.
     """
     place = destination.resolve()
     if source is not None:

@@ -103,10 +103,7 @@ def convert_back(
 def preview(plan: Plan, destination: Path | None = None, copy: bool = False) -> dict[str, Any]:
     """What ``docs/convert.md`` lists for ``--dry-run``; nothing is written.
 
-    Args:
-        plan: See `plan_conversion`.
-        destination: Where the checkpoint would go; the current folder's disk is looked at if None.
-        copy: Whether weights would be copied.
+    Without a destination the current folder's disk is looked at.
     """
     place = destination or Path("checkpoint")
     notes = list(plan.translation.notes)

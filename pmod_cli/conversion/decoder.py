@@ -143,15 +143,9 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
 def router_tensors(
     mod: MoDConfig, layout: DecoderLayout, given: dict[str, StoredTensor]
 ) -> list[StoredTensor]:
-    """The routers of every Mixture-of-Depths layer: those given, or zeros in the decoder's dtype.
+    """The routers of every Mixture-of-Depths layer: zeros in the decoder's dtype, or those given by name.
 
-    Args:
-        mod: Says which layers, and whether routers have a bias.
-        layout: The decoder's.
-        given: Routers that the source has, by name; all of them, or none.
-
-    Raises:
-        PmodError: A router is missing or has the wrong shape.
+    All must be given and have the right shape, or none.
     """
     shapes = {"weight": (1, layout.hidden)} | ({"bias": (1,)} if mod.router_bias else {})
     tensors = []

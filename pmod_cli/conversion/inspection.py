@@ -20,14 +20,9 @@ from pmod_cli.output.errors import PmodError
 
 
 def inspect_checkpoint(model: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """Read a p-MoD checkpoint's config and routers.
+    """What ``docs/convert.md`` lists for ``pmod inspect --json``; a number that is not finite is None.
 
-    Args:
-        model: Folder or hub id; of a hub id only files that hold routers are downloaded.
-        revision: Hub branch, tag or commit.
-
-    Returns:
-        What ``docs/convert.md`` lists for ``pmod inspect --json``. A number that is not finite is None.
+    Of a hub id only files that hold routers are downloaded.
 
     Raises:
         PmodError: It is not a p-MoD checkpoint, or routers are missing.

@@ -38,11 +38,7 @@ class Example:
 class EncodedDataset(Dataset[Example]):
     """Encodes samples when they are asked for; a bad one is replaced by the next good one.
 
-    Args:
-        samples: What to encode.
-        pictures: Where their images are.
-        processor: The model's processor.
-        max_length: In tokens, image tokens included.
+    Their images are those of ``pictures``; ``max_length`` is in tokens, image tokens included.
     """
 
     def __init__(

@@ -27,15 +27,7 @@ class Encoded:
 
 
 class ChatEncoder:
-    """Encodes conversations for one processor.
-
-    Args:
-        processor: With a fast tokenizer and a chat template; ``image_token`` names its placeholder.
-        max_length: Longer conversations are cut at the end.
-
-    Raises:
-        PmodError: No chat template, or a slow tokenizer (labels need character offsets).
-    """
+    """Encodes conversations for a processor with a fast tokenizer and a chat template; cuts them at a maximum length."""
 
     def __init__(self, processor: Any, max_length: int) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -51,11 +43,7 @@ class ChatEncoder:
         self._ends = set(self.tokenizer.all_special_tokens) - (other - {self.tokenizer.eos_token})
 
     def encode(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> Encoded:
-        """Encode one conversation.
-
-        Args:
-            turns: See `Turn`.
-            image_tokens: How many tokens each image takes, in order.
+        """Encode one conversation; ``image_tokens`` says how many tokens each image takes.
 
         Raises:
             BadSample: No answer or not every image is within the maximum length; images and placeholders differ.

@@ -56,12 +56,9 @@ class ImageFolder:
 
 
 class ImageColumn:
-    """The image column of a `datasets` table; the name of a picture is ``ROW`` or ``ROW:PLACE``.
+    """The column of images, or lists of them, of a `datasets` table; a picture's name is ``ROW`` or ``ROW:PLACE``.
 
-    Args:
-        table: A `datasets.Dataset`.
-        column: Of type ``Image``, or a list of it.
-        root: Pictures that the table only names must lie below it.
+    Pictures that the table only names must lie below ``root``.
     """
 
     def __init__(self, table: Any, column: str, root: Path) -> None:

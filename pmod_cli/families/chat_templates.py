@@ -27,14 +27,9 @@ LLAMA_3 = _read("llama_3")
 
 
 def choose_template(decoder: str, vocabulary: Container[str]) -> str | None:
-    """The conversation format that LLaVA's code trains a language model in.
+    """The conversation format that LLaVA's code trains a language model in; None for one that it does not know.
 
-    Args:
-        decoder: ``model_type`` of the language model.
-        vocabulary: The tokenizer's, which tells Llama 3 from Vicuna.
-
-    Returns:
-        A template of this module, or None for a language model that LLaVA's code does not know.
+    ``decoder`` is its ``model_type``; the tokenizer's vocabulary tells Llama 3 from Vicuna.
     """
     if decoder == "llama" and "<|start_header_id|>" in vocabulary:
         return LLAMA_3

@@ -60,9 +60,6 @@ def emit_json(command: str, result: Any) -> None:
 def report_error(error: BaseException) -> int | None:
     """Print a user-facing error on stderr as one line.
 
-    Args:
-        error: What a command raised.
-
     Returns:
         The exit code, or None when the error is not one of the user's making and should be seen whole.
     """

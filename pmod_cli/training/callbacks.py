@@ -57,13 +57,9 @@ class StopAtSignal(TrainerCallback):
 
 
 class RatioWarmup(TrainerCallback):
-    """Lowers the layers' ``retention_ratio`` step by step: from 1.0 (dense) in a straight line to the schedule's.
+    """Lowers the layers' ``retention_ratio`` in a straight line: from 1.0 (dense) to the schedule's, after ``steps``.
 
     The config keeps the schedule's ratios all along, so every checkpoint has them.
-
-    Args:
-        model: A p-MoD model.
-        steps: From this step on the ratios are exactly the schedule's.
     """
 
     def __init__(self, model: nn.Module, steps: int) -> None:

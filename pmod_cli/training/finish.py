@@ -42,20 +42,10 @@ def save_result(
     weights: dict[str, torch.Tensor] | None = None,
     merge_lora: bool = False,
 ) -> None:
-    """Write the checkpoint beside its place, move it there, and remove the training folder.
+    """Write the checkpoint beside its place, move it there, and remove the training folder ``work``.
 
-    Args:
-        network: The trained model, or the PEFT model around it.
-        processor: As it was used.
-        output: The checkpoint's folder.
-        work: The training folder, with ``metrics.jsonl``.
-        recipe: The resolved recipe.
-        summary: Written to ``training.json``.
-        weights: The whole state dict of a sharded model; None where the network holds it itself.
-        merge_lora: Fold LoRA into the weights.
-
-    Raises:
-        PmodError: It cannot be written.
+    ``network`` is the trained model or the PEFT model around it, ``summary`` goes to ``training.json``. ``weights`` is
+    the whole state dict of a sharded model; None where the network holds it itself.
     """
     dtype = getattr(torch, recipe.train.dtype)
     if merge_lora:

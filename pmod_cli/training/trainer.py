@@ -41,12 +41,7 @@ KEPT_CHECKPOINTS = 2
 class PmodTrainer(Trainer):
     """The Trainer, with the changes that the module lists.
 
-    Args:
-        sampler: The order of the samples.
-        bad: Counts the samples that were replaced.
-        router_learning_rate: For the routers; the others' if None.
-        weights_loaded: The model already has the weights of the checkpoint that is resumed from.
-        **kwargs: The Trainer's.
+    ``weights_loaded`` says that the model already has the weights of the checkpoint that is resumed from.
     """
 
     def __init__(

@@ -80,12 +80,8 @@ def dense_config(
 ) -> dict[str, Any]:
     """The transformers config of a LLaVA checkpoint in the original or the released format.
 
-    Args:
-        config: Its flat config.
-        model_type: Its decoder's.
-        vision: What `tower_config` gave.
-        image_token: Id of the image token.
-        rows: Rows of the embedding table, with the image token's.
+    Of its flat config, the ``model_type`` of its decoder, what `tower_config` gave, the id of the image token, and the
+    rows of the embedding table, with the image token's.
     """
     strategy = "default" if config.get("mm_vision_select_feature", "patch") == "patch" else "full"
     family = family_name(config)
@@ -197,13 +193,10 @@ def released_ratios(config: dict[str, Any]) -> Ratios:
 def processor_files(
     dense: dict[str, Any], tower: dict[str, Any] | None, aspect_ratio: str | None, *, baseline: bool = False
 ) -> dict[str, Path | bytes]:
-    """``preprocessor_config.json`` and ``processor_config.json``.
+    """``preprocessor_config.json`` and ``processor_config.json`` for a dense config and an ``image_aspect_ratio``.
 
-    Args:
-        dense: The dense transformers config.
-        tower: ``preprocessor_config.json`` of the vision tower; CLIP's settings if None.
-        aspect_ratio: ``image_aspect_ratio`` of the source.
-        baseline: For the dense baseline, which has to load without this package: transformers' own classes.
+    What the tower's own ``preprocessor_config.json`` says counts more than CLIP's settings. The dense ``baseline`` has
+    to load without this package, and gets transformers' own classes.
     """
     vision, tiled = dense["vision_config"], dense["model_type"] == "llava_next"
     side = vision["image_size"]

@@ -41,17 +41,7 @@ def find_tokenizer(
 ) -> TokenizerFiles | None:
     """The tokenizer that the user names, or the source's own, with an image token and a chat template.
 
-    Args:
-        source: The checkpoint.
-        chosen: Folder or hub id that the user names, or None.
-        decoder: ``model_type`` of the decoder, which decides the template.
-        max_length: ``tokenizer_model_max_length`` of the checkpoint, or None.
-
-    Returns:
-        None if the user names none and the source has none.
-
-    Raises:
-        PmodError: The user's has no tokenizer, or one cannot be read.
+    The ``model_type`` of the decoder decides the template. None if the user names none and the source has none.
     """
     place = open_source(chosen, near=source.folder) if chosen else source
     if not any((place.folder / name).is_file() for name in _VOCABULARIES):
