@@ -27,7 +27,7 @@ class Encoded:
 
 
 class ChatEncoder:
-    """Encodes conversations for a processor with a fast tokenizer and a chat template; cuts them at a maximum length."""
+    """Encodes conversations for a processor with a fast tokenizer and a chat template; cuts them at a length."""
 
     def __init__(self, processor: Any, max_length: int) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer

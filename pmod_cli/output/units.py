@@ -6,7 +6,7 @@ _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 def prefix(value: float, smallest: str = "") -> tuple[str, float]:
-    """The decimal prefix that leaves a number of 1 or more, and its factor; ``smallest`` or none if all are too large."""
+    """The decimal prefix that leaves a number of 1 or more, and its factor; ``smallest`` or none fits."""
     for name, factor in _PREFIXES:
         if abs(value) >= factor or name == smallest:
             return name, factor

@@ -31,6 +31,12 @@ _FREE_TO_CHANGE = {
 }
 
 
+_ALIKE = {
+    "learning_rate", "weight_decay", "max_grad_norm", "adam_beta2", "logging_steps", "save_steps", "seed",
+}  # fmt: skip
+"""Settings that the Trainer's arguments have under the same name."""
+
+
 def sharding() -> str | None:
     """How accelerate was told to shard the model over processes: ``fsdp``, ``zero1`` to ``zero3``, or None."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("1", "true"):
@@ -105,30 +111,24 @@ def training_arguments(
             max_steps=steps,
             per_device_train_batch_size=settings.micro_batch_size,
             gradient_accumulation_steps=accumulation,
-            learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.lr_scheduler,
             warmup_steps=math.ceil(steps * settings.warmup_ratio),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            adam_beta2=settings.adam_beta2,
             bf16=settings.dtype == "bfloat16",
             fp16=settings.dtype == "float16",
             # Worker processes cost more than they bring where the model itself runs on the CPU.
             dataloader_num_workers=settings.num_workers if on_gpu else 0,
             dataloader_pin_memory=on_gpu,
-            logging_steps=settings.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,
             save_strategy="steps",
-            save_steps=settings.save_steps,
             save_total_limit=KEPT_CHECKPOINTS,
             report_to=list(settings.report_to) or "none",
-            seed=settings.seed,
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
             ddp_find_unused_parameters=False,
             use_cpu=not on_gpu,
+            **settings.model_dump(include=_ALIKE),
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise PmodError(f"this machine cannot run the recipe: {first_line(error)}") from error
