@@ -21,7 +21,6 @@ from pmod_cli.output.errors import PmodError, first_line
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
 
-
 DEFAULT_MAX_NEW_TOKENS = 1024
 """What lmms-eval's LLaVA models use where a task does not say."""
 
@@ -96,8 +95,7 @@ class VisionLanguageModel:
             tokenizer.pad_token = tokenizer.eos_token
         if not getattr(processor, "chat_template", None):
             raise PmodError(
-                "the checkpoint has no chat template",
-                "add chat_template.jinja, as the llava-hf checkpoints have",
+                "the checkpoint has no chat template", "add chat_template.jinja, as llava-hf's have"
             )
 
     @classmethod

@@ -37,9 +37,7 @@ def refuse_unconverted(source: Source) -> None:
     """Refuse a checkpoint in the paper's released or the original LLaVA format, which only conversion reads."""
     if is_released(source.config) or is_original(source.config):
         whose = "paper's released p-MoD" if is_released(source.config) else "original LLaVA"
-        raise PmodError(
-            f"{source.name} is in the {whose} format ({source.model_type})", "pmod convert it first"
-        )
+        raise PmodError(f"{source.name} is in the {whose} format", "pmod convert it first")
 
 
 def check_source(source: str | Path) -> None:

@@ -140,8 +140,7 @@ def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
     """The tensors of a pickled state dict, by name, if pickles are allowed; their data stays on disk until read."""
     if not allow:
         raise PmodError(
-            f"{path.name} holds pickled weights, which can run code when they are loaded",
-            "--allow-pickle loads them with torch's weights_only reader",
+            f"{path.name} is pickled, and could run code", "--allow-pickle reads its weights alone"
         )
     import torch
 

@@ -76,9 +76,7 @@ class Source:
             files = []
             for path in (self.folder / name for name in names):
                 if not path.is_file():
-                    raise PmodError(
-                        f"{index} names {path.name}, which is not in {self.name}", "download it again"
-                    )
+                    raise PmodError(f"{index} names {path.name}, which is not in {self.name}", "download it")
                 tensors = read_header(path) if safe else read_pickle(path, allow_pickle)
                 files.append(WeightFile(path, tensors, safe))
             found = {(tensor, file.name) for file in files for tensor in file.tensors}

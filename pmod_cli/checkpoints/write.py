@@ -28,9 +28,7 @@ def check_destination(destination: Path, source: Path | None, force: bool) -> No
         if place == origin:
             raise PmodError(f"source and destination are the same folder: {destination}")
         if origin in place.parents or place in origin.parents:
-            raise PmodError(
-                f"{destination} and the source lie one inside the other", "choose another destination"
-            )
+            raise PmodError(f"{destination} and the source lie one inside the other", "choose another place")
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise PmodError(f"{destination} exists and is not a folder")
     if destination.is_dir():

@@ -7,17 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints import write
 from pmod_cli.checkpoints.hub import download
 from pmod_cli.checkpoints.shards import TORCH_DTYPES, shard_bytes
 from pmod_cli.checkpoints.source import Source, open_source
-from pmod_cli.checkpoints.write import (
-    Progress,
-    check_destination,
-    check_space,
-    free_space,
-    link_is_possible,
-    write_checkpoint,
-)
 from pmod_cli.conversion.formats.translation import Translation
 from pmod_cli.conversion.plan import Plan
 from pmod_cli.conversion.restore import FOLDER, plan_baseline
@@ -32,7 +25,7 @@ def convert(
     *,
     force: bool = False,
     copy: bool = False,
-    progress: Progress | None = None,
+    progress: write.Progress | None = None,
 ) -> dict[str, Any]:
     """Write what was planned; the destination appears complete or not at all.
 
@@ -67,7 +60,7 @@ def convert_back(
     revision: str | None = None,
     force: bool = False,
     copy: bool = False,
-    progress: Progress | None = None,
+    progress: write.Progress | None = None,
 ) -> dict[str, Any]:
     """Write the dense baseline of a p-MoD checkpoint: bit for bit what was converted, if it was not trained since.
 
@@ -112,7 +105,7 @@ def preview(plan: Plan, destination: Path | None = None, copy: bool = False) -> 
     except PmodError as error:
         expected = None
         notes.append(f"FLOPs and KV cache are not counted: {error.message}")
-    needed, free = bytes_needed(plan.checkpoint(), place, copy), free_space(place)
+    needed, free = bytes_needed(plan.checkpoint(), place, copy), write.free_space(place)
     if needed > free:
         notes.append("it does not fit on that disk")
     return {
@@ -161,7 +154,7 @@ def bytes_needed(checkpoint: Translation, destination: Path, copy: bool = False)
     total = sum(
         shard_bytes(shard.tensors)
         for shard in checkpoint.shards
-        if copy or shard.linked is None or not link_is_possible(shard.linked, destination)
+        if copy or shard.linked is None or not write.link_is_possible(shard.linked, destination)
     )
     for file in checkpoint.files.values():
         total += len(file) if isinstance(file, bytes) else file.stat().st_size
@@ -174,9 +167,9 @@ def _write(
     destination: Path,
     force: bool,
     copy: bool,
-    progress: Progress | None,
+    progress: write.Progress | None,
 ) -> dict[str, int]:
-    check_destination(destination, source.folder, force)
-    check_space(destination, bytes_needed(checkpoint, destination, copy))
+    write.check_destination(destination, source.folder, force)
+    write.check_space(destination, bytes_needed(checkpoint, destination, copy))
     weights = {shard.name: shard.linked or shard.tensors for shard in checkpoint.shards}
-    return write_checkpoint(destination, weights, checkpoint.files, copy=copy, progress=progress)
+    return write.write_checkpoint(destination, weights, checkpoint.files, copy=copy, progress=progress)

@@ -118,9 +118,7 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
         raise PmodError(f"the weights lack {missing[0]}{more}")
     query = stacks[prefix]["self_attn.q_proj.weight"][0]
     if "quantization_config" in config or query.dtype not in ROUTER_DTYPES:
-        raise PmodError(
-            "the weights are quantised", "convert the unquantised checkpoint and quantise when it is loaded"
-        )
+        raise PmodError("the weights are quantised", "convert the unquantised checkpoint")
     known = _sides_of(text, config)
     for name, tensor in by_name.items():
         if name.startswith(prefix):
@@ -131,12 +129,10 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
     for ends in stacks.values():
         for present in ends.values():
             # Finds what is wrong in parts whose sides have no names here.
+            first, shape = present[0].name, list(present[0].shape)
             for tensor in present.values():
-                if tensor.shape != present[0].shape:
-                    raise PmodError(
-                        f"{tensor.name} has shape {list(tensor.shape)}, and {present[0].name} has "
-                        f"{list(present[0].shape)}"
-                    )
+                if list(tensor.shape) != shape:
+                    raise PmodError(f"{tensor.name} has shape {list(tensor.shape)}, and {first} has {shape}")
     return DecoderLayout(prefix, layers, query.shape[1], query.dtype)
 
 

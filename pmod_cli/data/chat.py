@@ -34,7 +34,7 @@ class ChatEncoder:
         self.max_length = max_length
         if not processor.chat_template:
             raise PmodError(
-                "the processor has no chat template", "set train.chat_template=vicuna_v1, or add one to it"
+                "the processor has no chat template", "train.chat_template=vicuna_v1 gives it one"
             )
         if not self.tokenizer.is_fast:
             raise PmodError("fine-tuning needs a fast tokenizer (tokenizer.json)")

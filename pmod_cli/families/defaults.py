@@ -71,14 +71,12 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
     if raw["model_type"] not in MODELS or not set(kinds) <= set(PARTS):
         full: dict[str, Any] = transformers_config(raw).to_dict()
         return full
-    for part in (text, vision):
-        part |= {key: value for key, value in PARTS[part["model_type"]].items() if key not in part}
+    for part, kind in zip((text, vision), kinds, strict=True):
+        part |= {key: value for key, value in PARTS[kind].items() if key not in part}
         for key in _SIZES:
             size = part.get(key, 1)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise PmodError(
-                    f"config.json: {key} of {part['model_type']} is {size!r}, not a number above 0"
-                )
+                raise PmodError(f"config.json: {key} of {kind} is {size!r}, not a number above 0")
     given = {key: value for key, value in raw.items() if value is not None}
     if "image_token_id" in given:
         given.setdefault("image_token_index", given["image_token_id"])

@@ -139,12 +139,11 @@ def check_identity(work: Path, recipe: Recipe, model: str | Path, data: str, res
     train = recipe.train.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     identity = {"data": data, "recipe": train, "model": str(model)}
     path = work / "run.json"
-    if resuming and path.exists():
-        before = read_json(path)
-        changed = [key for key, value in identity.items() if before.get(key) != value]
-        if changed:
-            raise PmodError(
-                f"cannot resume {work}: the {' and the '.join(changed)} changed since it was begun",
-                "--force (without --resume) starts anew",
-            )
+    before = read_json(path) if resuming and path.exists() else identity
+    changed = [key for key, value in identity.items() if before.get(key) != value]
+    if changed:
+        raise PmodError(
+            f"cannot resume {work}: the {' and the '.join(changed)} changed since it was begun",
+            "--force (without --resume) starts anew",
+        )
     write_json(path, identity)

@@ -7,31 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from pmod_cli.checkpoints.load import ORIGINAL_DECODERS, RELEASED_TYPE
+from pmod_cli.checkpoints.load import ORIGINAL_DECODERS
 from pmod_cli.checkpoints.shards import StoredTensor, encode
 from pmod_cli.checkpoints.source import Source
-from pmod_cli.conversion.formats.llava_config import (
-    NEXT_GRIDS,
-    dense_config,
-    family_name,
-    generation_file,
-    mod_config,
-    processor_files,
-)
+from pmod_cli.conversion.formats import llava_config, llava_weights
 from pmod_cli.conversion.formats.llava_tokenizer import find_tokenizer
-from pmod_cli.conversion.formats.llava_weights import (
-    EMBEDDING,
-    HEAD,
-    NEWLINE,
-    PROJECTOR,
-    TOWER,
-    Tower,
-    find_tower,
-    read_projector,
-    read_weights,
-    rows_needed,
-    with_mean_rows,
-)
+from pmod_cli.conversion.formats.llava_weights import EMBEDDING, HEAD, NEWLINE, PROJECTOR, TOWER
 from pmod_cli.conversion.formats.translation import Options, Shard, Translation, shard_name
 from pmod_cli.modeling.names import is_router
 from pmod_cli.modeling.settings import MoDConfig
@@ -48,24 +29,21 @@ _NO_TOKENIZER = (
 
 def translate_released(source: Source, options: Options) -> Translation:
     """Translate a released p-MoD model: retention ratios, weight norm and target tokens are in its config."""
-    return translate_original(source, options, mod_config(source.config))
+    return translate_original(source, options, llava_config.mod_config(source.config))
 
 
 def translate_original(source: Source, options: Options, mod: MoDConfig | None = None) -> Translation:
     """Translate a model of LLaVA's own code: a dense one, or with p-MoD settings."""
     config, notes = source.config, []
-    family = family_name(config)
-    files = read_weights(source, options.allow_pickle)
+    family = llava_config.family_name(config)
+    files = llava_weights.read_weights(source, options.allow_pickle)
     names = {tensor.name for file in files for tensor in file}
     if mod is None and any(map(is_router, names)):
-        raise PmodError(
-            f"{source.name} has routers, and its config.json no p-MoD settings",
-            f"its model_type should be {RELEASED_TYPE}",
-        )
+        raise PmodError(f"{source.name} has routers, and its config.json no p-MoD settings")
     if family == "llava" and NEWLINE in names:
         files = [[tensor for tensor in file if tensor.name != NEWLINE] for file in files]
         notes.append("image_newline is left out: LLaVA-1.5 does not use it")
-    tower = find_tower(
+    tower = llava_weights.find_tower(
         options.vision_tower or config.get("mm_vision_tower") or config.get("vision_tower"),
         inside=any(name.startswith(TOWER) for name in names),
         near=source.folder,
@@ -90,14 +68,13 @@ def translate_parts(source: Source, options: Options) -> Translation:
     if not tower_name or not projector_name:
         raise PmodError(
             f"{source.name} is a language model alone",
-            "--vision-tower and --projector name the other parts, e.g. openai/clip-vit-large-patch14-336 and "
-            "mm_projector.bin",
+            "--vision-tower (openai/clip-vit-large-patch14-336) and --projector (mm_projector.bin) name the rest",
         )
     tiled = recipe is not None and recipe.family == "llava_next"
-    files = read_weights(source, options.allow_pickle)
+    files = llava_weights.read_weights(source, options.allow_pickle)
     hidden = int(source.config["hidden_size"])
-    projector = read_projector(projector_name, source.folder, options.allow_pickle)
-    tower = find_tower(tower_name, inside=False, near=None, allow_pickle=options.allow_pickle)
+    projector = llava_weights.read_projector(projector_name, source.folder, options.allow_pickle)
+    tower = llava_weights.find_tower(tower_name, inside=False, near=None, allow_pickle=options.allow_pickle)
     notes, extra = [], [*projector, *tower.tensors]
     if tiled:
         dtype = projector[0].dtype if projector[0].dtype in ("F16", "BF16") else "F32"
@@ -111,7 +88,7 @@ def translate_parts(source: Source, options: Options) -> Translation:
         "mm_projector_type": "mlp2x_gelu",
         "image_aspect_ratio": "anyres" if tiled else "pad",
         "mm_patch_merge_type": "spatial_unpad" if tiled else "flat",
-        "image_grid_pinpoints": [[across * side, down * side] for across, down in NEXT_GRIDS],
+        "image_grid_pinpoints": [[across * side, down * side] for across, down in llava_config.NEXT_GRIDS],
     }
     return _assemble(source, options, source.model_type, flat, [*files, extra], tower, None, notes)
 
@@ -122,7 +99,7 @@ def _assemble(
     decoder: str,
     flat: dict[str, Any],
     files: list[list[StoredTensor]],
-    tower: Tower,
+    tower: llava_weights.Tower,
     mod: MoDConfig | None,
     notes: list[str],
 ) -> Translation:
@@ -136,17 +113,17 @@ def _assemble(
     if embedding is None or len(embedding.shape) != 2:
         raise PmodError("the weights have no token embeddings (model.embed_tokens.weight)")
     image_token = tokenizer.image_token if tokenizer else embedding.shape[0]
-    rows = rows_needed(embedding.shape[0], image_token)
+    rows = llava_weights.rows_needed(embedding.shape[0], image_token)
     if tokenizer and tokenizer.pad_token is not None:
         flat = {**flat, "pad_token_id": tokenizer.pad_token}
-    config = dense_config(flat, decoder, tower.config, image_token, rows)
+    config = llava_config.dense_config(flat, decoder, tower.config, image_token, rows)
     _check_complete(config, embedding.shape[1], tensors)
     kept = []
     for file in files:
         weights = [tensor for tensor in file if not is_router(tensor.name)]
         if weights:
             tables = (EMBEDDING, HEAD)
-            kept.append([with_mean_rows(t, rows) if t.name in tables else t for t in weights])
+            kept.append([llava_weights.with_mean_rows(t, rows) if t.name in tables else t for t in weights])
     aspect_ratio = flat.get("image_aspect_ratio")
     given = source.json("generation_config.json")
     return Translation(
@@ -154,13 +131,13 @@ def _assemble(
         shards=[Shard(shard_name(number, len(kept)), file) for number, file in enumerate(kept, 1)],
         files={
             **{name: path for name, path in source.sidecars().items() if name in _LICENCES},
-            **processor_files(config, tower.images, aspect_ratio),
-            "generation_config.json": generation_file(config["text_config"], given),
+            **llava_config.processor_files(config, tower.images, aspect_ratio),
+            "generation_config.json": llava_config.generation_file(config["text_config"], given),
             **(tokenizer.files if tokenizer else {}),
         },
         mod=mod,
         routers={tensor.name: tensor for tensor in tensors if is_router(tensor.name)},
-        originals=processor_files(config, tower.images, aspect_ratio, baseline=True),
+        originals=llava_config.processor_files(config, tower.images, aspect_ratio, baseline=True),
         notes=notes if tokenizer else [*notes, _NO_TOKENIZER],
     )
 
@@ -191,7 +168,6 @@ def _check_complete(config: dict[str, Any], hidden: int, tensors: Iterable[Store
     for name, shape in needed.items():
         if name not in by_name:
             raise PmodError(f"the weights lack {name} (in transformers' terms)")
-        if by_name[name].shape != shape:
-            raise PmodError(
-                f"{name} has shape {list(by_name[name].shape)}, and its config says {list(shape)}"
-            )
+        found = by_name[name].shape
+        if found != shape:
+            raise PmodError(f"{name} has shape {list(found)}, and its config says {list(shape)}")

@@ -45,10 +45,9 @@ def decoder_config(config: dict[str, Any], model_type: str) -> dict[str, Any]:
 
 def tower_config(config: dict[str, Any], name: str) -> dict[str, Any]:
     """The vision half of the config of a ``clip`` or ``clip_vision_model`` checkpoint, which messages call ``name``."""
-    if config.get("model_type") not in ("clip", "clip_vision_model"):
-        raise PmodError(
-            f"vision tower {name} is of type {config.get('model_type')!r}, only CLIP towers are supported here"
-        )
+    kind = config.get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise PmodError(f"vision tower {name} is of type {kind!r}: only CLIP towers are supported here")
     vision = {**config, **(config.get("vision_config") or config.get("vision_config_dict") or {})}
     missing = [key for key in ("hidden_size", "image_size", "patch_size") if key not in vision]
     if missing:
@@ -69,9 +68,7 @@ def family_name(config: dict[str, Any]) -> str:
         return "llava"
     merge = config.get("mm_patch_merge_type", "flat")
     if merge != "spatial_unpad":
-        raise PmodError(
-            f"mm_patch_merge_type {merge!r} is not supported with anyres", "supported: spatial_unpad"
-        )
+        raise PmodError(f"mm_patch_merge_type {merge!r} is not supported with anyres", "spatial_unpad is")
     return "llava_next"
 
 
@@ -158,9 +155,7 @@ def weight_norm(name: str) -> tuple[str, float, float]:
     except ValueError:
         function = ""
     if function not in WEIGHT_NORMS:
-        raise PmodError(
-            f"mod_weight_norm {name!r} is not known", "e.g. tanh_0.2_1; tanh, sigmoid, softmax or none"
-        )
+        raise PmodError(f"mod_weight_norm {name!r} is not known", "e.g. tanh_0.2_1, sigmoid, softmax, none")
     return function, scale, bias
 
 
