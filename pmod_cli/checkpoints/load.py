@@ -9,9 +9,6 @@ from pmod_cli.checkpoints.source import Source, check_exists, open_source
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, first_line
 
-RELEASED_TYPE = "pmod_llava_llama"
-"""``model_type`` of the paper's released checkpoints."""
-
 ORIGINAL_DECODERS = {
     "llava_llama": "llama",
     "llava_mistral": "mistral",
@@ -25,7 +22,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 def is_released(config: dict[str, Any]) -> bool:
     """Whether a config is of the paper's released p-MoD format."""
-    return config.get("model_type") == RELEASED_TYPE
+    return config.get("model_type") == "pmod_llava_llama"
 
 
 def is_original(config: dict[str, Any]) -> bool:

@@ -53,9 +53,7 @@ class Source:
     ) -> list[WeightFile]:
         """Its weights, by the headers alone; the same choice of files as transformers makes.
 
-        Args:
-            allow_pickle: Whether ``.bin`` files may be loaded if there is nothing better.
-            only: Says of a tensor's name whether it is wanted; files that have none by the index are left out.
+        Files that by the index have none of the tensors that ``only`` wants are left out.
 
         Raises:
             PmodError: No weights, an index that names an absent file or tensor, a corrupt or truncated file.
@@ -86,12 +84,10 @@ class Source:
                         f"{index} says that {tensor} is in {name}, and it is not", "download both again"
                     )
             return files
-        pickled = self.revision is not None and not allow_pickle
-        raise PmodError(
-            f"{self.name} has no weights",
-            f"expected {SINGLE} or {INDEX}"
-            + ("; if the repository has .bin files alone, --allow-pickle" if pickled else ""),
-        )
+        hint = f"expected {SINGLE} or {INDEX}"
+        if self.revision is not None and not allow_pickle:
+            hint += "; if the repository has .bin files alone, --allow-pickle"
+        raise PmodError(f"{self.name} has no weights", hint)
 
     def _weight_map(self, index: str) -> dict[str, str]:
         weight_map = (self.json(index) or {}).get("weight_map")

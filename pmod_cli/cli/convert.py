@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.options import AsJson, Overrides, Revision
+from pmod_cli.cli.options import AsJson, Overrides, RecipeName, Revision
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
 from pmod_cli.output.errors import PmodError
@@ -34,10 +34,7 @@ def convert_command(
     destination: Annotated[
         Path | None, typer.Argument(help="Folder of the new checkpoint; not needed with --dry-run.")
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="Name of a shipped recipe, or a .yaml file (default: the paper's settings)."),
-    ] = None,
+    recipe: RecipeName = None,
     settings: Overrides = None,
     to: Annotated[
         Literal["pmod", "baseline"],

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.options import AsJson, Images, Overrides
+from pmod_cli.cli.options import AsJson, Images, Overrides, RecipeName
 from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import require_if_installed, starting
 from pmod_cli.output.console import emit_json, show_lines, stderr
@@ -34,9 +34,7 @@ def finetune_command(
     ],
     output: Annotated[Path, typer.Option("--output", help="The new checkpoint.")],
     images: Images = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Name of a shipped recipe, or a .yaml file.")
-    ] = None,
+    recipe: RecipeName = None,
     settings: Overrides = None,
     resume: Annotated[
         bool,

@@ -22,6 +22,10 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Hub branch, ta
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="key=value over the recipe, e.g. mod.floor=0.1; repeatable.")
 ]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Shipped recipe, or a .yaml file (default: the paper's settings)."),
+]
 Images = Annotated[
     Path | None, typer.Option("--images", help="Folder that the data's image names are relative to.")
 ]

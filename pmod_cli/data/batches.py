@@ -105,10 +105,6 @@ class Collator:
 
     def __init__(self, processor: Any, *, image_for_text: bool = False) -> None:
         self.processor, self.image_for_text = processor, image_for_text
-        tokenizer = processor.tokenizer
-        self.padding = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """A batch of the model's inputs, and ``notes`` on it: ``ids``, ``replaced`` samples, real ``tokens``.
@@ -135,7 +131,7 @@ class Collator:
         answers = [next(place for place, label in enumerate(row) if label != IGNORED) for row in labels]
         first = max(0, min(answers) - 1)
         batch: dict[str, Any] = {
-            "input_ids": padded(ids, self.padding),
+            "input_ids": padded(ids, self.processor.tokenizer.pad_token_id),
             "labels": padded(labels, IGNORED)[:, first:],
             "attention_mask": padded(mask, 0),
             "logits_to_keep": length - first,
@@ -175,25 +171,20 @@ class OrderedSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         if self.group is None:
             return iter(torch.randperm(len(self.samples), generator=generator).tolist())
-        return iter(_grouped_order(self.samples, self.group, generator))
-
-
-def _grouped_order(samples: Sequence[Conversation], size: int, generator: torch.Generator) -> list[int]:
-    """An order whose consecutive ``size`` samples are of one modality and of like length.
-
-    The remainders of both modalities come last, in one mixed batch or two.
-    """
-    lengths = [sum(len(turn.text) for turn in sample.turns) for sample in samples]
-    batches: list[list[int]] = []
-    rest: list[int] = []
-    for with_images in (True, False):
-        those = [index for index, sample in enumerate(samples) if bool(sample.images) == with_images]
-        shuffled = [those[i] for i in torch.randperm(len(those), generator=generator).tolist()]
-        for start in range(0, len(shuffled), size * _MEGABATCH):
-            mega = shuffled[start : start + size * _MEGABATCH]
-            mega.sort(key=lambda index: -lengths[index])
-            groups = [mega[i : i + size] for i in range(0, len(mega), size)]
-            batches += [group for group in groups if len(group) == size]
-            rest += [index for group in groups if len(group) < size for index in group]
-    order = torch.randperm(len(batches), generator=generator).tolist()
-    return [index for i in order for index in batches[i]] + rest
+        lengths = [sum(len(turn.text) for turn in sample.turns) for sample in self.samples]
+        batches: list[list[int]] = []
+        rest: list[int] = []  # of both modalities: it comes last, in one mixed batch or two
+        for with_images in (True, False):
+            those = [index for index, sample in enumerate(self.samples) if bool(sample.images) == with_images]
+            shuffled = [those[i] for i in torch.randperm(len(those), generator=generator).tolist()]
+            for start in range(0, len(shuffled), self.group * _MEGABATCH):
+                mega = shuffled[start : start + self.group * _MEGABATCH]
+                mega.sort(key=lambda index: -lengths[index])
+                for first in range(0, len(mega), self.group):
+                    batch = mega[first : first + self.group]
+                    if len(batch) == self.group:
+                        batches.append(batch)
+                    else:
+                        rest += batch
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        return iter([index for i in order for index in batches[i]] + rest)

@@ -24,34 +24,29 @@ class ImageFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find(self, name: str) -> None:
-        """Check that a picture is there and may be opened, else `BadSample`; it is not opened."""
-        if not self._path(name).is_file():
-            raise BadSample("missing image", name)
-
     def load(self, name: str) -> Image.Image:
-        """Decode a picture as RGB; `BadSample` if it is missing, outside the folder, or see `decode`."""
+        """Decode a picture as RGB; `BadSample` as in `find` and in `decode`."""
         try:
-            content = self._path(name).read_bytes()
-        except FileNotFoundError:
-            raise BadSample("missing image", name) from None
+            content = self.find(name).read_bytes()
         except OSError as error:
             raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
         return decode(content, name)
 
-    def _path(self, name: str) -> Path:
+    def find(self, name: str) -> Path:
+        """Where a picture is, without opening it; `BadSample` if it is not there or outside the folder."""
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BadSample("path leaves the folder", name)
         path = self.folder / name
         try:
             path.lstat()
             outside = path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve())
+            missing = not path.exists()
         except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a zero byte in the name
             raise BadSample("missing image", name) from None
         except (OSError, RuntimeError) as error:  # a name too long, a link to itself
             raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
-        if outside:
-            raise BadSample("path leaves the folder", name)
+        if outside or missing:
+            raise BadSample("path leaves the folder" if outside else "missing image", name)
         return path
 
 
