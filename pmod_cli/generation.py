@@ -178,12 +178,7 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
-        """Answer a batch of prompts; a prompt's answer does not depend on the others'.
-
-        Args:
-            prompts: May differ in length, number of pictures (none included) and picture sizes.
-            settings: Whatever `generation_settings` understands.
-        """
+        """Answer a batch of prompts, with `generation_settings`; an answer does not depend on the other prompts."""
         inputs = self.encode(prompts).to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)

@@ -29,12 +29,8 @@ def convert(
 ) -> dict[str, Any]:
     """Write what was planned; the destination appears complete or not at all.
 
-    Args:
-        plan: See `plan_conversion`.
-        destination: Folder of the new checkpoint.
-        force: Replace a checkpoint that is there.
-        copy: Copy the weights where links would do.
-        progress: Called with a number of bytes each time that many more are in place.
+    ``force`` replaces a checkpoint that is there, ``copy`` copies weights where links would do. For ``progress`` see
+    `Progress`.
 
     Returns:
         What ``docs/convert.md`` lists for ``pmod convert --json``, but ``pushed_to``.

@@ -96,11 +96,9 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
 class Collator:
     """Pads on the right and processes the images.
 
-    Args:
-        processor: The model's processor.
-        image_for_text: Give a batch without images a blank one, so that the projector takes part on every rank
-            (distributed training waits for it). It stands after the end of the first row: it is not in the loss,
-            and no token before it attends to it.
+    With ``image_for_text`` a batch without images gets a blank one, so that the projector takes part on every rank
+    (distributed training waits for it). It stands after the end of the first row: it is not in the loss, and no token
+    before it attends to it.
     """
 
     def __init__(self, processor: Any, *, image_for_text: bool = False) -> None:

@@ -14,12 +14,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 class BadSample(ValueError):
-    """A record that cannot be trained on.
-
-    Args:
-        kind: What is wrong in a word or two, e.g. ``"missing image"``; `pmod data check` counts by it.
-        detail: The particulars.
-    """
+    """A record that cannot be trained on; its ``kind``, e.g. ``missing image``, is what `pmod data check` counts by."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)

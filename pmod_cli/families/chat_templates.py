@@ -41,16 +41,8 @@ def fit_template(template: str, tokenizer: Any, image_token: str = "<image>") ->
 
     LLaVA tokenises the text on each side of an image by itself, and sentencepiece puts a blank before each. Newer
     tokenizers put one at the start of the prompt alone, and none behind a beginning-of-sequence token that is written
-    out.
-
-    Args:
-        template: One of this module.
-        tokenizer: It knows the image token.
-        image_token: As the template writes it.
-
-    Returns:
-        The template without ``bos_token`` if the tokenizer adds it, and with a blank behind each image if the
-        tokenizer adds none.
+    out. So the template loses ``bos_token`` where the tokenizer adds it, and gets a blank behind each image where it
+    adds none.
     """
     if tokenizer.bos_token_id is not None and tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]:
         template = template.removeprefix("{{ bos_token }}")

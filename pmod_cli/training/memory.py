@@ -92,14 +92,9 @@ def device_memory() -> int:
 def estimate(
     work: Workload, settings: TrainSettings, world: int, shards: str | None, available: int | None
 ) -> dict[str, Any]:
-    """Estimate a run's memory on each device.
+    """Estimate a run's memory on each of ``world`` devices, which may have ``available`` bytes.
 
-    Args:
-        work: See `describe`.
-        settings: The recipe's.
-        world: Number of processes.
-        shards: ``fsdp``, ``zero1``, ``zero2``, ``zero3`` or None.
-        available: The device's memory in bytes, or None if it is not known.
+    ``shards`` is ``fsdp``, ``zero1``, ``zero2``, ``zero3`` or None.
 
     Returns:
         Bytes of ``weights``, ``gradients`` (of the trained parameters), ``optimizer`` (Adam's moments, and float32

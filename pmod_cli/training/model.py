@@ -94,17 +94,9 @@ def _set_up(config: Any, processor: Any, settings: TrainSettings) -> Any:
 def apply_aspect(config: Any, processor: Any, aspect: str) -> Any:
     """Set a model's config and processor to the shape in which pictures come to the vision tower, as LLaVA was trained.
 
-    Args:
-        config: The model's; changed in place.
-        processor: Likewise; it saves these settings with the checkpoint.
-        aspect: ``pad`` (LLaVA-1.5: pad to a square with the mean colour), ``anyres`` (LLaVA-NeXT, at most
-            `MAX_TILES` sub-images) or ``processor`` (as the checkpoint has it).
-
-    Returns:
-        The processor.
-
-    Raises:
-        PmodError: The aspect ratio belongs to the other family.
+    Both are changed in place, and the processor is returned. The aspect is ``pad`` (LLaVA-1.5: pad to a square with the
+    mean colour), ``anyres`` (LLaVA-NeXT, at most `MAX_TILES` sub-images) or ``processor`` (as the checkpoint has it);
+    that of the other family is a `PmodError`.
     """
     tiled = hasattr(config, "image_grid_pinpoints")
     if aspect == "pad":

@@ -41,13 +41,8 @@ _log = logging.getLogger(__name__)
 class Monitor(TrainerCallback):
     """Writes ``metrics.jsonl``, calls the progress callback, and logs router statistics.
 
-    A resumed run first drops what was written after the checkpoint it goes on from.
-
-    Args:
-        path: The file.
-        progress: See `ProgressCallback`.
-        probe: Batches on which the routers are watched; empty on a process that takes no part in it.
-        every: Steps between two looks at the routers.
+    A resumed run first drops what was written after the checkpoint it goes on from. The routers are watched on the
+    batches of ``probe``, ``every`` so many steps; a process that takes no part in it has none.
     """
 
     def __init__(
@@ -108,12 +103,8 @@ def progress_text(latest: dict[str, float]) -> str:
 class BadSampleLog:
     """The samples that turned out to be bad, of all processes: each appends to one file and reads the others' lines.
 
-    A resumed run goes on with the file.
-
-    Args:
-        path: JSON lines; it need not exist.
-        limit: More bad samples than this stop the run.
-        known: id -> reason of those that were bad from the start; they count too.
+    A resumed run goes on with the file. More bad samples than ``limit`` stop the run; those ``known`` from the start
+    (id -> reason) count too.
     """
 
     def __init__(self, path: Path, limit: int, known: dict[str, str]) -> None:
@@ -161,18 +152,13 @@ def make_probe(
 def router_statistics(
     model: Any, probe: list[dict[str, Any]], previous: dict[int, Tensor]
 ) -> tuple[list[dict[str, Any]], dict[int, Tensor]]:
-    """What each router does on a fixed set of samples.
-
-    Args:
-        model: A p-MoD model.
-        probe: See `make_probe`.
-        previous: Kept masks of the look before, by layer; empty at first.
+    """What each router does on the batches of `make_probe`.
 
     Returns:
         One row per Mixture-of-Depths layer: ``layer``, ``mean_weight`` of the vision tokens, ``changed`` (share
-        of the vision tokens that are now kept and were skipped, or the reverse; None at the first look) and
-        ``entropy`` (of the kept share over the image's positions: 1 where all positions are kept alike, 0 where
-        a single one is); and the kept masks.
+        of the vision tokens that are now kept and were skipped in the ``previous`` masks, or the reverse; None at the
+        first look) and ``entropy`` (of the kept share over the image's positions: 1 where all positions are kept alike,
+        0 where a single one is); and the kept masks by layer.
     """
     was_training = model.training
     model.eval()

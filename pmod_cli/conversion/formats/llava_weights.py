@@ -111,14 +111,10 @@ class Tower(NamedTuple):
 def find_tower(
     name: str | None, *, inside: bool, near: Path | None, allow_pickle: bool, chosen: bool = False
 ) -> Tower:
-    """Find a vision tower by the name that a checkpoint's config or the user gives.
+    """Find a vision tower: a folder or hub id that a checkpoint's config names or, where it is ``chosen``, the user.
 
-    Args:
-        name: Folder (also relative to ``near``) or hub id.
-        inside: Whether the checkpoint holds the weights; then those of the tower that is found are not used.
-        near: The checkpoint's folder.
-        allow_pickle: Whether pickled weights may be loaded.
-        chosen: Whether the user named it.
+    Where the weights are ``inside`` the checkpoint, those of the tower that is found are not used. ``near`` is the
+    checkpoint's folder.
 
     Raises:
         PmodError: It cannot be found, is no CLIP tower, or lacks weights.
