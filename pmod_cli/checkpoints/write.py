@@ -63,11 +63,6 @@ def check_space(destination: Path, needed: int) -> None:
         )
 
 
-def link_is_possible(file: Path, destination: Path) -> bool:
-    """Whether a hard link from the destination to a file can be expected: they are on one file system."""
-    return existing_parent(file).stat().st_dev == existing_parent(destination).stat().st_dev
-
-
 def write_checkpoint(
     destination: Path,
     weights: Mapping[str, Path | Sequence[StoredTensor]],

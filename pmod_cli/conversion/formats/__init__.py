@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pmod_cli.checkpoints.load import is_original, is_released
+from pmod_cli.checkpoints.load import ORIGINAL_DECODERS, is_original, is_released
 from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats import huggingface, llava
 from pmod_cli.conversion.formats.translation import Options, Shard, Translation
-from pmod_cli.families import find_family
+from pmod_cli.families import FAMILIES, find_family
 from pmod_cli.output.errors import PmodError
 
 __all__ = ["FORMATS", "Format", "Options", "Shard", "Translation", "find_format"]
@@ -36,11 +36,13 @@ class Format(NamedTuple):
     translate: Callable[[Source, Options], Translation]
 
 
+_FAMILY_TYPES = {kind for family in FAMILIES for kind in (family.base_type, family.model_type)}
+
 FORMATS = {
-    "released": Format(lambda source: is_released(source.config), llava.translate_released),
-    "original": Format(lambda source: is_original(source.config), llava.translate_original),
-    "huggingface": Format(huggingface.matches, huggingface.translate),
-    "parts": Format(llava.is_language_model, llava.translate_parts),
+    "released": Format(lambda source: is_released(source.config), llava.translate_whole),
+    "original": Format(lambda source: is_original(source.config), llava.translate_whole),
+    "huggingface": Format(lambda source: source.model_type in _FAMILY_TYPES, huggingface.translate),
+    "parts": Format(lambda source: source.model_type in ORIGINAL_DECODERS.values(), llava.translate_parts),
 }
 """By name, in the order in which they are asked."""
 

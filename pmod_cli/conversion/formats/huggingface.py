@@ -17,11 +17,6 @@ from pmod_cli.output.errors import PmodError
 _REPLACED = ("config.json", "README.md")
 
 
-def matches(source: Source) -> bool:
-    """Whether ``model_type`` is that of a family, dense or p-MoD."""
-    return any(source.model_type in (family.base_type, family.model_type) for family in FAMILIES)
-
-
 def translate(source: Source, options: Options) -> Translation:
     """Link the weights as they are; pickled ones are rewritten as safetensors. What is p-MoD already is refused."""
     if any(source.model_type == family.model_type for family in FAMILIES):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pmod_cli.checkpoints.load import ORIGINAL_DECODERS
+from pmod_cli.checkpoints.load import ORIGINAL_DECODERS, is_released
 from pmod_cli.checkpoints.shards import StoredTensor, encode
 from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats import llava_config, llava_weights
@@ -18,7 +18,6 @@ from pmod_cli.modeling.names import is_router
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
 
-_DECODERS = ("llama", "mistral", "qwen2")
 _NEWLINE_SEED = 0
 _LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 _NO_TOKENIZER = (
@@ -27,14 +26,10 @@ _NO_TOKENIZER = (
 )
 
 
-def translate_released(source: Source, options: Options) -> Translation:
-    """Translate a released p-MoD model: retention ratios, weight norm and target tokens are in its config."""
-    return translate_original(source, options, llava_config.mod_config(source.config))
-
-
-def translate_original(source: Source, options: Options, mod: MoDConfig | None = None) -> Translation:
-    """Translate a model of LLaVA's own code: a dense one, or with p-MoD settings."""
+def translate_whole(source: Source, options: Options) -> Translation:
+    """Translate a model of LLaVA's own code, or of the release: there the p-MoD settings are in its config."""
     config, notes = source.config, []
+    mod = llava_config.mod_config(config) if is_released(config) else None
     family = llava_config.family_name(config)
     files = llava_weights.read_weights(source, options.allow_pickle)
     names = {tensor.name for file in files for tensor in file}
@@ -52,11 +47,6 @@ def translate_original(source: Source, options: Options, mod: MoDConfig | None =
     )
     decoder = ORIGINAL_DECODERS.get(source.model_type, "llama")
     return _assemble(source, options, decoder, config, [*files, list(tower.tensors)], tower, mod, notes)
-
-
-def is_language_model(source: Source) -> bool:
-    """Whether the source is a language model alone."""
-    return source.model_type in _DECODERS
 
 
 def translate_parts(source: Source, options: Options) -> Translation:
