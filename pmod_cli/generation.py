@@ -26,13 +26,8 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 
 # transformers' own generation settings that a task may set; others (`until`, `image_aspect_ratio`, ...) are not its.
 _SETTINGS = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "num_beams",
-    "length_penalty",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-)
+    "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
+)  # fmt: skip
 _SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 

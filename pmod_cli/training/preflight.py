@@ -20,15 +20,9 @@ from pmod_cli.training.trainer import KEPT_CHECKPOINTS, last_checkpoint
 
 # What may be changed when a run is resumed: none of it decides what is learned from which sample.
 _FREE_TO_CHANGE = {
-    "gradient_checkpointing",
-    "logging_steps",
-    "max_bad_samples",
-    "micro_batch_size",
-    "num_workers",
-    "report_to",
-    "router_stats_steps",
-    "save_steps",
-}
+    "gradient_checkpointing", "logging_steps", "max_bad_samples", "micro_batch_size", "num_workers", "report_to",
+    "router_stats_steps", "save_steps",
+}  # fmt: skip
 
 
 _ALIKE = {

@@ -19,13 +19,8 @@ _FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 _UNUSED = (
-    "tokenizer_class",
-    "auto_map",
-    "added_tokens_decoder",
-    "chat_template",
-    "sp_model_kwargs",
-    "name_or_path",
-)
+    "tokenizer_class", "auto_map", "added_tokens_decoder", "chat_template", "sp_model_kwargs", "name_or_path",
+)  # fmt: skip
 
 
 class TokenizerFiles(NamedTuple):
