@@ -33,7 +33,7 @@ def convert(
     `Progress`.
 
     Returns:
-        What ``docs/convert.md`` lists for ``pmod convert --json``, but ``pushed_to``.
+        What ``docs/json.md`` lists for ``pmod convert --json``, but ``pushed_to``.
 
     Raises:
         PmodError: The destination exists, cannot be written, or has no room.
@@ -90,7 +90,7 @@ def convert_back(
 
 
 def preview(plan: Plan, destination: Path | None = None, copy: bool = False) -> dict[str, Any]:
-    """What ``docs/convert.md`` lists for ``--dry-run``; nothing is written.
+    """What ``docs/json.md`` lists for ``--dry-run``; nothing is written.
 
     Without a destination the current folder's disk is looked at.
     """

@@ -20,7 +20,7 @@ from pmod_cli.output.errors import PmodError
 
 
 def inspect_checkpoint(model: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """What ``docs/convert.md`` lists for ``pmod inspect --json``; a number that is not finite is None.
+    """What ``docs/json.md`` lists for ``pmod inspect --json``; a number that is not finite is None.
 
     Of a hub id only files that hold routers are downloaded.
 

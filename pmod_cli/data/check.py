@@ -36,7 +36,7 @@ def check_data(
         progress: Called with the records done and the records in all.
 
     Returns:
-        What ``docs/finetune.md`` lists for ``pmod data check --json``.
+        What ``docs/json.md`` lists for ``pmod data check --json``.
 
     Raises:
         PmodError: The data cannot be read, or ``fix`` exists or cannot be written.

@@ -69,7 +69,7 @@ def finetune(
         merge_lora: Fold LoRA into the weights at the end; without it a LoRA run's output is a PEFT adapter.
 
     Returns:
-        What ``docs/finetune.md`` lists for ``pmod finetune --json``.
+        What ``docs/json.md`` lists for ``pmod finetune --json``.
 
     Raises:
         PmodError: The input is wrong: found before training starts wherever that is possible.

@@ -182,9 +182,13 @@ def with_mean_rows(tensor: StoredTensor, rows: int) -> StoredTensor:
         raise PmodError(f"{tensor.name} is of type {tensor.dtype}, expected F32, F16 or BF16")
 
     def chunks() -> Iterator[bytes]:
-        data = tensor.read()
-        mean = decode(data, tensor.dtype).reshape(old, width).mean(axis=0, dtype=np.float64)
-        yield data
-        yield encode(mean.astype(np.float32), tensor.dtype) * (rows - old)
+        total, rest = np.zeros(width), b""
+        for chunk in tensor.chunks():
+            data = rest + bytes(chunk)
+            whole = len(data) - len(data) % (tensor.nbytes // old)  # a piece need not end where a row ends
+            total += np.sum(decode(data[:whole], tensor.dtype).reshape(-1, width), axis=0, dtype=np.float64)
+            yield data[:whole]
+            rest = data[whole:]
+        yield encode((total / old).astype(np.float32), tensor.dtype) * (rows - old)
 
     return replace(tensor, shape=(rows, width), chunks=chunks)
