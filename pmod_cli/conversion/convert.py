@@ -29,8 +29,7 @@ def convert(
 ) -> dict[str, Any]:
     """Write what was planned; the destination appears complete or not at all.
 
-    ``force`` replaces a checkpoint that is there, ``copy`` copies weights where links would do. For ``progress`` see
-    `Progress`.
+    ``force`` replaces a checkpoint that is there, ``copy`` copies weights where links would do.
 
     Returns:
         What ``docs/json.md`` lists for ``pmod convert --json``, but ``pushed_to``.

@@ -22,7 +22,6 @@ from pmod_cli.output.files import to_json
 
 FOLDER = "baseline"
 _MANIFEST = "manifest.json"
-_ADDED = ("mod", "pmod")
 
 
 def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def plan_baseline(source: Source) -> Translation:
         raise PmodError(f"{source.name} is a dense {family.name} checkpoint already")
     weights = {file.name: file for file in source.weight_files()}
     config = {
-        **{key: value for key, value in source.config.items() if key not in _ADDED},
+        **{key: value for key, value in source.config.items() if key not in ("mod", "pmod")},
         "architectures": [family.architecture.removeprefix("Pmod")],
         "model_type": family.base_type,
     }

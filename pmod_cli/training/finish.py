@@ -22,7 +22,6 @@ METRICS = "metrics.jsonl"
 EVENTS = "runs"
 """Where TensorBoard's events are, named by transformers."""
 
-_PICTURE = "training.png"
 _STATISTICS = (
     ("mean_weight", "mean router weight"),
     ("changed", "share of vision tokens kept before and skipped now, or the reverse"),
@@ -72,9 +71,9 @@ def save_result(
             text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
             (folder / "recipe.yaml").write_text(text)
             try:
-                _draw(read_json_lines(folder / METRICS), folder / _PICTURE)
+                _draw(read_json_lines(folder / METRICS), folder / "training.png")
             except (MissingExtraError, BrokenPackageError) as error:
-                _log.warning("no %s: %s", _PICTURE, error)
+                _log.warning("no training.png: %s", error)
     except Exception as error:
         reason = unwritable(error)
         if reason is None:

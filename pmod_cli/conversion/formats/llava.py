@@ -18,7 +18,6 @@ from pmod_cli.modeling.names import is_router
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
 
-_NEWLINE_SEED = 0
 _LICENCES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 _NO_TOKENIZER = (
     "no tokenizer was found: the new checkpoint has none, and its image token is the first id after the vocabulary; "
@@ -68,7 +67,7 @@ def translate_parts(source: Source, options: Options) -> Translation:
     notes, extra = [], [*projector, *tower.tensors]
     if tiled:
         dtype = projector[0].dtype if projector[0].dtype in ("F16", "BF16") else "F32"
-        numbers = np.random.default_rng(_NEWLINE_SEED).standard_normal(hidden) / np.sqrt(hidden)
+        numbers = np.random.default_rng(0).standard_normal(hidden) / np.sqrt(hidden)
         data = encode(numbers.astype(np.float32), dtype)
         extra.append(StoredTensor.from_bytes(NEWLINE, dtype, (hidden,), data))
         notes.append("image_newline starts with random numbers, as in LLaVA-NeXT's training")
