@@ -15,10 +15,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def find_device(device: str | torch.device | None) -> torch.device:
-    """The device to use: a GPU if there is one and none is named.
-
-    Args:
-        device: ``cpu``, ``cuda``, ``cuda:1`` ...; None or ``auto`` for a GPU if there is one, else the CPU.
+    """A device by name (``cpu``, ``cuda``, ``cuda:1`` ...); for None and ``auto`` a GPU if there is one, else the CPU.
 
     Raises:
         PmodError: There is no such device on this machine.
@@ -38,11 +35,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse a number format that is not offered.
-
-    Raises:
-        PmodError: Not one of `DTYPES`.
-    """
+    """Refuse a number format that is not one of `DTYPES`."""
     if dtype not in DTYPES:
         raise PmodError(f"no dtype {dtype}", f"one of {', '.join(DTYPES)}")
 

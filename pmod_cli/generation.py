@@ -21,19 +21,13 @@ from pmod_cli.output.errors import PmodError, first_line
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
 
-
 DEFAULT_MAX_NEW_TOKENS = 1024
 """What lmms-eval's LLaVA models use where a task does not say."""
 
 # transformers' own generation settings that a task may set; others (`until`, `image_aspect_ratio`, ...) are not its.
 _SETTINGS = (
-    "max_new_tokens",
-    "min_new_tokens",
-    "num_beams",
-    "length_penalty",
-    "repetition_penalty",
-    "no_repeat_ngram_size",
-)
+    "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
+)  # fmt: skip
 _SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 
@@ -61,11 +55,7 @@ class Answer:
 
 
 def generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what transformers' ``generate`` knows; greedy unless sampling is asked for.
-
-    Args:
-        requested: For example the ``generation_kwargs`` of an lmms-eval task.
-    """
+    """Keep what transformers' ``generate`` knows, e.g. of a task's ``generation_kwargs``; greedy unless told else."""
     settings = {name: requested[name] for name in _SETTINGS if requested.get(name) is not None}
     settings.setdefault("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
     settings["do_sample"] = bool(requested.get("do_sample") and requested.get("temperature", 1) != 0)
@@ -76,11 +66,7 @@ def generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read a picture as RGB.
-
-    Raises:
-        PmodError: If there is no such file or it is not a readable picture.
-    """
+    """Read a picture as RGB; `PmodError` if there is none or it is not readable."""
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
@@ -93,12 +79,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 class VisionLanguageModel:
-    """A model with its processor.
-
-    Args:
-        model: A transformers image-text-to-text model.
-        processor: Its processor, with a chat template.
-    """
+    """A transformers image-text-to-text model with its processor, which has a chat template."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.model = model.eval()
@@ -109,8 +90,7 @@ class VisionLanguageModel:
             tokenizer.pad_token = tokenizer.eos_token
         if not getattr(processor, "chat_template", None):
             raise PmodError(
-                "the checkpoint has no chat template",
-                "add chat_template.jinja, as the llava-hf checkpoints have",
+                "the checkpoint has no chat template", "add chat_template.jinja, as llava-hf's have"
             )
 
     @classmethod
@@ -193,12 +173,7 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
-        """Answer a batch of prompts; a prompt's answer does not depend on the others'.
-
-        Args:
-            prompts: May differ in length, number of pictures (none included) and picture sizes.
-            settings: Whatever `generation_settings` understands.
-        """
+        """Answer a batch of prompts, with `generation_settings`; an answer does not depend on the other prompts."""
         inputs = self.encode(prompts).to(self.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
@@ -208,17 +183,11 @@ class VisionLanguageModel:
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()
-        new_tokens = self._count_new_tokens(new_ids)
+        eos = self.model.generation_config.eos_token_id
+        # Up to and with the first end-of-sequence token.
+        ended = torch.isin(new_ids, torch.as_tensor([] if eos is None else eos, device=new_ids.device)).int()
+        new_tokens = (ended.cumsum(1) - ended == 0).sum(1).tolist()
         return [
             Answer(text.strip(), length, new)
             for text, length, new in zip(texts, prompt_tokens, new_tokens, strict=True)
         ]
-
-    def _count_new_tokens(self, ids: torch.Tensor) -> list[int]:
-        """Tokens of each row up to and with its first end-of-sequence token. ``ids``: [batch, new]."""
-        eos = self.model.generation_config.eos_token_id
-        if eos is None:
-            return [ids.shape[1]] * ids.shape[0]
-        ended = torch.isin(ids, torch.as_tensor(eos, device=ids.device)).int()
-        before = (ended.cumsum(1) - ended == 0).sum(1)
-        return before.tolist()

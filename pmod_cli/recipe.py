@@ -55,9 +55,8 @@ class ModSettings(_Section):
     def _known(cls, value: str, info: ValidationInfo) -> str:
         known = SCHEDULES if info.field_name == "schedule" else WEIGHT_NORMS
         if value not in known:
-            near = nearest(value, known)
-            hint = f"did you mean {near}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"unknown {str(info.field_name).replace('_', ' ')} {value!r}, {hint}")
+            what = str(info.field_name).replace("_", " ")
+            raise ValueError(f"unknown {what} {value!r}, {suggestion(value, known)}")
         return value
 
     @model_validator(mode="after")
@@ -72,11 +71,7 @@ class ModSettings(_Section):
         return self
 
     def retention_ratios(self, num_layers: int) -> Ratios:
-        """Apply the schedule to a decoder of ``num_layers`` layers: one ratio per layer, None for a dense one.
-
-        Raises:
-            PmodError: If the schedule does not fit that number of layers.
-        """
+        """Apply the schedule to a decoder of ``num_layers`` layers: one ratio per layer, None for a dense one."""
         schedule = SCHEDULES[self.schedule]
         parameters = [name for name in inspect.signature(schedule).parameters if name != "num_layers"]
         try:
@@ -161,9 +156,7 @@ def shipped_recipes() -> list[str]:
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Load a shipped recipe by name, or any by path.
 
-    Args:
-        name_or_path: ``llava-1.5-7b`` or ``./mine.yaml``.
-        overrides: ``key.sub=value`` pairs (values are YAML), applied last.
+    Overrides are ``key.sub=value`` pairs, whose values are YAML; they are applied last.
 
     Raises:
         PmodError: Unknown name, unreadable file, invalid YAML, unknown key or bad value.
@@ -172,11 +165,8 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
     if path.suffix not in {".yaml", ".yml"}:
         shipped = recipe_dir() / f"{name_or_path}.yaml"
         if not shipped.is_file():
-            near = nearest(str(name_or_path), shipped_recipes())
-            known = f"shipped: {', '.join(shipped_recipes())}; or give a .yaml file"
-            raise PmodError(
-                f"no recipe named {str(name_or_path)!r}", f"did you mean {near}?" if near else known
-            )
+            name = str(name_or_path)
+            raise PmodError(f"no recipe named {name!r}", suggestion(name, shipped_recipes()))
         path = shipped
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -198,11 +188,7 @@ def default_recipe(overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(data: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
-    """Validate a mapping as a recipe, after applying ``key.sub=value`` overrides.
-
-    Raises:
-        PmodError: Unknown key (the nearest known one is named) or bad value.
-    """
+    """Validate a mapping as a recipe, after applying ``key.sub=value`` overrides; a `PmodError` says what is wrong."""
     for override in overrides:
         _override(data, override)
     try:
@@ -227,14 +213,10 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def check_recipe(recipe: Recipe, family: str) -> None:
-    """Refuse a recipe that is meant for another family.
-
-    Raises:
-        PmodError: It is.
-    """
+    """Refuse a recipe that is meant for another family."""
     if recipe.family not in (None, family):
         raise PmodError(
-            f"recipe {recipe.name} is for {recipe.family} and the source is {family}",
+            f"recipe {recipe.name} is for {recipe.family}, and the source is {family}",
             "choose a recipe of its family, or --set family=null if you mean it",
         )
 
@@ -263,6 +245,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return matches[0] if matches else None
 
 
+def suggestion(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """The known word that may have been meant, behind a prefix; all of them if nothing is near."""
+    near = nearest(word, known)
+    return f"did you mean {prefix}{near}?" if near else f"known: {', '.join(known)}"
+
+
 _SECTIONS: dict[tuple[str, ...], type[BaseModel]] = {
     (): Recipe,
     ("mod",): ModSettings,
@@ -276,11 +264,7 @@ def _explain(error: ValidationError) -> str:
     location = tuple(str(part) for part in first["loc"])
     dotted = ".".join(location)
     if first["type"] == "extra_forbidden":
-        *parents, key = location
-        section = _SECTIONS.get(tuple(parents))
-        known = list(section.model_fields) if section else []
-        near = nearest(key, known)
-        hint = f"did you mean {'.'.join([*parents, near])}?" if near else f"known: {', '.join(known)}"
-        return f"unknown key {dotted}, {hint}"
+        known = _SECTIONS[location[:-1]].model_fields
+        return f"unknown key {dotted}, {suggestion(location[-1], known, dotted.removesuffix(location[-1]))}"
     message = first["msg"].removeprefix("Value error, ")
     return f"{dotted}: {message}" if dotted else message

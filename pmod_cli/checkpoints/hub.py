@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, StoredTensor, WeightFile
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import read_json
 
-_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
+"""Everything but weights."""
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def _one_line_errors(what: str) -> Iterator[None]:
         ) from error
 
 
-def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def download(repo: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """Fetch the files whose names match; returns the folder in the cache, which has the commit's name.
 
     Only files at the top level match, unless a pattern has a slash: some repositories keep the weights in a second
@@ -49,35 +49,14 @@ def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     ignored = None if any("/" in pattern for pattern in patterns) else ["*/*"]
     with _one_line_errors(f"no folder {repo}, and it cannot be had from the hub"):
         return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+            snapshot_download(repo, revision=revision, allow_patterns=[*patterns], ignore_patterns=ignored)
         )
-
-
-def download_small_files(repo: str, revision: str | None) -> Path:
-    """Fetch everything but weights; returns the folder in the cache.
-
-    Raises:
-        PmodError: See `download`; or there are no such files.
-    """
-    folder = download(repo, revision, list(_SMALL_FILES))
-    if not any(folder.iterdir()):
-        raise PmodError(f"{repo} has no files at its top level")
-    return folder
-
-
-def download_weights(repo: str, revision: str, allow_pickle: bool) -> None:
-    """Fetch the safetensors files, or the pickled ones if there are no others and the user allows them."""
-    folder = download(repo, revision, ["*.safetensors"])
-    if not any(folder.glob("*.safetensors")) and allow_pickle:
-        download(repo, revision, ["*.bin"])
 
 
 def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:
     """The headers of a repository's safetensors files, read over the network; none if the cache has the files.
 
-    Args:
-        repo: Hub id.
-        folder: Its folder in the cache, small files included.
+    ``folder`` is the repository's in the cache, small files included.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import NotASafetensorsRepoError
@@ -93,28 +72,24 @@ def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:
             found = HfApi().get_safetensors_metadata(repo, revision=folder.name)
         except NotASafetensorsRepoError:
             return ()
+
+    def not_here() -> list[bytes]:
+        raise PmodError(f"the weights of {repo} were not downloaded")
+
     return tuple(
         WeightFile(
             folder / name,
-            {tensor: _remote_tensor(tensor, entry) for tensor, entry in metadata.tensors.items()},
+            {
+                tensor: StoredTensor(tensor, entry.dtype, tuple(entry.shape), not_here)
+                for tensor, entry in metadata.tensors.items()
+            },
         )
         for name, metadata in sorted(found.files_metadata.items())
     )
 
 
-def _remote_tensor(name: str, entry: Any) -> StoredTensor:
-    def not_here() -> list[bytes]:
-        raise PmodError(f"{name} was not downloaded")
-
-    return StoredTensor(name, entry.dtype, tuple(entry.shape), not_here)
-
-
 def check_login() -> None:
-    """Refuse to push before anything is done if nobody is logged in.
-
-    Raises:
-        PmodError: There is no token.
-    """
+    """Refuse to push before anything is done if nobody is logged in."""
     from huggingface_hub import get_token
 
     if get_token() is None:
@@ -122,15 +97,7 @@ def check_login() -> None:
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
-    """Upload a checkpoint as one commit; the repository is made if need be.
-
-    Args:
-        folder: The checkpoint.
-        repo: ``user/name``.
-        private: Whether a repository that is made is private.
-
-    Returns:
-        The address of the commit.
+    """Upload a checkpoint to ``user/name`` as one commit, whose address is returned; the repository is made if need be.
 
     Raises:
         PmodError: The hub refuses or cannot be reached; the checkpoint stays where it is.

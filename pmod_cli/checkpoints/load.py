@@ -9,9 +9,6 @@ from pmod_cli.checkpoints.source import Source, check_exists, open_source
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, first_line
 
-RELEASED_TYPE = "pmod_llava_llama"
-"""``model_type`` of the paper's released checkpoints."""
-
 ORIGINAL_DECODERS = {
     "llava_llama": "llama",
     "llava_mistral": "mistral",
@@ -25,7 +22,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"
 
 def is_released(config: dict[str, Any]) -> bool:
     """Whether a config is of the paper's released p-MoD format."""
-    return config.get("model_type") == RELEASED_TYPE
+    return config.get("model_type") == "pmod_llava_llama"
 
 
 def is_original(config: dict[str, Any]) -> bool:
@@ -34,24 +31,14 @@ def is_original(config: dict[str, Any]) -> bool:
 
 
 def refuse_unconverted(source: Source) -> None:
-    """Refuse a checkpoint that nothing but conversion can read.
-
-    Raises:
-        PmodError: It is in the paper's released or in the original LLaVA format.
-    """
+    """Refuse a checkpoint in the paper's released or the original LLaVA format, which only conversion reads."""
     if is_released(source.config) or is_original(source.config):
         whose = "paper's released p-MoD" if is_released(source.config) else "original LLaVA"
-        raise PmodError(
-            f"{source.name} is in the {whose} format ({source.model_type})", "pmod convert it first"
-        )
+        raise PmodError(f"{source.name} is in the {whose} format", "pmod convert it first")
 
 
 def check_source(source: str | Path) -> None:
-    """Refuse what is plainly not a checkpoint, before anything is loaded or the network is asked.
-
-    Raises:
-        PmodError: The folder does not exist, is a file, has no config, or has to be converted first.
-    """
+    """Refuse what is plainly no checkpoint or has to be converted first, before anything is loaded or downloaded."""
     check_exists(source, "checkpoint folder")
     path = Path(source)
     if path.is_dir():
@@ -61,14 +48,7 @@ def check_source(source: str | Path) -> None:
 
 
 def read_config(source: str | Path) -> Any:
-    """The transformers config of a checkpoint of a supported family.
-
-    Args:
-        source: A folder or hub id.
-
-    Raises:
-        PmodError: The source is missing, its config cannot be read, or no family has its model type.
-    """
+    """The transformers config of a checkpoint of a supported family: a folder or hub id. Else a `PmodError`."""
     check_source(source)
     from transformers import AutoConfig
 
@@ -82,11 +62,7 @@ def read_config(source: str | Path) -> Any:
 
 
 def check_tokenizer(source: str | Path) -> None:
-    """Refuse a folder without a tokenizer: transformers' own error is a list of ways to make one.
-
-    Raises:
-        PmodError: None of a tokenizer's files is there.
-    """
+    """Refuse a folder without a tokenizer: transformers' own error is a list of ways to make one."""
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise PmodError(f"{folder} has no tokenizer", "pmod convert --tokenizer names one")

@@ -1,4 +1,9 @@
-"""safetensors files by their headers: what is in them, and writing new ones tensor by tensor, without torch.
+"""Weight files: what is in them, without reading it all, and writing new ones tensor by tensor.
+
+Files of safetensors need no torch. Pickled ones (``.bin``), where the user allows them, are read by
+``torch.load(weights_only=True)``, memory-mapped.
+
+The library reads and writes whole tensors, and BF16 only with torch; models are larger than memory.
 
 Format: 8 bytes of header length (little endian), a JSON header (name -> dtype, shape, data_offsets), the data.
 """
@@ -7,15 +12,18 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -30,7 +38,12 @@ DTYPE_BYTES = {
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
 }
 
-_MAX_HEADER = 100_000_000  # the safetensors library's own limit
+
+TORCH_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+"""torch's names of safetensors' types, those that pickled weights may have."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +51,7 @@ class StoredTensor:
     """A tensor that is not in memory: what it is, and how to get its bytes.
 
     Attributes:
-        name: Its name in the checkpoint.
         dtype: As safetensors calls it: ``F32``, ``BF16`` ...
-        shape: Its shape.
         chunks: Gives its bytes (little endian, row-major), piece by piece; called each time they are wanted.
     """
 
@@ -75,13 +86,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of a checkpoint's weights.
-
-    Attributes:
-        path: The file.
-        tensors: What is in it, by name.
-        safe: Whether it is a safetensors file (else a pickle).
-    """
+    """One file of a checkpoint's weights: its tensors by name, and whether it is a safetensors file (else a pickle)."""
 
     path: Path
     tensors: dict[str, StoredTensor]
@@ -94,58 +99,25 @@ class WeightFile:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, by name; only the header is read.
-
-    Args:
-        path: The file.
-
-    Raises:
-        PmodError: The file is missing, truncated or corrupt.
-    """
+    """The tensors of a safetensors file, by name; only the header is read, and the library checks it."""
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-            if length is None or length > min(_MAX_HEADER, size - 8):
-                raise _corrupt(path, "it is cut off inside its header, or is not a safetensors file")
-            header = json.loads(file.read(length))
+        with safe_open(path, framework="numpy"):
+            pass
     except FileNotFoundError:
         raise PmodError(f"no file {path}") from None
-    except ValueError:
-        raise _corrupt(path, "its header is not JSON") from None
-    try:
-        return _parse_header(path, header, 8 + length, size)
-    except (TypeError, KeyError, AttributeError, ValueError):
-        raise _corrupt(path, "its header does not describe tensors") from None
-
-
-def _parse_header(path: Path, header: dict, offset: int, size: int) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    ranges = []
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, first_line(error)) from None
+    with path.open("rb") as file:
+        [length] = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        dtype, shape = entry["dtype"], tuple(int(side) for side in entry["shape"])
-        if min(shape, default=0) < 0:
-            raise ValueError
-        if dtype not in DTYPE_BYTES:
-            raise PmodError(f"{path}: {name} has type {dtype}, which is not known")
-        read = partial(_read_range, path, offset + start, offset + end)
-        tensors[name] = StoredTensor(name, dtype, shape, read)
-        if end - start != tensors[name].nbytes:
-            raise _corrupt(
-                path, f"{name} takes {end - start} bytes and its shape says {tensors[name].nbytes}"
-            )
-        ranges.append((start, end))
-    position = 0
-    for start, end in sorted(ranges):
-        if start != position:
-            raise _corrupt(path, "its tensors overlap or have gaps")
-        position = end
-    if size != offset + position:
-        raise _corrupt(path, f"it has {size} bytes and its header says {offset + position}")
+        if entry["dtype"] not in DTYPE_BYTES:
+            raise PmodError(f"{path}: {name} has type {entry['dtype']}, which is not known")
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        read = partial(_read_range, path, start, end)
+        tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), read)
     return tensors
 
 
@@ -164,25 +136,54 @@ def _read_range(path: Path, start: int, end: int) -> Iterator[bytes]:
             yield data
 
 
-def decode(data: bytes, dtype: str) -> np.ndarray:
-    """Floating-point numbers of a safetensors type, flat; BF16 as float32.
+def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
+    """The tensors of a pickled state dict, by name, if pickles are allowed; their data stays on disk until read."""
+    if not allow:
+        raise PmodError(
+            f"{path.name} is pickled, and could run code", "--allow-pickle reads its weights alone"
+        )
+    import torch
 
-    Args:
-        data: Their bytes.
-        dtype: ``F64``, ``F32``, ``F16`` or ``BF16``.
-    """
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(4) == b"PK\x03\x04"  # torch's format before 1.6 cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except FileNotFoundError:
+        raise PmodError(f"no file {path}") from None
+    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise PmodError(
+            f"{path} is corrupt or holds more than weights: {first_line(error)}", "download it again"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise PmodError(f"{path} is not a state dict of tensors")
+    return {name: _stored(path, name, tensor) for name, tensor in state.items()}
+
+
+def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
+    import torch
+
+    kind = str(tensor.dtype).removeprefix("torch.")
+    dtype = next((dtype for dtype, name in TORCH_DTYPES.items() if name == kind), None)
+    if dtype is None:
+        raise PmodError(f"{path}: {name} has type {tensor.dtype}, which is not supported")
+
+    def chunks() -> Iterator[memoryview]:
+        flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+        for start in range(0, flat.numel(), CHUNK):
+            yield memoryview(flat[start : start + CHUNK].numpy())
+
+    return StoredTensor(name, dtype, tuple(tensor.shape), chunks)
+
+
+def decode(data: bytes, dtype: str) -> np.ndarray:
+    """Floating-point numbers (``F64``, ``F32``, ``F16`` or ``BF16``) of their bytes, flat; BF16 as float32."""
     if dtype == "BF16":  # the upper half of a float32
         return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32)
     return np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
 
 
 def encode(values: np.ndarray, dtype: str) -> bytes:
-    """fp32 numbers as the bytes of a safetensors type, rounded to the nearest.
-
-    Args:
-        values: fp32, any shape.
-        dtype: ``F32``, ``F16`` or ``BF16``.
-    """
+    """fp32 numbers as the bytes of ``F32``, ``F16`` or ``BF16``, rounded to the nearest."""
     if dtype == "BF16":
         bits = values.view(np.uint32)
         return ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).astype("<u2").tobytes()
@@ -197,13 +198,8 @@ def shard_bytes(tensors: Sequence[StoredTensor]) -> int:
 def write_shard(
     path: Path, tensors: Sequence[StoredTensor], progress: Callable[[int], None] | None = None
 ) -> None:
-    """Write a safetensors file, holding one chunk of one tensor at a time.
-
-    Args:
-        path: The file.
-        tensors: What goes into it; alignment is safe in any order, since the largest types come first.
-        progress: Called with the number of bytes after each piece.
-    """
+    """Write a safetensors file, holding one chunk of one tensor at a time; ``progress`` gets the bytes of each."""
+    # The largest types first: each is then aligned.
     ordered = sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype])
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints import hub
-from pmod_cli.checkpoints.pickles import read_pickle
-from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header
+from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header, read_pickle
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import read_json
 
@@ -23,17 +23,20 @@ class Source:
 
     Attributes:
         name: As the user named it.
-        folder: Where it lies. In the hub's cache its files are symbolic links.
-        config: Contents of its ``config.json``; empty if it has none.
+        folder: In the hub's cache its files are symbolic links.
         revision: The hub commit; None for a local folder.
         remote: Its weights, where only their headers were read, from the hub.
     """
 
     name: str
     folder: Path
-    config: dict[str, Any] = field(repr=False)
     revision: str | None = None
     remote: tuple[WeightFile, ...] = field(default=(), repr=False)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Contents of its ``config.json``; empty if it has none."""
+        return self.json("config.json") or {}
 
     @property
     def model_type(self) -> str:
@@ -41,11 +44,7 @@ class Source:
         return str(self.config.get("model_type", ""))
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """Contents of one of its JSON files; None if there is none.
-
-        Raises:
-            PmodError: It is not JSON, or not an object.
-        """
+        """Contents of one of its JSON files; None if there is none."""
         path = self.folder / name
         return read_json(path) if path.is_file() else None
 
@@ -54,9 +53,7 @@ class Source:
     ) -> list[WeightFile]:
         """Its weights, by the headers alone; the same choice of files as transformers makes.
 
-        Args:
-            allow_pickle: Whether ``.bin`` files may be loaded if there is nothing better.
-            only: Says of a tensor's name whether it is wanted; files that have none by the index are left out.
+        Files that by the index have none of the tensors that ``only`` wants are left out.
 
         Raises:
             PmodError: No weights, an index that names an absent file or tensor, a corrupt or truncated file.
@@ -74,26 +71,23 @@ class Source:
                 names = sorted(set(weight_map.values()))
             else:
                 continue
-            for name in names:
-                if not (self.folder / name).is_file():
-                    raise PmodError(f"{index} names {name}, which is not in {self.name}", "download it again")
-            files = [
-                WeightFile(path, read_header(path) if safe else read_pickle(path, allow_pickle), safe)
-                for path in (self.folder / name for name in names)
-            ]
-            tensors = {file.name: file.tensors for file in files}
+            files = []
+            for path in (self.folder / name for name in names):
+                if not path.is_file():
+                    raise PmodError(f"{index} names {path.name}, which is not in {self.name}", "download it")
+                tensors = read_header(path) if safe else read_pickle(path, allow_pickle)
+                files.append(WeightFile(path, tensors, safe))
+            found = {(tensor, file.name) for file in files for tensor in file.tensors}
             for tensor, name in (weight_map or {}).items():
-                if tensor not in tensors[name]:
+                if (tensor, name) not in found:
                     raise PmodError(
                         f"{index} says that {tensor} is in {name}, and it is not", "download both again"
                     )
             return files
-        pickled = self.revision is not None and not allow_pickle
-        raise PmodError(
-            f"{self.name} has no weights",
-            f"expected {SINGLE} or {INDEX}"
-            + ("; if the repository has .bin files alone, --allow-pickle" if pickled else ""),
-        )
+        hint = f"expected {SINGLE} or {INDEX}"
+        if self.revision is not None and not allow_pickle:
+            hint += "; if the repository has .bin files alone, --allow-pickle"
+        raise PmodError(f"{self.name} has no weights", hint)
 
     def _weight_map(self, index: str) -> dict[str, str]:
         weight_map = (self.json(index) or {}).get("weight_map")
@@ -126,15 +120,7 @@ def is_hub_id(name: str | Path) -> bool:
 
 
 def check_exists(name: str | Path, what: str = "folder") -> None:
-    """Refuse what is neither a folder nor a hub id; the hub is not asked.
-
-    Args:
-        name: Folder or hub id.
-        what: How the error calls the folder that is missing.
-
-    Raises:
-        PmodError: It is a file, or nothing.
-    """
+    """Refuse what is neither a folder (``what`` the error calls it) nor a hub id; the hub is not asked."""
     path = Path(name).expanduser()
     if path.is_file():
         raise PmodError(f"{path} is a file, not the folder of a checkpoint")
@@ -166,21 +152,18 @@ def open_source(
     """
     for path in ([near / name] if near else []) + [Path(name).expanduser()]:
         if path.is_dir():
-            return Source(str(name), path, _config(path))
+            return Source(str(name), path)
     check_exists(name)
     name = str(name)
-    folder = hub.download_small_files(name, revision)
-    source = Source(name, folder, _config(folder), folder.name)
+    folder = hub.download(name, revision, hub.SMALL_FILES)
+    if not any(folder.iterdir()):
+        raise PmodError(f"{name} has no files at its top level")
+    source = Source(name, folder, folder.name)
     if only is not None and (folder / INDEX).is_file():
         files = {file for tensor, file in source._weight_map(INDEX).items() if only(tensor)}
         hub.download(name, folder.name, sorted(files))
     elif headers and (remote := hub.missing_headers(name, folder)):
         return replace(source, remote=remote)
-    else:
-        hub.download_weights(name, folder.name, allow_pickle)
+    elif not any(hub.download(name, folder.name, ["*.safetensors"]).glob("*.safetensors")) and allow_pickle:
+        hub.download(name, folder.name, ["*.bin"])
     return source
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    return read_json(path) if path.is_file() else {}

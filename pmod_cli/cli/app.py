@@ -42,12 +42,9 @@ def _root(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line and exit.
+    """Run the command line (``sys.argv[1:]`` by default) and exit.
 
     The code is 0 if all is done, 1 if a gate was not met, 2 for bad input or environment, 130 after Ctrl-C.
-
-    Args:
-        argv: Arguments without the program's name; ``sys.argv[1:]`` by default.
     """
     buffer_stdout()
     # Whenever PEFT is imported, it warns about a kernel that only 4-bit weights on a CPU would use.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.options import AsJson, Overrides, Revision
+from pmod_cli.cli.options import AsJson, Overrides, RecipeName, Revision
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
 from pmod_cli.output.errors import PmodError
@@ -20,15 +19,6 @@ from pmod_cli.output.units import share, si, size
 
 if TYPE_CHECKING:
     from pmod_cli.checkpoints.write import Progress
-    from pmod_cli.conversion.convert import ConvertResult
-    from pmod_cli.conversion.preview import Preview
-
-
-class Target(str, Enum):
-    """What to make."""
-
-    pmod = "pmod"
-    baseline = "baseline"
 
 
 @app.command(
@@ -44,17 +34,12 @@ def convert_command(
     destination: Annotated[
         Path | None, typer.Argument(help="Folder of the new checkpoint; not needed with --dry-run.")
     ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(help="Name of a shipped recipe, or a .yaml file (default: the paper's settings)."),
-    ] = None,
+    recipe: RecipeName = None,
     settings: Overrides = None,
     to: Annotated[
-        Target, typer.Option(help="baseline takes the routers out of a p-MoD checkpoint again.")
-    ] = Target.pmod,
-    source_format: Annotated[
-        str | None, typer.Option("--format", help="Format of SOURCE; detected by default.")
-    ] = None,
+        Literal["pmod", "baseline"],
+        typer.Option(help="baseline takes the routers out of a p-MoD checkpoint again."),
+    ] = "pmod",
     vision_tower: Annotated[
         str | None, typer.Option(help="Folder or hub id, where SOURCE is a language model alone.")
     ] = None,
@@ -86,21 +71,18 @@ def convert_command(
     with starting("convert"):
         from pmod_cli.checkpoints import hub
         from pmod_cli.checkpoints.write import check_destination
-        from pmod_cli.conversion.convert import convert, convert_back
+        from pmod_cli.conversion.convert import convert, convert_back, preview
         from pmod_cli.conversion.formats import Options
         from pmod_cli.conversion.plan import plan_conversion
-        from pmod_cli.conversion.preview import preview
         from pmod_cli.recipe import load_recipe
 
     if destination is None and not dry_run:
         raise PmodError("no DESTINATION", "pmod convert SOURCE DESTINATION, or --dry-run")
     if push_to_hub and not dry_run:
         hub.check_login()
-    if to is Target.baseline:
-        if recipe or settings or source_format or dry_run:
-            raise PmodError(
-                "--recipe, --set, --format and --dry-run say nothing about --to baseline", "leave them out"
-            )
+    if to == "baseline":
+        if recipe or settings or dry_run:
+            raise PmodError("--recipe, --set and --dry-run say nothing about --to baseline", "leave them out")
         assert destination is not None
         with _progress() as progress:
             result = convert_back(
@@ -108,13 +90,11 @@ def convert_command(
             )
     else:
         chosen = load_recipe(recipe, settings or ()) if recipe else None
-        parts = Options(allow_pickle, vision_tower, projector, tokenizer).with_recipe(chosen)
         plan = plan_conversion(
             source,
             recipe=chosen,
             overrides=settings or (),
-            fmt=source_format,
-            options=parts,
+            options=Options(allow_pickle, vision_tower, projector, tokenizer),
             revision=revision,
             headers=dry_run,
         )
@@ -122,14 +102,14 @@ def convert_command(
             if destination is not None:
                 check_destination(destination, plan.source.folder, force)
             planned = preview(plan, destination, copy)
-            emit_json("convert", planned.to_dict()) if as_json else _show_preview(planned)
+            emit_json("convert", planned) if as_json else _show_preview(planned)
             return
         assert destination is not None
         with _progress() as progress:
             result = convert(plan, destination, force=force, copy=copy, progress=progress)
     pushed = hub.push(destination, push_to_hub, private) if push_to_hub else None
     if as_json:
-        emit_json("convert", {**result.to_dict(), "pushed_to": pushed})
+        emit_json("convert", {**result, "pushed_to": pushed})
     else:
         _show(result, pushed)
 
@@ -145,51 +125,50 @@ def _progress() -> Iterator[Progress]:
         yield lambda count: bar.advance(task, count)
 
 
-def _show(result: ConvertResult, pushed: str | None) -> None:
-    routers = f"{result.router_parameters:,} router parameters"
-    if result.mean_retention is None:
+def _show(result: dict[str, Any], pushed: str | None) -> None:
+    routers = f"{result['router_parameters']:,} router parameters"
+    if result["mean_retention"] is None:
         what = f"the dense baseline, {routers} taken out"
     else:
-        mod = sum(row["kind"] == "mod" for row in result.layers)
+        mod = sum(row["kind"] == "mod" for row in result["layers"])
         what = (
-            f"{mod} of {len(result.layers)} layers are MoD, {share(result.mean_retention)} of vision tokens "
+            f"{mod} of {len(result['layers'])} layers are MoD, {share(result['mean_retention'])} of vision tokens "
             f"kept on average, {routers} added"
         )
-    how = ", ".join(f"{count} {method}" for method, count in result.methods.items())
+    how = ", ".join(f"{count} {method}" for method, count in result["methods"].items())
     show_lines(
-        f"{result.destination}: {what}",
-        f"{size(result.weight_bytes)} of weights; files: {how}; {result.seconds:.2f} s",
+        f"{result['destination']}: {what}",
+        f"{size(result['weight_bytes'])} of weights; files: {how}; {result['seconds']:.2f} s",
         *([f"pushed: {pushed}"] if pushed else []),
     )
-    _show_notes(result.notes)
+    _show_notes(result["notes"])
 
 
-def _show_preview(planned: Preview) -> None:
-    show_lines(f"{planned.source}: {planned.format} format, family {planned.family}")
-    ratios = [row["retention_ratio"] for row in planned.layers]
+def _show_preview(planned: dict[str, Any]) -> None:
+    show_lines(f"{planned['source']}: {planned['format']} format, family {planned['family']}")
+    ratios = [row["retention_ratio"] for row in planned["layers"]]
     rows: list[Sequence[str]] = [
         [str(layer), "dense", ""] if ratio is None else [str(layer), "MoD", f"{ratio:.4f}"]
         for layer, ratio in enumerate(ratios)
     ]
     stdout.print(Table("", ["layer", "kind", "retention"], rows, left=2).to_rich())
-    show_lines(
-        f"recipe {planned.recipe or 'none: the source brings its own settings'}, "
-        f"mean retention {share(planned.mean_retention)}, {planned.router_parameters:,} parameters added",
-        *(_expected_lines(planned.expected) if planned.expected else []),
-        *([f"download: {size(planned.download_bytes)}"] if planned.download_bytes else []),
-        f"disk: {size(planned.disk_needed_bytes)} needed, {size(planned.disk_free_bytes)} free",
-    )
-    _show_notes(planned.notes)
-
-
-def _expected_lines(expected: dict[str, Any]) -> list[str]:
-    prompt, flops, cache = (expected[key] for key in ("prompt", "prefill_flops", "kv_bytes"))
-    return [
-        f"at one image of {prompt['width']}x{prompt['height']} pixels ({prompt['vision_tokens']} vision tokens) and "
-        f"{prompt['text_tokens']} text tokens:",
-        f"  prefill {si(flops['pmod'], 'FLOPs')}, {share(flops['ratio'])} of {si(flops['dense'], 'FLOPs')}",
-        f"  KV cache {size(cache['pmod'])}, {share(cache['ratio'])} of {size(cache['dense'])}",
+    lines = [
+        f"recipe {planned['recipe'] or 'none: the source brings its own settings'}, "
+        f"mean retention {share(planned['mean_retention'])}, {planned['router_parameters']:,} parameters added"
     ]
+    if expected := planned["expected"]:
+        prompt, flops, cache = (expected[key] for key in ("prompt", "prefill_flops", "kv_bytes"))
+        lines += [
+            f"at one image of {prompt['width']}x{prompt['height']} pixels ({prompt['vision_tokens']} vision tokens) "
+            f"and {prompt['text_tokens']} text tokens:",
+            f"  prefill {si(flops['pmod'], 'FLOPs')}, {share(flops['ratio'])} of {si(flops['dense'], 'FLOPs')}",
+            f"  KV cache {size(cache['pmod'])}, {share(cache['ratio'])} of {size(cache['dense'])}",
+        ]
+    if planned["download_bytes"]:
+        lines.append(f"download: {size(planned['download_bytes'])}")
+    free = size(planned["disk_free_bytes"])
+    show_lines(*lines, f"disk: {size(planned['disk_needed_bytes'])} needed, {free} free")
+    _show_notes(planned["notes"])
 
 
 def _show_notes(notes: list[str]) -> None:

@@ -13,6 +13,7 @@ from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, show_lines, stdout
 from pmod_cli.output.errors import GateError
+from pmod_cli.output.tables import Table
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data: check it, clean it.")
 app.add_typer(data_app, name="data")
@@ -32,7 +33,7 @@ def _root() -> None:
 )
 def check_command(
     data: Annotated[str, typer.Argument(help="LLaVA JSON or JSONL; or a datasets folder or hub id.")],
-    images: Images | None = None,
+    images: Images = None,
     model: Annotated[
         str | None,
         typer.Option("--model", help="Its processor finds samples whose answers all lie past --max-length."),
@@ -56,14 +57,12 @@ def check_command(
     from pmod_cli.recipe import default_recipe, load_recipe
 
     settings = (load_recipe(recipe) if recipe else default_recipe()).train
-    processor = None
     with starting("data check"):
         from pmod_cli.data.check import check_data
 
         if model is not None:
             from pmod_cli.training.model import load_processor
-    if model is not None:
-        processor = load_processor(model, settings)
+    processor = load_processor(model, settings) if model is not None else None
     with late_progress("check") as show:
         report = check_data(
             data,
@@ -74,13 +73,16 @@ def check_command(
             force=force,
             progress=lambda done, total: show(done, total, ""),
         )
+    problems = report["problems"]
     if as_json:
-        emit_json("data check", report.to_dict())
+        emit_json("data check", report)
     else:
-        for problem in report.problems[:limit]:
-            show_lines(problem.to_text())
-        stdout.print(report.to_table().to_rich())
-        if report.fixed:
-            show_lines(f"clean file: {report.fixed}")
-    if report.problems and fix is None:
-        raise GateError(f"{len(report.problems)} of {report.records} records are not fit for training")
+        for problem in problems[:limit]:
+            show_lines(f"record {problem['index']} (id {problem['id'] or '-'}): {problem['detail']}")
+        rows = [[kind, str(count)] for kind, count in report["counts"].items()]
+        title = f"{report['good']} of {report['records']} records are fit"
+        stdout.print(Table(title, ("problem", "records"), rows).to_rich())
+        if report["fixed"]:
+            show_lines(f"clean file: {report['fixed']}")
+    if problems and fix is None:
+        raise GateError(f"{len(problems)} of {report['records']} records are not fit for training")

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.options import AsJson, Images, Overrides
+from pmod_cli.cli.options import AsJson, Images, Overrides, RecipeName
 from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import require_if_installed, starting
 from pmod_cli.output.console import emit_json, show_lines, stderr
-
-if TYPE_CHECKING:
-    from pmod_cli.training.memory import MemoryEstimate
-    from pmod_cli.training.model import PartCount
+from pmod_cli.output.tables import Table
 
 
 @app.command(
@@ -36,10 +33,8 @@ def finetune_command(
         ),
     ],
     output: Annotated[Path, typer.Option("--output", help="The new checkpoint.")],
-    images: Images | None = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", help="Name of a shipped recipe, or a .yaml file.")
-    ] = None,
+    images: Images = None,
+    recipe: RecipeName = None,
     settings: Overrides = None,
     resume: Annotated[
         bool,
@@ -80,13 +75,18 @@ def finetune_command(
     if not is_main_process():
         return
     if as_json:
-        emit_json("finetune", result.to_dict())
-    else:
-        show_lines(result.to_text())
+        emit_json("finetune", result)
+        return
+    losses = [f"{loss:.4f}" for loss in (result["first_loss"], result["final_loss"]) if loss is not None]
+    show_lines(
+        f"{result['output']}: {result['steps']} steps, loss {' -> '.join(losses)}, "
+        f"{result['seconds']:.0f} s, {len(result['bad_samples'])} bad samples"
+    )
 
 
-def _announce(parts: list[PartCount], memory: MemoryEstimate) -> None:
-    from pmod_cli.training.model import parts_table
+def _announce(parts: list[dict[str, Any]], memory: dict[str, Any]) -> None:
+    from pmod_cli.training.memory import memory_text
 
-    stderr.print(parts_table(parts).to_rich())
-    stderr.print(memory.to_text(), markup=False, soft_wrap=True)
+    rows = [[part["part"], f"{part['trained']:,}", f"{part['frozen']:,}"] for part in parts]
+    stderr.print(Table("Parameters", ("part", "trained", "frozen"), rows).to_rich())
+    stderr.print(memory_text(memory), markup=False, soft_wrap=True)

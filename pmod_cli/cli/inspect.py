@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,9 +12,6 @@ from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, show_lines, stdout
 from pmod_cli.output.tables import Table
 from pmod_cli.output.units import share
-
-if TYPE_CHECKING:
-    from pmod_cli.conversion.inspection import Inspection
 
 
 @app.command(
@@ -34,46 +30,41 @@ def inspect_command(
     with starting("inspect"):
         from pmod_cli.conversion.inspection import inspect_checkpoint
 
-    inspection = inspect_checkpoint(model, revision)
+    found = inspect_checkpoint(model, revision)
     if as_json:
-        emit_json("inspect", inspection.to_dict())
-    else:
-        _show(inspection)
-
-
-def _show(inspection: Inspection) -> None:
-    rows: list[Sequence[str]] = []
-    for row in inspection.layers:
-        router = row.get("router")
-        if router is None:
-            rows.append([str(row["layer"]), "dense", "", "", "", "", ""])
-            continue
-        rows.append(
-            [
-                str(row["layer"]),
-                "MoD",
-                f"{row['retention_ratio']:.4f}",
-                _number(router["weight_norm"]),
-                _number(router["weight_max"]),
-                _number(router["bias"]) if inspection.mod["router_bias"] else "",
-                "initial" if router["initial"] else "trained",
-            ]
-        )
+        emit_json("inspect", found)
+        return
+    rows = [_row(layer, found["mod"]["router_bias"]) for layer in found["layers"]]
     header = ["layer", "kind", "retention", "|weight|", "max", "bias", "router"]
-    show_lines(inspection.model)
+    show_lines(found["model"])
     stdout.print(Table("", header, rows, left=2).to_rich())
-    routers = sum("router" in row for row in inspection.layers)
+    routers = sum("router" in layer for layer in found["layers"])
     show_lines(
-        f"family {inspection.family}, mean retention {share(inspection.mean_retention)}",
-        f"{routers} routers, {inspection.router_parameters:,} parameters ({inspection.router_dtype}), "
-        f"{inspection.initial_routers} still at their initial value ({100 * inspection.initial_share:.0f} %)",
-        _origin(inspection.provenance),
+        f"family {found['family']}, mean retention {share(found['mean_retention'])}",
+        f"{routers} routers, {found['router_parameters']:,} parameters ({found['router_dtype']}), "
+        f"{found['initial_routers']} still at their initial value ({100 * found['initial_share']:.0f} %)",
+        _origin(found["provenance"]),
     )
-    if training := inspection.training:
+    if training := found["training"]:
         show_lines(
             f"fine-tuned from {training['model']}: {training['steps']} steps, "
             f"final loss {_number(training['final_loss'])}"
         )
+
+
+def _row(layer: dict[str, Any], with_bias: bool) -> list[str]:
+    if "router" not in layer:
+        return [str(layer["layer"]), "dense", "", "", "", "", ""]
+    router = layer["router"]
+    return [
+        str(layer["layer"]),
+        "MoD",
+        f"{layer['retention_ratio']:.4f}",
+        _number(router["weight_norm"]),
+        _number(router["weight_max"]),
+        _number(router["bias"]) if with_bias else "",
+        "initial" if router["initial"] else "trained",
+    ]
 
 
 def _origin(origin: dict[str, Any] | None) -> str:

@@ -22,7 +22,13 @@ Revision = Annotated[str | None, typer.Option("--revision", help="Hub branch, ta
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="key=value over the recipe, e.g. mod.floor=0.1; repeatable.")
 ]
-Images = Annotated[Path, typer.Option("--images", help="Folder that the data's image names are relative to.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Shipped recipe, or a .yaml file (default: the paper's settings)."),
+]
+Images = Annotated[
+    Path | None, typer.Option("--images", help="Folder that the data's image names are relative to.")
+]
 Prompt = Annotated[str, typer.Option("--prompt", help="What to ask; the chat template is applied.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
 

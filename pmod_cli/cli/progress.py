@@ -10,14 +10,7 @@ from pmod_cli.output.console import stderr
 
 @contextmanager
 def late_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a bar while the body runs.
-
-    Args:
-        label: What is being done, in a word.
-
-    Yields:
-        A function that moves the bar: steps done, steps in all, and text to show after them.
-    """
+    """Show a bar while the body runs; it yields a function of steps done, steps in all, and text to show after them."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -21,14 +21,9 @@ _TEMPLATE = Path(__file__).with_name("card.md")
 def model_card(
     family: Family, mod: MoDConfig, origin: dict[str, Any], recipe: Recipe | None, source_card: str | None
 ) -> str:
-    """Contents of ``README.md``.
+    """Contents of ``README.md``; the licence is that of the source's own card, if it has one.
 
-    Args:
-        family: Of the model.
-        mod: Its settings.
-        origin: The ``pmod`` section of its ``config.json``.
-        recipe: The whole recipe, or None.
-        source_card: The source's own card, whose licence is taken over; None if it has none.
+    ``origin`` is the ``pmod`` section of the new ``config.json``.
     """
     source, revision = origin["source"], origin["revision"]
     title = source.rstrip("/").rpartition("/")[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,6 @@ class DecoderLayout:
 
     Attributes:
         prefix: What stands before a layer's number in the names, e.g. ``model.language_model.layers.``.
-        layers: Number of decoder layers.
         hidden: Width of the residual stream.
         dtype: Of the layers' weights, as safetensors calls it; the routers get the same.
     """
@@ -83,41 +82,66 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
     Raises:
         PmodError: No decoder, a missing tensor, a shape that does not fit, or quantised weights.
     """
-    if "quantization_config" in config:
-        raise _quantised()
     by_name = {tensor.name: tensor for tensor in tensors}
-    prefix = next((p for p in family.layer_prefixes if any(name.startswith(p) for name in by_name)), None)
+    # Layers by what stands before their numbers, and by what stands behind them.
+    stacks: dict[str, dict[str, dict[int, StoredTensor]]] = {}
+    for name, tensor in by_name.items():
+        if match := _STACKED.fullmatch(name):
+            stacks.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = tensor
+    prefix = next((prefix for prefix in family.layer_prefixes if prefix in stacks), None)
     if prefix is None:
         raise PmodError(
             "the weights have no decoder layers",
             f"expected names that begin with {' or '.join(family.layer_prefixes)}",
         )
-    layers = 1 + max((int(match[2]) for match in _stacked(by_name) if match[1] == prefix), default=-1)
+    layers = _count_layers(stacks[prefix])
     text = _completed(config.get("text_config") or {}, family.decoders[0])
     expected = text.get("num_hidden_layers", layers)
     if expected != layers:
         raise PmodError(f"the weights have {layers} decoder layers, and {_CONFIG} says {expected}")
-    needs_head = config.get("tie_word_embeddings") is False
-    _check_complete(by_name, prefix, layers, (*_REQUIRED, "lm_head.weight") if needs_head else _REQUIRED)
-    sample = by_name[f"{prefix}0.self_attn.q_proj.weight"]
-    if sample.dtype not in ROUTER_DTYPES:
-        raise _quantised()
-    _check_shapes(by_name, prefix, _sides_of(text, config))
-    return DecoderLayout(prefix, layers, sample.shape[1], sample.dtype)
+    for end in _LAYER:
+        stacks[prefix].setdefault(end, {})
+    required = [*_REQUIRED, *(["lm_head.weight"] if config.get("tie_word_embeddings") is False else [])]
+    missing = [
+        *(end for end in required if not any(name.endswith(end) for name in by_name)),
+        # Of the vision tower only this can be told, since its names differ by its kind.
+        *(
+            f"{stack}{layer}.{end}"
+            for stack, ends in stacks.items()
+            for layer in range(_count_layers(ends))
+            for end, present in ends.items()
+            if layer not in present
+        ),
+    ]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise PmodError(f"the weights lack {missing[0]}{more}")
+    query = stacks[prefix]["self_attn.q_proj.weight"][0]
+    if "quantization_config" in config or query.dtype not in ROUTER_DTYPES:
+        raise PmodError("the weights are quantised", "convert the unquantised checkpoint")
+    known = _sides_of(text, config)
+    for name, tensor in by_name.items():
+        if name.startswith(prefix):
+            sides = _LAYER.get(name.removeprefix(prefix).partition(".")[2])
+        else:
+            sides = next((sides for end, sides in _OUTSIDE.items() if name.endswith(end)), None)
+        _check_sides(tensor, sides, known)
+    for ends in stacks.values():
+        for present in ends.values():
+            # Finds what is wrong in parts whose sides have no names here.
+            first, shape = present[0].name, list(present[0].shape)
+            for tensor in present.values():
+                if list(tensor.shape) != shape:
+                    raise PmodError(f"{tensor.name} has shape {list(tensor.shape)}, and {first} has {shape}")
+    return DecoderLayout(prefix, layers, query.shape[1], query.dtype)
 
 
 def router_tensors(
     mod: MoDConfig, layout: DecoderLayout, given: dict[str, StoredTensor]
 ) -> list[StoredTensor]:
-    """The routers of every Mixture-of-Depths layer: those given, or zeros in the decoder's dtype.
+    """The routers of every Mixture-of-Depths layer: zeros in the decoder's dtype, or those given by name.
 
-    Args:
-        mod: Which layers, and whether routers have a bias.
-        layout: Names, width and dtype.
-        given: Routers that the source has, by name; all of them, or none.
-
-    Raises:
-        PmodError: A router is missing or has the wrong shape.
+    All must be given and have the right shape, or none.
     """
     shapes = {"weight": (1, layout.hidden)} | ({"bias": (1,)} if mod.router_bias else {})
     tensors = []
@@ -137,83 +161,27 @@ def router_tensors(
     return tensors
 
 
-def _quantised() -> PmodError:
-    hint = "convert the unquantised checkpoint and quantise when it is loaded"
-    return PmodError("the weights are quantised", hint)
+def _count_layers(ends: dict[str, dict[int, StoredTensor]]) -> int:
+    return 1 + max(layer for present in ends.values() for layer in present)
 
 
-def _stacked(names: Iterable[str]) -> Iterator[re.Match[str]]:
-    """Names inside a stack of layers: what stands before the layer's number, the number, the rest."""
-    return filter(None, map(_STACKED.fullmatch, names))
-
-
-def _check_complete(
-    tensors: dict[str, StoredTensor], prefix: str, layers: int, others: Iterable[str]
+def _check_sides(
+    tensor: StoredTensor, sides: tuple[str, ...] | None, known: dict[str, tuple[int, str]]
 ) -> None:
-    """Refuse weights that lack a tensor of a decoder layer, one that ends in one of ``others``, or see `_gaps`."""
-    inside = [f"{prefix}{layer}.{end}" for layer in range(layers) for end in _LAYER]
-    missing = [name for name in inside if name not in tensors]
-    missing += [end for end in others if not any(name.endswith(end) for name in tensors)]
-    missing = missing or _gaps(tensors)
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise PmodError(f"the weights lack {missing[0]}{more}")
-
-
-def _gaps(names: Iterable[str]) -> list[str]:
-    """Names that a layer lacks and others of its stack have: for the vision tower, whose names differ by its kind."""
-    stacks: dict[str, dict[str, set[int]]] = {}
-    for match in _stacked(names):
-        stacks.setdefault(match[1], {}).setdefault(match[3], set()).add(int(match[2]))
-    return [
-        f"{stack}{layer}.{end}"
-        for stack, ends in stacks.items()
-        for layer in range(1 + max(max(layers) for layers in ends.values()))
-        for end, layers in ends.items()
-        if layer not in layers
-    ]
-
-
-def _check_shapes(tensors: dict[str, StoredTensor], prefix: str, known: dict[str, tuple[int, str]]) -> None:
-    """Compare every side with the config, or the first tensor that has it; and layers with each other.
-
-    Args:
-        tensors: All of them.
-        prefix: Of the decoder layers.
-        known: Sides that the config gives, each with where it stands; those of tensors are added.
-    """
-    first_layers: dict[str, StoredTensor] = {}
-    for name, tensor in tensors.items():
-        sides = _sides_by_name(name, prefix)
-        if sides is not None and len(sides) != len(tensor.shape):
-            raise PmodError(f"{name} has shape {list(tensor.shape)}, and {len(sides)} sides are expected")
-        for length, side in zip(tensor.shape, sides or (), strict=False):
-            expected, where = known.setdefault(side, (length, name))
-            if length != expected:
-                raise PmodError(
-                    f"{name} has shape {list(tensor.shape)}: its {side} is {length}, and {expected} by {where}"
-                )
-        # Layers of one stack are alike: this finds what is wrong in parts whose sides have no names here.
-        like = first_layers.setdefault(re.sub(r"\.layers\.\d+\.", ".layers.*.", name), tensor)
-        if like.shape != tensor.shape:
-            raise PmodError(f"{name} has shape {list(tensor.shape)}, and {like.name} has {list(like.shape)}")
-
-
-def _sides_by_name(name: str, prefix: str) -> tuple[str, ...] | None:
-    """What the sides of a tensor are called; None if it is not one of those that are checked."""
-    match = _STACKED.fullmatch(name)
-    if match and match[1] == prefix:
-        return _LAYER.get(match[3])
-    return next((sides for end, sides in _OUTSIDE.items() if name.endswith(end)), None)
+    """Compare a tensor's sides with those known, each with where it stands; sides not known yet are added."""
+    if sides is not None and len(sides) != len(tensor.shape):
+        raise PmodError(f"{tensor.name} has shape {list(tensor.shape)}, and {len(sides)} sides are expected")
+    for length, side in zip(tensor.shape, sides or (), strict=False):
+        expected, where = known.setdefault(side, (length, tensor.name))
+        if length != expected:
+            raise PmodError(
+                f"{tensor.name} has shape {list(tensor.shape)}: its {side} is {length}, "
+                f"and {expected} by {where}"
+            )
 
 
 def _sides_of(text: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """The sides that the config gives, each with where it stands.
-
-    Args:
-        text: The language model's config, completed.
-        config: The whole config.
-    """
+    """The sides that a config gives, each with where it stands. ``text``: the language model's part, completed."""
     vision = _completed(config.get("vision_config") or {}, "")
     heads = text.get("num_attention_heads")
     head = text.get("head_dim")

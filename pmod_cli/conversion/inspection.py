@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +19,10 @@ from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """A p-MoD checkpoint.
+def inspect_checkpoint(model: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """What ``docs/json.md`` lists for ``pmod inspect --json``; a number that is not finite is None.
 
-    Attributes:
-        model: As the user named it.
-        family: Its family.
-        layers: One row a decoder layer: ``layer``, ``kind`` (dense or mod), ``retention_ratio``, and for an MoD layer
-            ``router``: ``weight_norm`` (Euclidean), ``weight_max`` (largest magnitude), ``bias`` (None if it has
-            none), ``initial`` (whether all is zero still). A number that is not finite is None.
-        mean_retention: Mean share of vision tokens over all layers.
-        mod: The ``mod`` section of its config, ratios included.
-        router_dtype: As safetensors calls it.
-        router_parameters: Parameters of all routers.
-        initial_routers: Routers still at their initial value (zero).
-        initial_share: The same as a share of all routers.
-        provenance: The ``pmod`` section of its config: ``version``, ``source``, ``revision``, ``format``,
-            ``recipe``; None if another program made it.
-        training: What ``pmod finetune`` noted: ``model``, ``steps``, ``final_loss``; None if it did not.
-    """
-
-    model: str
-    family: str
-    layers: list[dict[str, Any]]
-    mean_retention: float
-    mod: dict[str, Any]
-    router_dtype: str
-    router_parameters: int
-    initial_routers: int
-    initial_share: float
-    provenance: dict[str, Any] | None
-    training: dict[str, Any] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, in what JSON can write."""
-        return asdict(self)
-
-
-def inspect_checkpoint(model: str | Path, revision: str | None = None) -> Inspection:
-    """Read a p-MoD checkpoint's config and routers.
-
-    Args:
-        model: Folder or hub id; of a hub id only files that hold routers are downloaded.
-        revision: Hub branch, tag or commit.
+    Of a hub id only files that hold routers are downloaded.
 
     Raises:
         PmodError: It is not a p-MoD checkpoint, or routers are missing.
@@ -89,55 +48,47 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> Inspec
     for layer in mod.mod_layers:
         layers[layer]["router"] = _statistics(layer, tensors, mod)
     initial = sum(layers[layer]["router"]["initial"] for layer in mod.mod_layers)
-    return Inspection(
-        model=source.name,
-        family=family.name,
-        layers=layers,
-        mean_retention=mean_retention(mod.retention_ratios),
-        mod=mod.to_dict(),
-        router_dtype=next(iter(tensors.values())).dtype if tensors else "",
-        router_parameters=sum(int(np.prod(tensor.shape)) for tensor in tensors.values()),
-        initial_routers=initial,
-        initial_share=initial / len(mod.mod_layers) if mod.mod_layers else 0.0,
-        provenance=source.config.get("pmod"),
-        training=_training(source.json("training.json")),
-    )
+    training = source.json("training.json")
+    if training is not None:
+        result = training.get("result") or {}
+        training = {
+            "model": training.get("model"),
+            "steps": result.get("steps"),
+            "final_loss": result.get("final_loss"),
+        }
+    return {
+        "model": source.name,
+        "family": family.name,
+        "layers": layers,
+        "mean_retention": mean_retention(mod.retention_ratios),
+        "mod": mod.to_dict(),
+        "router_dtype": next(iter(tensors.values())).dtype if tensors else "",
+        "router_parameters": sum(int(np.prod(tensor.shape)) for tensor in tensors.values()),
+        "initial_routers": initial,
+        "initial_share": initial / len(mod.mod_layers) if mod.mod_layers else 0.0,
+        "provenance": source.config.get("pmod"),
+        "training": training,
+    }
 
 
 def _statistics(layer: int, tensors: dict[str, StoredTensor], mod: MoDConfig) -> dict[str, Any]:
     found = {}
     for part in ("weight", "bias") if mod.router_bias else ("weight",):
         ending = f".layers.{layer}.router.{part}"
-        name = next((name for name in tensors if name.endswith(ending)), None)
-        if name is None:
+        tensor = next((tensor for name, tensor in tensors.items() if name.endswith(ending)), None)
+        if tensor is None:
             raise PmodError(f"the weights lack {ending[1:]}")
-        found[part] = _values(tensors[name])
+        if tensor.dtype not in (*ROUTER_DTYPES, "F64"):
+            raise PmodError(f"{tensor.name} has type {tensor.dtype}, which is not a router's")
+        found[part] = decode(tensor.read(), tensor.dtype).astype(np.float64)
     weight, bias = found["weight"], found.get("bias")
     return {
         "weight_norm": _finite(np.linalg.norm(weight)),
         "weight_max": _finite(np.abs(weight).max()),
         "bias": None if bias is None else _finite(bias[0]),
-        "initial": not weight.any() and (bias is None or not bias.any()),
+        "initial": not any(values.any() for values in found.values()),
     }
 
 
 def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _values(tensor: StoredTensor) -> np.ndarray:
-    """A tensor's values, flat, as float64."""
-    if tensor.dtype not in (*ROUTER_DTYPES, "F64"):
-        raise PmodError(f"{tensor.name} has type {tensor.dtype}, which is not a router's")
-    return decode(tensor.read(), tensor.dtype).astype(np.float64)
-
-
-def _training(summary: dict[str, Any] | None) -> dict[str, Any] | None:
-    if summary is None:
-        return None
-    result = summary.get("result") or {}
-    return {
-        "model": summary.get("model"),
-        "steps": result.get("steps"),
-        "final_loss": result.get("final_loss"),
-    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from pmod_cli.checkpoints.shards import INDEX, StoredTensor, shard_bytes
 from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.conversion.card import model_card
 from pmod_cli.conversion.decoder import DecoderLayout, find_decoder, router_tensors
-from pmod_cli.conversion.formats import Options, Shard, Translation, find_format
+from pmod_cli.conversion.formats import FORMATS, Options, Shard, Translation, find_format
 from pmod_cli.conversion.restore import baseline_files, index_of
 from pmod_cli.families import Family, check_decoder, find_family
 from pmod_cli.modeling.schedule import mean_retention
@@ -31,14 +31,10 @@ class Plan:
     """What a conversion will do, known from headers and configs alone.
 
     Attributes:
-        source: The checkpoint.
-        format: Name of its format.
-        family: Its family.
+        format: Name of the source's format.
         translation: The dense checkpoint that it is.
         recipe: What is followed; None if the source brings its own settings.
-        mod: Mixture-of-Depths settings, one ratio a layer.
-        layout: The decoder.
-        routers: Their tensors.
+        mod: Mixture-of-Depths settings, one ratio per layer.
     """
 
     source: Source
@@ -55,27 +51,23 @@ class Plan:
         """Size of the baseline's weights."""
         return sum(shard_bytes(shard.tensors) for shard in self.translation.shards)
 
-    @property
-    def router_parameters(self) -> int:
-        """Parameters added."""
-        return sum(math.prod(tensor.shape) for tensor in self.routers)
-
-    def description(self) -> dict[str, Any]:
-        """What `ConvertResult` and `Preview` have in common."""
+    def description(self, destination: Path | None) -> dict[str, Any]:
+        """What the results of a conversion and of a dry run begin with."""
         return {
             "source": self.source.name,
+            "destination": str(destination) if destination else None,
             "format": self.format,
             "family": self.family.name,
             "recipe": self.recipe.name if self.recipe else None,
             "layers": layer_table(self.mod),
             "mean_retention": mean_retention(self.mod.retention_ratios),
-            "router_parameters": self.router_parameters,
+            "router_parameters": sum(math.prod(tensor.shape) for tensor in self.routers),
             "weight_bytes": self.weight_bytes,
         }
 
-    def config(self) -> dict[str, Any]:
-        """Contents of the new ``config.json``."""
-        recipe = self.recipe
+    def checkpoint(self) -> Translation:
+        """Everything that is written: the translation with routers, config, index, card and the way back."""
+        recipe, dense = self.recipe, self.translation
         # transformers keeps this section through fine-tuning.
         origin = {
             "version": __version__,
@@ -85,22 +77,21 @@ class Plan:
             "recipe": {"name": recipe.name, "mod": recipe.mod.model_dump(mode="json")} if recipe else None,
         }
         # auto_map names code of the source's repository, which is not run for our model types.
-        config = {key: value for key, value in self.translation.config.items() if key != "auto_map"}
-        changed = {"architectures": [self.family.architecture], "model_type": self.family.model_type}
-        return {**config, **changed, "mod": self.mod.to_dict(), "pmod": origin}
-
-    def checkpoint(self) -> Translation:
-        """Everything that is written: the translation with routers, config, index, card and the way back."""
-        config = self.config()
-        shards = [*self.translation.shards, Shard(ROUTERS, self.routers)]
-        card = self.translation.originals.get("README.md")
+        config = {
+            **{key: value for key, value in dense.config.items() if key != "auto_map"},
+            "architectures": [self.family.architecture],
+            "model_type": self.family.model_type,
+            "mod": self.mod.to_dict(),
+            "pmod": origin,
+        }
+        shards = [*dense.shards, Shard(ROUTERS, self.routers)]
+        card = dense.originals.get("README.md")
         own_card = card.read_text(encoding="utf-8", errors="replace") if isinstance(card, Path) else None
-        readme = model_card(self.family, self.mod, config["pmod"], self.recipe, own_card)
         files: dict[str, Path | bytes] = {
-            **self.translation.files,
-            **baseline_files(self.translation),
+            **dense.files,
+            **baseline_files(dense),
             INDEX: to_json(index_of(shards)),
-            "README.md": readme.encode(),
+            "README.md": model_card(self.family, self.mod, origin, recipe, own_card).encode(),
             "config.json": to_json(config),
         }
         return Translation(config, shards, files)
@@ -111,7 +102,6 @@ def plan_conversion(
     *,
     recipe: Recipe | None = None,
     overrides: Sequence[str] = (),
-    fmt: str | None = None,
     options: Options | None = None,
     revision: str | None = None,
     headers: bool = False,
@@ -122,7 +112,6 @@ def plan_conversion(
         source: Folder or hub id.
         recipe: The paper's settings if None, unless the source brings its own.
         overrides: ``key.sub=value`` for the default recipe, where ``recipe`` is None.
-        fmt: Name of the source's format; detected if None.
         options: See `Options`.
         revision: Hub branch, tag or commit.
         headers: Of a hub id, read the headers over the network and do not download the weights.
@@ -130,10 +119,10 @@ def plan_conversion(
     Raises:
         PmodError: Whatever is wrong with the source, or does not fit it.
     """
-    options = options or Options()
+    options = replace(options or Options(), recipe=recipe)
     opened = open_source(source, revision=revision, allow_pickle=options.allow_pickle, headers=headers)
-    name, format = find_format(opened, fmt)
-    translation = format.translate(opened, options)
+    name = find_format(opened)
+    translation = FORMATS[name].translate(opened, options)
     family = find_family(str(translation.config.get("model_type", "")))
     check_decoder(family, translation.config)
     tensors = [tensor for shard in translation.shards for tensor in shard.tensors]
@@ -154,7 +143,7 @@ def plan_conversion(
 
 
 def layer_table(mod: MoDConfig) -> list[dict[str, Any]]:
-    """One row a decoder layer: ``layer``, ``kind`` (dense or mod), ``retention_ratio`` (None for dense)."""
+    """One row per decoder layer: ``layer``, ``kind`` (dense or mod), ``retention_ratio`` (None for dense)."""
     return [
         {"layer": layer, "kind": "dense" if ratio is None else "mod", "retention_ratio": ratio}
         for layer, ratio in enumerate(mod.retention_ratios)

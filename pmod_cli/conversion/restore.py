@@ -8,20 +8,20 @@ folder; its routers are then taken out of its shards and its config.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.shards import INDEX, SINGLE
 from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats.translation import Shard, Translation
-from pmod_cli.families import Family, find_family
+from pmod_cli.families import find_family
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import to_json
 
 FOLDER = "baseline"
 _MANIFEST = "manifest.json"
-_ADDED = ("mod", "pmod")
 
 
 def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
@@ -50,15 +50,16 @@ def baseline_files(translation: Translation) -> dict[str, Path | bytes]:
 
 
 def plan_baseline(source: Source) -> Translation:
-    """The dense baseline of a p-MoD checkpoint; ``config.json`` and the index are among its files.
-
-    Raises:
-        PmodError: The checkpoint is not p-MoD, or files are missing.
-    """
+    """The dense baseline of a p-MoD checkpoint; ``config.json`` and the index are among its files."""
     family = find_family(source.model_type)
     if source.model_type != family.model_type:
         raise PmodError(f"{source.name} is a dense {family.name} checkpoint already")
     weights = {file.name: file for file in source.weight_files()}
+    config = {
+        **{key: value for key, value in source.config.items() if key not in ("mod", "pmod")},
+        "architectures": [family.architecture.removeprefix("Pmod")],
+        "model_type": family.base_type,
+    }
     manifest = source.json(f"{FOLDER}/{_MANIFEST}")
     if manifest is not None:
         files = _check_manifest(source, manifest)
@@ -68,11 +69,26 @@ def plan_baseline(source: Source) -> Translation:
             if name in weights
         ]
         if not any(is_router(tensor.name) for shard in shards for tensor in shard.tensors):
-            others = {
+            others: dict[str, Path | bytes] = {
                 original: source.folder / name for original, name in files.items() if name not in weights
             }
-            return Translation(_dense_config(source.config, family), shards, dict(others))
-    return _strip(source, family)
+            return Translation(config, shards, others)
+    shards = []
+    for file in weights.values():
+        kept = [tensor for tensor in file.tensors.values() if not is_router(tensor.name)]
+        whole = len(kept) == len(file.tensors)
+        if kept:
+            shards.append(Shard(file.name, kept, file.path.resolve() if whole else None))
+    others = {
+        name: path for name, path in source.sidecars().items() if name not in ("config.json", "README.md")
+    }
+    others["config.json"] = to_json(config)
+    if len(shards) == 1:
+        shards = [replace(shards[0], name=SINGLE)]
+    else:
+        others[INDEX] = to_json(index_of(shards))
+    notes = ["the weights are those of the p-MoD checkpoint as it is now, routers left out"]
+    return Translation(config, shards, others, notes=notes)
 
 
 def _check_manifest(source: Source, manifest: dict[str, Any]) -> dict[str, str]:
@@ -86,32 +102,3 @@ def _check_manifest(source: Source, manifest: dict[str, Any]) -> dict[str, str]:
         if not (source.folder / name).is_file():
             raise PmodError(f"{source.name} lacks {name}, which belongs to its baseline")
     return files
-
-
-def _strip(source: Source, family: Family) -> Translation:
-    shards = []
-    for file in source.weight_files():
-        kept = [tensor for tensor in file.tensors.values() if not is_router(tensor.name)]
-        whole = len(kept) == len(file.tensors)
-        if kept:
-            shards.append(Shard(file.name, kept, file.path.resolve() if whole else None))
-    config = _dense_config(source.config, family)
-    files: dict[str, Path | bytes] = {
-        name: path for name, path in source.sidecars().items() if name not in ("config.json", "README.md")
-    }
-    files["config.json"] = to_json(config)
-    if len(shards) == 1:
-        shards = [Shard(SINGLE, shards[0].tensors, shards[0].linked)]
-    else:
-        files[INDEX] = to_json(index_of(shards))
-    notes = ["the weights are those of the p-MoD checkpoint as it is now, routers left out"]
-    return Translation(config, shards, files, notes=notes)
-
-
-def _dense_config(config: dict[str, Any], family: Family) -> dict[str, Any]:
-    dense = {key: value for key, value in config.items() if key not in _ADDED}
-    return {
-        **dense,
-        "architectures": [family.architecture.removeprefix("Pmod")],
-        "model_type": family.base_type,
-    }

@@ -35,23 +35,10 @@ class Example:
     replaced: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class BatchNotes:
-    """What the trainer wants to know of a batch: ids, samples that were replaced (id, reason), real tokens."""
-
-    ids: list[str]
-    replaced: list[tuple[str, str]]
-    tokens: int
-
-
 class EncodedDataset(Dataset[Example]):
     """Encodes samples when they are asked for; a bad one is replaced by the next good one.
 
-    Args:
-        samples: What to encode.
-        pictures: Where their images are.
-        processor: The model's processor.
-        max_length: In tokens, image tokens included.
+    Their images are those of ``pictures``; ``max_length`` is in tokens, image tokens included.
     """
 
     def __init__(
@@ -109,22 +96,16 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
 class Collator:
     """Pads on the right and processes the images.
 
-    Args:
-        processor: The model's processor.
-        image_for_text: Give a batch without images a blank one, so that the projector takes part on every rank
-            (distributed training waits for it). It stands after the end of the first row: it is not in the loss,
-            and no token before it attends to it.
+    With ``image_for_text`` a batch without images gets a blank one, so that the projector takes part on every rank
+    (distributed training waits for it). It stands after the end of the first row: it is not in the loss, and no token
+    before it attends to it.
     """
 
     def __init__(self, processor: Any, *, image_for_text: bool = False) -> None:
         self.processor, self.image_for_text = processor, image_for_text
-        tokenizer = processor.tokenizer
-        self.padding = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """A batch of the model's inputs, and ``notes`` on it for the trainer.
+        """A batch of the model's inputs, and ``notes`` on it: ``ids``, ``replaced`` samples, real ``tokens``.
 
         Labels are cut before the first answer, and ``logits_to_keep`` has the model's head leave out the same
         tokens, most of them vision tokens: the loss is the same, without their logits.
@@ -145,25 +126,22 @@ class Collator:
             return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
         # The logits of a token are about the next one: keep those from the token before the first answer.
-        first = max(0, min(map(_first_label, labels)) - 1)
+        answers = [next(place for place, label in enumerate(row) if label != IGNORED) for row in labels]
+        first = max(0, min(answers) - 1)
         batch: dict[str, Any] = {
-            "input_ids": padded(ids, self.padding),
+            "input_ids": padded(ids, self.processor.tokenizer.pad_token_id),
             "labels": padded(labels, IGNORED)[:, first:],
             "attention_mask": padded(mask, 0),
             "logits_to_keep": length - first,
         }
         if images:
             batch |= self.processor.image_processor(images, return_tensors="pt")
-        batch["notes"] = BatchNotes(
-            [example.id for example in examples],
-            [pair for example in examples for pair in example.replaced],
-            sum(len(example.encoded.input_ids) for example in examples),
-        )
+        batch["notes"] = {
+            "ids": [example.id for example in examples],
+            "replaced": [pair for example in examples for pair in example.replaced],
+            "tokens": sum(len(example.encoded.input_ids) for example in examples),
+        }
         return batch
-
-
-def _first_label(labels: Sequence[int]) -> int:
-    return next(index for index, label in enumerate(labels) if label != IGNORED)
 
 
 class OrderedSampler(Sampler[int]):
@@ -191,25 +169,20 @@ class OrderedSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         if self.group is None:
             return iter(torch.randperm(len(self.samples), generator=generator).tolist())
-        return iter(_grouped_order(self.samples, self.group, generator))
-
-
-def _grouped_order(samples: Sequence[Conversation], size: int, generator: torch.Generator) -> list[int]:
-    """An order whose consecutive ``size`` samples are of one modality and of like length.
-
-    The remainders of both modalities come last, in one mixed batch or two.
-    """
-    lengths = [sum(len(turn.text) for turn in sample.turns) for sample in samples]
-    batches: list[list[int]] = []
-    rest: list[int] = []
-    for with_images in (True, False):
-        those = [index for index, sample in enumerate(samples) if bool(sample.images) == with_images]
-        shuffled = [those[i] for i in torch.randperm(len(those), generator=generator).tolist()]
-        for start in range(0, len(shuffled), size * _MEGABATCH):
-            mega = shuffled[start : start + size * _MEGABATCH]
-            mega.sort(key=lambda index: -lengths[index])
-            groups = [mega[i : i + size] for i in range(0, len(mega), size)]
-            batches += [group for group in groups if len(group) == size]
-            rest += [index for group in groups if len(group) < size for index in group]
-    order = torch.randperm(len(batches), generator=generator).tolist()
-    return [index for i in order for index in batches[i]] + rest
+        lengths = [sum(len(turn.text) for turn in sample.turns) for sample in self.samples]
+        batches: list[list[int]] = []
+        rest: list[int] = []  # of both modalities: it comes last, in one mixed batch or two
+        for with_images in (True, False):
+            those = [index for index, sample in enumerate(self.samples) if bool(sample.images) == with_images]
+            shuffled = [those[i] for i in torch.randperm(len(those), generator=generator).tolist()]
+            for start in range(0, len(shuffled), self.group * _MEGABATCH):
+                mega = shuffled[start : start + self.group * _MEGABATCH]
+                mega.sort(key=lambda index: -lengths[index])
+                for first in range(0, len(mega), self.group):
+                    batch = mega[first : first + self.group]
+                    if len(batch) == self.group:
+                        batches.append(batch)
+                    else:
+                        rest += batch
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        return iter([index for i in order for index in batches[i]] + rest)

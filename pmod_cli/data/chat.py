@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from pmod_cli.data.records import BadSample, Turn
@@ -26,22 +27,14 @@ class Encoded:
 
 
 class ChatEncoder:
-    """Encodes conversations for one processor.
-
-    Args:
-        processor: With a fast tokenizer and a chat template; ``image_token`` names its placeholder.
-        max_length: Longer conversations are cut at the end.
-
-    Raises:
-        PmodError: No chat template, or a slow tokenizer (labels need character offsets).
-    """
+    """Encodes conversations for a processor with a fast tokenizer and a chat template; cuts them at a length."""
 
     def __init__(self, processor: Any, max_length: int) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.max_length = max_length
         if not processor.chat_template:
             raise PmodError(
-                "the processor has no chat template", "set train.chat_template=vicuna_v1, or add one to it"
+                "the processor has no chat template", "train.chat_template=vicuna_v1 gives it one"
             )
         if not self.tokenizer.is_fast:
             raise PmodError("fine-tuning needs a fast tokenizer (tokenizer.json)")
@@ -50,11 +43,7 @@ class ChatEncoder:
         self._ends = set(self.tokenizer.all_special_tokens) - (other - {self.tokenizer.eos_token})
 
     def encode(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> Encoded:
-        """Encode one conversation.
-
-        Args:
-            turns: See `Turn`.
-            image_tokens: How many tokens each image takes, in order.
+        """Encode one conversation; ``image_tokens`` says how many tokens each image takes.
 
         Raises:
             BadSample: No answer or not every image is within the maximum length; images and placeholders differ.
@@ -82,18 +71,30 @@ class ChatEncoder:
             labels.append(token if answers else IGNORED)
         if images != len(image_tokens):
             raise BadSample("<image> count", f"{images} placeholders, {len(image_tokens)} images")
-        return self._cut(ids, labels)
+        if self.image_token_id in ids[self.max_length :]:
+            raise BadSample("too long", f"an image past {self.max_length} tokens")
+        ids, labels = ids[: self.max_length], labels[: self.max_length]
+        if all(label == IGNORED for label in labels):
+            raise BadSample("too long", f"no answer within {self.max_length} tokens")
+        return Encoded(ids, labels)
 
     def render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The text and the (start, end) characters of each answer with its end-of-turn token."""
-        messages = [_message(turn) for turn in turns]
+        messages = [
+            {
+                "role": turn.role,
+                "content": [{"type": "image"}] * turn.images + [{"type": "text", "text": turn.text}],
+            }
+            for turn in turns
+        ]
+        apply = partial(self.processor.apply_chat_template, tokenize=False)
         text, previous = "", ""  # ours, and the template's, which may lack end-of-turn tokens
         spans: list[tuple[int, int]] = []
         for index, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            asked = self._template(messages[:index], add_generation_prompt=True)
-            answered = self._template(messages[: index + 1], add_generation_prompt=False)
+            asked = apply(messages[:index], add_generation_prompt=True)
+            answered = apply(messages[: index + 1], add_generation_prompt=False)
             if not asked.startswith(previous) or not answered.startswith(asked):
                 raise PmodError(
                     "the processor's chat template rewrites earlier text as the conversation grows",
@@ -112,22 +113,3 @@ class ChatEncoder:
         if any(stripped.endswith(token) for token in self._ends):
             return stripped, answer[len(stripped) :]
         return stripped + self.tokenizer.eos_token, ""
-
-    def _template(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-        text: str = self.processor.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return text
-
-    def _cut(self, ids: list[int], labels: list[int]) -> Encoded:
-        if self.image_token_id in ids[self.max_length :]:
-            raise BadSample("too long", f"an image past {self.max_length} tokens")
-        ids, labels = ids[: self.max_length], labels[: self.max_length]
-        if all(label == IGNORED for label in labels):
-            raise BadSample("too long", f"no answer within {self.max_length} tokens")
-        return Encoded(ids, labels)
-
-
-def _message(turn: Turn) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [{"type": "image"}] * turn.images
-    return {"role": turn.role, "content": [*content, {"type": "text", "text": turn.text}]}

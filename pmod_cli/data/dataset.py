@@ -5,19 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints.source import is_hub_id
 from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
 from pmod_cli.data.records import BadSample, Conversation, parse_json, parse_record
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import replacing, write_file
-
-_IMAGE_COLUMNS = ("image", "images")
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class DataSource:
     """Records as they are in the data, and their pictures.
 
     Attributes:
-        name: The file, folder or hub id.
         records: In LLaVA's form, for `parse_record`.
         pictures: Where the records' images are.
         fingerprint: SHA-256 of the file, or of a table's conversations.
@@ -38,12 +36,43 @@ class DataSource:
     fingerprint: str
     table: Any = None
 
-    def check_writable(self, path: Path) -> None:
-        """Check that `write` can write to a path, before hours are spent on what it writes.
+    @cached_property
+    def _parsed(self) -> tuple[list[Conversation], dict[str, str]]:
+        samples, bad = [], {}
+        for index, record in enumerate(self.records):
+            try:
+                samples.append(parse_record(record, index))
+            except BadSample as error:
+                name = record.get("id", index) if isinstance(record, dict) else index
+                bad[str(name)] = str(error)
+        if not samples:
+            first = next(iter(bad.values()))
+            raise PmodError(f"{self.name}: no usable record; the first: {first}", "see pmod data check")
+        return samples, bad
 
-        Raises:
-            PmodError: The path is taken by something else, or is not writable.
-        """
+    @property
+    def samples(self) -> list[Conversation]:
+        """The usable records; `PmodError` if there are none."""
+        return self._parsed[0]
+
+    @property
+    def bad(self) -> dict[str, str]:
+        """Id -> reason, of the records left out."""
+        return self._parsed[1]
+
+    def missing_images(self) -> dict[str, str]:
+        """Id -> reason, of the samples whose images are not there; no image is opened."""
+        missing = {}
+        for sample in self.samples:
+            try:
+                for name in sample.images:
+                    self.pictures.find(name)
+            except BadSample as error:
+                missing[sample.id] = str(error)
+        return missing
+
+    def check_writable(self, path: Path) -> None:
+        """Refuse a path that `write` cannot write to, before hours are spent on what it writes."""
         if path.exists() and path.is_dir() != (self.table is not None):
             raise PmodError(f"{path} is a {'folder' if path.is_dir() else 'file'}", "give another name")
         try:
@@ -58,56 +87,12 @@ class DataSource:
         if self.table is not None:
             with replacing(path) as partial:
                 self.table.select(indices).save_to_disk(str(partial))
-                shutil.rmtree(path, ignore_errors=True)
             return
         chosen = [self.records[index] for index in indices]
         if path.suffix == ".jsonl":
             write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
         else:
             write_file(path, json.dumps(chosen, ensure_ascii=False, indent=1))
-
-
-class ConversationData:
-    """The usable records of a data source.
-
-    Args:
-        source: See `open_data`.
-
-    Attributes:
-        samples: The usable records.
-        bad: id -> reason, of the records left out.
-
-    Raises:
-        PmodError: No record is usable.
-    """
-
-    def __init__(self, source: DataSource) -> None:
-        self.pictures, self.fingerprint = source.pictures, source.fingerprint
-        self.samples: list[Conversation] = []
-        self.bad: dict[str, str] = {}
-        for index, record in enumerate(source.records):
-            try:
-                self.samples.append(parse_record(record, index))
-            except BadSample as error:
-                name = record.get("id", index) if isinstance(record, dict) else index
-                self.bad[str(name)] = str(error)
-        if not self.samples:
-            first = next(iter(self.bad.values()))
-            raise PmodError(f"{source.name}: no usable record; the first: {first}", "see pmod data check")
-
-    def missing_images(self) -> dict[str, str]:
-        """Id -> reason, of the samples with an image that is not there or may not be opened."""
-        missing = {}
-        for sample in self.samples:
-            try:
-                for name in sample.images:
-                    self.pictures.find(name)
-            except BadSample as error:
-                missing[sample.id] = str(error)
-        return missing
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
 
 def open_data(data: str | Path, images: Path | None) -> DataSource:
@@ -119,16 +104,13 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
         images: The folder that a file's image names are relative to; a table holds its images.
 
     Raises:
-        PmodError: The data is missing, cannot be read, or has another form.
-        MissingExtraError: `datasets` is not installed.
-        BrokenPackageError: `datasets` cannot be imported.
+        PmodError: The data is missing, cannot be read, or has another form; or `datasets` is missing.
     """
     path = Path(data)
     if path.is_dir():
         return _open_table(str(data), path)
     name = str(data)
-    looks_like_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix
-    if looks_like_hub_id and not path.exists():
+    if is_hub_id(name) and not path.suffix:
         return _open_table(name, None)
     try:
         content = path.read_bytes()
@@ -147,73 +129,58 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
 
 
 def _open_table(name: str, folder: Path | None) -> DataSource:
-    table = _train_split(name, _load_table(name, folder))
-    columns = [column for column in _IMAGE_COLUMNS if column in table.column_names]
-    if "conversations" not in table.column_names or not columns:
+    require("datasets", "train")
+    from datasets import Image as ImageFeature
+    from datasets import config, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetsError
+
+    kinds = ("state.json", "dataset_dict.json")
+    saved = folder is not None and any((folder / kind).is_file() for kind in kinds)
+    try:
+        table = load_from_disk(name) if saved else load_dataset(name)
+    except (DatasetsError, OSError, ValueError, KeyError) as error:
+        raise PmodError(
+            f"cannot open data set {name}: {first_line(error)}",
+            "a LLaVA .json or .jsonl file, a datasets folder or a hub id is expected",
+        ) from error
+    if isinstance(table, dict):
+        if "train" not in table and len(table) > 1:
+            raise PmodError(f"data set {name} has no split named train", f"it has: {', '.join(table)}")
+        table = table["train"] if "train" in table else next(iter(table.values()))
+    column = next((column for column in ("image", "images") if column in table.column_names), None)
+    if "conversations" not in table.column_names or column is None:
         raise PmodError(
             f"data set {name} lacks the columns conversations and image",
             f"it has: {', '.join(table.column_names)}",
         )
     if not len(table):
         raise PmodError(f"data set {name} holds no records")
-    column = columns[0]
-    if not _holds_images(table.features[column]):
+    feature = table.features[column]
+    if not isinstance(getattr(feature, "feature", feature), ImageFeature):
         raise PmodError(
-            f"column {column} of data set {name} holds no images but {table.features[column]}",
+            f"column {column} of data set {name} holds no images but {feature}",
             "a LLaVA file whose records name image files goes with --images",
         )
     texts = [other for other in ("id", "conversations") if other in table.column_names]
     records = table.select_columns(texts).to_list()
-    for index, (record, count) in enumerate(zip(records, _pictures_in(table, column), strict=True)):
-        record["image"] = [str(index)] if count is None else [f"{index}:{place}" for place in range(count)]
+    for record, names in zip(records, _picture_names(table, column), strict=True):
+        record["image"] = names
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps(record, sort_keys=True, default=str).encode())
-    from datasets import config
-
     root = folder if folder is not None else Path(config.HF_CACHE_HOME)
     return DataSource(name, records, ImageColumn(table, column, root), digest.hexdigest(), table)
 
 
-def _load_table(name: str, folder: Path | None) -> Any:
-    require("datasets", "train")
-    from datasets import load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
-
-    saved = folder is not None and any(
-        (folder / f"{kind}.json").is_file() for kind in ("state", "dataset_dict")
-    )
-    try:
-        return load_from_disk(name) if saved else load_dataset(name)
-    except (DatasetsError, OSError, ValueError, KeyError) as error:
-        raise PmodError(
-            f"cannot open data set {name}: {first_line(error)}",
-            "a LLaVA .json or .jsonl file, a datasets folder or a hub id is expected",
-        ) from error
-
-
-def _train_split(name: str, loaded: Any) -> Any:
-    if not isinstance(loaded, dict):
-        return loaded
-    if "train" in loaded:
-        return loaded["train"]
-    if len(loaded) == 1:
-        return next(iter(loaded.values()))
-    raise PmodError(f"data set {name} has no split named train", f"it has: {', '.join(loaded)}")
-
-
-def _holds_images(feature: Any) -> bool:
-    from datasets import Image as ImageFeature
-
-    return isinstance(getattr(feature, "feature", feature), ImageFeature)
-
-
-def _pictures_in(table: Any, column: str) -> list[int | None]:
-    """Pictures in each row, read without touching their bytes: None for exactly one, else how many."""
+def _picture_names(table: Any, column: str) -> Iterator[list[str]]:
+    """Names for the pictures of each row, as `ImageColumn` knows them; their bytes are not read."""
     import pyarrow.compute as compute
     from datasets import Image as ImageFeature
 
     cells = table.data.column(column)
     if isinstance(table.features[column], ImageFeature):
-        return [None if there else 0 for there in cells.is_valid().to_pylist()]
-    return [length or 0 for length in compute.list_value_length(cells).to_pylist()]
+        for row, there in enumerate(cells.is_valid().to_pylist()):
+            yield [str(row)] if there else []
+    else:
+        for row, length in enumerate(compute.list_value_length(cells).to_pylist()):
+            yield [f"{row}:{place}" for place in range(length or 0)]

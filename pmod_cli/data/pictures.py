@@ -6,7 +6,6 @@ A picture is opened only when a sample is asked for, in the loader's workers.
 from __future__ import annotations
 
 import io
-from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,26 +14,7 @@ from PIL import Image, ImageFile
 from pmod_cli.data.records import BadSample
 
 
-class Pictures(ABC):
-    """Finds pictures by the names in `Conversation.images`."""
-
-    def find(self, name: str) -> None:  # noqa: B027
-        """Check that a picture is there, without opening it; a table always holds its own.
-
-        Raises:
-            BadSample: It is not there, or may not be opened.
-        """
-
-    @abstractmethod
-    def load(self, name: str) -> Image.Image:
-        """Decode a picture as RGB.
-
-        Raises:
-            BadSample: It is missing, outside the folder, unreadable, cut short or of no size.
-        """
-
-
-class ImageFolder(Pictures):
+class ImageFolder:
     """Files below one folder; a name never leads out of it.
 
     Args:
@@ -44,44 +24,36 @@ class ImageFolder(Pictures):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def find(self, name: str) -> None:
-        """See `Pictures`."""
-        if not self._path(name).is_file():
-            raise BadSample("missing image", name)
-
     def load(self, name: str) -> Image.Image:
-        """See `Pictures`."""
+        """Decode a picture as RGB; `BadSample` as in `find` and in `decode`."""
         try:
-            content = self._path(name).read_bytes()
-        except FileNotFoundError:
-            raise BadSample("missing image", name) from None
+            content = self.find(name).read_bytes()
         except OSError as error:
             raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
         return decode(content, name)
 
-    def _path(self, name: str) -> Path:
+    def find(self, name: str) -> Path:
+        """Where a picture is, without opening it; `BadSample` if it is not there or outside the folder."""
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BadSample("path leaves the folder", name)
         path = self.folder / name
         try:
             path.lstat()
             outside = path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve())
+            missing = not path.exists()
         except (FileNotFoundError, NotADirectoryError, ValueError):  # the last for a zero byte in the name
             raise BadSample("missing image", name) from None
         except (OSError, RuntimeError) as error:  # a name too long, a link to itself
             raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
-        if outside:
-            raise BadSample("path leaves the folder", name)
+        if outside or missing:
+            raise BadSample("path leaves the folder" if outside else "missing image", name)
         return path
 
 
-class ImageColumn(Pictures):
-    """The image column of a `datasets` table; the name of a picture is ``ROW`` or ``ROW:PLACE``.
+class ImageColumn:
+    """The column of images, or lists of them, of a `datasets` table; a picture's name is ``ROW`` or ``ROW:PLACE``.
 
-    Args:
-        table: A `datasets.Dataset`.
-        column: Of type ``Image``, or a list of it.
-        root: Pictures that the table only names must lie below it.
+    Pictures that the table only names must lie below ``root``.
     """
 
     def __init__(self, table: Any, column: str, root: Path) -> None:
@@ -93,8 +65,11 @@ class ImageColumn(Pictures):
         self.column, self.root = column, root
         self.table = table.select_columns([column]).cast_column(column, feature)
 
+    def find(self, name: str) -> None:
+        """Nothing to check: a table always holds its own."""
+
     def load(self, name: str) -> Image.Image:
-        """See `Pictures`."""
+        """As `ImageFolder.load`."""
         row, _, place = name.partition(":")
         cell = self.table[int(row)][self.column]
         if place:
@@ -107,6 +82,10 @@ class ImageColumn(Pictures):
         return ImageFolder(self.root).load(str(path.resolve().relative_to(self.root.resolve())))
 
 
+Pictures = ImageFolder | ImageColumn
+"""Finds pictures by the names in `Conversation.images`."""
+
+
 def refuse_cut_pictures() -> None:
     """Have Pillow raise an error for a picture that is cut short, as it does by default.
 
@@ -117,15 +96,7 @@ def refuse_cut_pictures() -> None:
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Decode a picture as RGB.
-
-    Args:
-        content: The image file's bytes.
-        name: For messages.
-
-    Raises:
-        BadSample: It is empty, cut short, or no picture.
-    """
+    """Decode an image file's bytes as RGB; `BadSample`, with the picture's name, if it is empty, cut short or none."""
     if not content:
         raise BadSample("empty image", name)
     refuse_cut_pictures()

@@ -14,12 +14,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 class BadSample(ValueError):
-    """A record that cannot be trained on.
-
-    Args:
-        kind: What is wrong in a word or two, e.g. ``"missing image"``; `pmod data check` counts by it.
-        detail: The particulars.
-    """
+    """A record that cannot be trained on; its ``kind``, e.g. ``missing image``, is what `pmod data check` counts by."""
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
@@ -51,15 +46,7 @@ class Conversation:
 
 
 def parse_json(content: bytes, path: Path) -> list[Any]:
-    """The records of a JSON list or of a JSON-lines file, without looking into them.
-
-    Args:
-        content: What the file holds.
-        path: The file, for its suffix (``.jsonl`` means JSON lines) and for messages.
-
-    Raises:
-        PmodError: Not JSON, not a list, or empty.
-    """
+    """The records of a JSON list or, by the path's suffix ``.jsonl``, of JSON lines, without looking into them."""
     try:
         text = content.decode("utf-8")
         if path.suffix == ".jsonl":
@@ -79,14 +66,9 @@ def parse_json(content: bytes, path: Path) -> list[Any]:
 
 
 def parse_record(record: Any, index: int) -> Conversation:
-    """Read one record strictly.
+    """Read one record strictly, else `BadSample`; ``index`` is its id if it has none of its own.
 
-    Args:
-        record: ``{"id", "image": absent | str | list, "conversations": [{"from", "value"}, ...]}``.
-        index: Its place in the file, which is its id if it has none of its own.
-
-    Raises:
-        BadSample: It cannot be trained on.
+    It is ``{"id", "image": absent | str | list, "conversations": [{"from", "value"}, ...]}``.
     """
     if not isinstance(record, dict):
         raise BadSample("not a record", f"a {type(record).__name__}")

@@ -173,7 +173,7 @@ class _Demo:
 
         def action() -> dict[str, Any]:
             plan = plan_conversion(source, recipe=load_recipe("demo"))
-            return convert(plan, output, force=True).to_dict() | {"pushed_to": None}
+            return convert(plan, output, force=True) | {"pushed_to": None}
 
         self.steps.command(
             "convert", ["convert", source, output, "--recipe", "demo", "--force"], action, ["baseline"]
@@ -200,7 +200,7 @@ class _Demo:
                 recipe=load_recipe("demo", [limit]),
                 force=True,
                 progress=lambda done, total, _: self.progress(step, done, total),
-            ).to_dict()
+            )
 
         words = ["finetune", model, "--data", train, "--images", images, "--output", tuned]
         self.steps.command(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from pmod_cli.output.errors import PmodError
@@ -37,10 +36,6 @@ class Family:
         """``model_type`` of the p-MoD model."""
         return f"pmod_{self.base_type}"
 
-    def module(self) -> ModuleType:
-        """Import the family's classes (this imports torch)."""
-        return importlib.import_module(f"pmod_cli.families.{self.name}")
-
 
 FAMILIES = (
     Family("llava", "llava", "PmodLlavaForConditionalGeneration", ("llama", "mistral", "qwen2")),
@@ -52,11 +47,7 @@ FAMILIES = (
 
 
 def find_family(model_type: str) -> Family:
-    """The family of a dense or p-MoD ``model_type``.
-
-    Raises:
-        PmodError: If no family has it; the message names those that exist.
-    """
+    """The family of a dense or p-MoD ``model_type``; a `PmodError` names those that exist."""
     for family in FAMILIES:
         if model_type in (family.base_type, family.model_type):
             return family
@@ -65,11 +56,7 @@ def find_family(model_type: str) -> Family:
 
 
 def check_decoder(family: Family, config: dict[str, Any]) -> None:
-    """Refuse a language model that cannot become p-MoD.
-
-    Raises:
-        PmodError: Its architecture is not supported, or its attention has a sliding window.
-    """
+    """Refuse a language model that cannot become p-MoD: of another architecture, or with a sliding window."""
     text = config.get("text_config") or {}
     kind = text.get("model_type", family.decoders[0])
     if kind not in family.decoders:
@@ -89,4 +76,4 @@ def check_decoder(family: Family, config: dict[str, Any]) -> None:
 def register_auto_classes() -> None:
     """Tell transformers' Auto classes about every p-MoD family (this imports torch)."""
     for family in FAMILIES:
-        family.module().register()
+        importlib.import_module(f"pmod_cli.families.{family.name}").register()

@@ -27,14 +27,9 @@ LLAMA_3 = _read("llama_3")
 
 
 def choose_template(decoder: str, vocabulary: Container[str]) -> str | None:
-    """The conversation format that LLaVA's code trains a language model in.
+    """The conversation format that LLaVA's code trains a language model in; None for one that it does not know.
 
-    Args:
-        decoder: ``model_type`` of the language model.
-        vocabulary: The tokenizer's, which tells Llama 3 from Vicuna.
-
-    Returns:
-        A template of this module, or None for a language model that LLaVA's code does not know.
+    ``decoder`` is its ``model_type``; the tokenizer's vocabulary tells Llama 3 from Vicuna.
     """
     if decoder == "llama" and "<|start_header_id|>" in vocabulary:
         return LLAMA_3
@@ -46,16 +41,8 @@ def fit_template(template: str, tokenizer: Any, image_token: str = "<image>") ->
 
     LLaVA tokenises the text on each side of an image by itself, and sentencepiece puts a blank before each. Newer
     tokenizers put one at the start of the prompt alone, and none behind a beginning-of-sequence token that is written
-    out.
-
-    Args:
-        template: One of this module.
-        tokenizer: It knows the image token.
-        image_token: As the template writes it.
-
-    Returns:
-        The template without ``bos_token`` if the tokenizer adds it, and with a blank behind each image if the
-        tokenizer adds none.
+    out. So the template loses ``bos_token`` where the tokenizer adds it, and gets a blank behind each image where it
+    adds none.
     """
     if tokenizer.bos_token_id is not None and tokenizer.encode("x")[:1] == [tokenizer.bos_token_id]:
         template = template.removeprefix("{{ bos_token }}")

@@ -18,7 +18,7 @@ _CLIP = {
     "image_size": 224,
     "patch_size": 32,
 }
-_CLIP_LARGE_336 = _CLIP | {
+CLIP_LARGE_336 = _CLIP | {
     "hidden_size": 1024,
     "intermediate_size": 4096,
     "num_hidden_layers": 24,
@@ -64,28 +64,19 @@ _SIZES = (
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
-    """A dense ``config.json`` with its defaults filled in.
-
-    Args:
-        raw: Its contents.
-
-    Raises:
-        PmodError: A size is not a number above 0, or transformers refuses the config.
-    """
+    """A dense ``config.json`` with its defaults filled in; `PmodError` if a size is not a number above 0."""
     text = {"model_type": "llama"} | (raw.get("text_config") or {})
-    vision = {"model_type": "clip_vision_model"} | (raw.get("vision_config") or _CLIP_LARGE_336)
+    vision = {"model_type": "clip_vision_model"} | (raw.get("vision_config") or CLIP_LARGE_336)
     kinds = (text["model_type"], vision["model_type"])
     if raw["model_type"] not in MODELS or not set(kinds) <= set(PARTS):
         full: dict[str, Any] = transformers_config(raw).to_dict()
         return full
-    for part in (text, vision):
-        part |= {key: value for key, value in PARTS[part["model_type"]].items() if key not in part}
+    for part, kind in zip((text, vision), kinds, strict=True):
+        part |= {key: value for key, value in PARTS[kind].items() if key not in part}
         for key in _SIZES:
             size = part.get(key, 1)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise PmodError(
-                    f"config.json: {key} of {part['model_type']} is {size!r}, not a number above 0"
-                )
+                raise PmodError(f"config.json: {key} of {kind} is {size!r}, not a number above 0")
     given = {key: value for key, value in raw.items() if value is not None}
     if "image_token_id" in given:
         given.setdefault("image_token_index", given["image_token_id"])
@@ -93,11 +84,7 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def transformers_config(raw: dict[str, Any]) -> Any:
-    """The transformers config of a ``config.json``.
-
-    Raises:
-        PmodError: transformers refuses it.
-    """
+    """The transformers config of a ``config.json``; `PmodError` if transformers refuses it."""
     from transformers.models.auto import CONFIG_MAPPING
 
     try:

@@ -65,23 +65,12 @@ class PmodLlavaNextProcessor(LlavaNextProcessor):
             **kwargs,
         )
 
-    def _get_unpadded_features(
-        self,
-        height: int,
-        width: int,
-        patches_height: int,
-        patches_width: int,
-        scale_height: int,
-        scale_width: int,
-    ) -> tuple[int, int]:
+    def _get_unpadded_features(self, *sizes: int) -> tuple[int, int]:
         if not self.released_anyres:
-            unpadded: tuple[int, int] = super()._get_unpadded_features(
-                height, width, patches_height, patches_width, scale_height, scale_width
-            )
+            unpadded: tuple[int, int] = super()._get_unpadded_features(*sizes)
             return unpadded
-        rows, columns = high_resolution_size(
-            (height, width), (scale_height, scale_width), patches_height, self.max_num_patches
-        )
+        height, width, side, _, down, across = sizes
+        rows, columns = high_resolution_size((height, width), (down, across), side, self.max_num_patches)
         return rows * columns, rows
 
 
@@ -92,7 +81,7 @@ class AnyresVision(TiledVision):
     def get_image_features(
         self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """As in transformers; [images, 3, height, width] without sizes are one tile an image, as in LLaVA-1.5."""
+        """As in transformers; [images, 3, height, width] without sizes are one tile per image, as in LLaVA-1.5."""
         if image_sizes is None and pixel_values.dim() == 4:
             return LlavaModel.get_image_features(self, pixel_values, **kwargs)
         return super().get_image_features(pixel_values, image_sizes=image_sizes, **kwargs)  # type: ignore[misc]

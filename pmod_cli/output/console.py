@@ -48,12 +48,7 @@ def show_lines(*lines: str) -> None:
 
 
 def emit_json(command: str, result: Any) -> None:
-    """Print the one JSON object that ``--json`` promises (see ``docs/json.md``).
-
-    Args:
-        command: Name of the command, e.g. ``"convert"``.
-        result: Anything ``json`` can write.
-    """
+    """Print the one JSON object that ``--json`` promises (see ``docs/json.md``)."""
     document = tag(command) | {"result": result}
     try:
         sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
@@ -64,9 +59,6 @@ def emit_json(command: str, result: Any) -> None:
 
 def report_error(error: BaseException) -> int | None:
     """Print a user-facing error on stderr as one line.
-
-    Args:
-        error: What a command raised.
 
     Returns:
         The exit code, or None when the error is not one of the user's making and should be seen whole.
@@ -117,7 +109,7 @@ def _usage_error(error: Any) -> int:
         error.show()
     else:
         command = f"; {error.ctx.command_path} --help" if getattr(error, "ctx", None) else ""
-        _line(f"{error.format_message().rstrip('.')}{command}")
+        _line(f"{error.format_message().rstrip('.').replace('Value error, ', '')}{command}")
     return error.exit_code
 
 

@@ -29,12 +29,7 @@ class GateError(PmodError):
 
 
 class MissingExtraError(PmodError):
-    """An optional dependency is not installed.
-
-    Args:
-        package: The package that could not be imported.
-        extra: The extra of ``pmod-cli`` that brings it; None if pmod-cli itself does.
-    """
+    """An optional dependency is not installed; ``extra`` brings it, or pmod-cli itself if that is None."""
 
     def __init__(self, package: str, extra: str | None) -> None:
         what = f"'pmod-cli[{extra}]'" if extra else "pmod-cli"
@@ -42,13 +37,7 @@ class MissingExtraError(PmodError):
 
 
 class BrokenPackageError(PmodError):
-    """A package is installed, and its import fails.
-
-    Args:
-        package: Its name, with the version if it is known.
-        reason: What its import raised, in one line.
-        remedy: What mends it.
-    """
+    """A package is installed, and its import fails for a ``reason``; ``remedy`` mends it."""
 
     def __init__(self, package: str, reason: str, remedy: str) -> None:
         super().__init__(f"{package} is installed but cannot be imported: {reason}", remedy)

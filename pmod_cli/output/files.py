@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -16,28 +17,20 @@ from pmod_cli.output.errors import PmodError, first_line
 SCHEMA_VERSION = 1
 """Of every result in JSON; it rises when a key is removed or changes its meaning."""
 
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # <linux/fs.h>
+
 
 def tag(command: str) -> dict[str, Any]:
-    """The keys with which a result in JSON begins: ``pmod report`` knows it by them.
-
-    Args:
-        command: Which command it is of, e.g. ``"eval"``.
-    """
+    """The keys with which a command's result in JSON begins: ``pmod report`` knows it by them."""
     return {"schema_version": SCHEMA_VERSION, "command": command}
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file or folder to fill beside a place; it takes the place where the block ends without an error.
+    """Yields a path beside a place, to make a file or folder at; it takes the place if the block ends without an error.
 
-    What killed processes left of the same place is removed first. A folder does not replace another: that needs an
-    exchange, which `pmod_cli.checkpoints.write` has.
-
-    Args:
-        path: The place. Its folder must exist.
-
-    Yields:
-        A path in the same folder, at which nothing is yet.
+    The place, whose folder must exist, has what it had or the whole of the new at every moment. What killed processes
+    left beside it is removed first.
 
     Raises:
         PmodError: The folder of the place does not exist.
@@ -48,17 +41,16 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        partial.replace(path)
+        if partial.is_dir() and path.is_dir():
+            _exchange(partial, path)
+        else:
+            partial.replace(path)
     finally:
         _remove(partial)
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a file in one step, text as UTF-8.
-
-    Raises:
-        PmodError: Its folder does not exist.
-    """
+    """Write a file in one step, text as UTF-8; see `replacing`."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -85,20 +77,12 @@ def to_json(data: Any) -> bytes:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file in one step.
-
-    Raises:
-        PmodError: Its folder does not exist.
-    """
+    """Write a JSON file in one step; see `replacing`."""
     write_file(path, to_json(data))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that should hold an object.
-
-    Raises:
-        PmodError: It cannot be read, or holds something else.
-    """
+    """A JSON file that should hold an object; `PmodError` if it cannot be read or holds something else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -125,7 +109,7 @@ def read_json_lines(path: Path) -> list[Any]:
 
 def _sweep(path: Path) -> None:
     """Remove what processes that are gone left beside a place."""
-    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.partial")
+    name = re.compile(rf"\.{re.escape(path.name)}\.(\d+)\.partial(-replaced)?")
     for other in path.parent.iterdir():
         if (match := name.fullmatch(other.name)) and not _alive(int(match[1])):
             _remove(other)
@@ -139,6 +123,19 @@ def _alive(process: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return process != os.getpid()
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders, in one step where the system can (Linux's renameat2), else in renames."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None and not renameat2(
+        _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE
+    ):
+        return
+    aside = new.with_name(new.name + "-replaced")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)
 
 
 def _remove(path: Path) -> None:

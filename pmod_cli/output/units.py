@@ -6,12 +6,7 @@ _PREFIXES = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
 def prefix(value: float, smallest: str = "") -> tuple[str, float]:
-    """The decimal prefix that leaves a number of 1 or more, and its factor.
-
-    Args:
-        value: The number.
-        smallest: Where even the smallest prefix is too large: this one (``"k"``), or none.
-    """
+    """The decimal prefix that leaves a number of 1 or more, and its factor; ``smallest`` or none fits."""
     for name, factor in _PREFIXES:
         if abs(value) >= factor or name == smallest:
             return name, factor
@@ -31,10 +26,8 @@ def si(value: float, unit: str = "") -> str:
 
 def size(count: float) -> str:
     """Bytes: ``1.234 GB``."""
-    for name, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= factor:
-            return f"{count / factor:.3f} {name}"
-    return f"{count:.0f} B"
+    name, factor = prefix(count)
+    return f"{count / factor:.3f} {name}B" if name else f"{count:.0f} B"
 
 
 def share(value: float | None) -> str:

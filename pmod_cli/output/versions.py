@@ -7,11 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions by name: Python, and those packages that are installed.
-
-    Args:
-        packages: Names as pip has them, e.g. ``"lmms-eval"``.
-    """
+    """Versions by name: Python, and those packages (as pip names them) that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:

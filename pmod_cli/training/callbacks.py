@@ -34,11 +34,7 @@ class StopAtSignal(TrainerCallback):
         def ask(number: int, frame: Any) -> None:
             self.asked = True
 
-        try:
-            before = signal.signal(signal.SIGTERM, ask)
-        except ValueError:  # not the main thread: whoever started it gets the signals
-            yield
-            return
+        before = signal.signal(signal.SIGTERM, ask)
         try:
             yield
         finally:
@@ -57,13 +53,9 @@ class StopAtSignal(TrainerCallback):
 
 
 class RatioWarmup(TrainerCallback):
-    """Lowers the layers' ``retention_ratio`` step by step: from 1.0 (dense) in a straight line to the schedule's.
+    """Lowers the layers' ``retention_ratio`` in a straight line: from 1.0 (dense) to the schedule's, after ``steps``.
 
     The config keeps the schedule's ratios all along, so every checkpoint has them.
-
-    Args:
-        model: A p-MoD model.
-        steps: From this step on the ratios are exactly the schedule's.
     """
 
     def __init__(self, model: nn.Module, steps: int) -> None:

@@ -7,23 +7,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
 from pmod_cli import __version__, plots
-from pmod_cli.checkpoints.write import Staging
 from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
-from pmod_cli.output.files import write_json
+from pmod_cli.output.files import read_json_lines, replacing, tag, write_json
 from pmod_cli.output.versions import versions
 from pmod_cli.recipe import Recipe
-from pmod_cli.training.monitor import read_metrics
 from pmod_cli.training.trainer import unwritable
 
 METRICS = "metrics.jsonl"
 EVENTS = "runs"
 """Where TensorBoard's events are, named by transformers."""
 
-_PICTURE = "training.png"
 _STATISTICS = (
     ("mean_weight", "mean router weight"),
     ("changed", "share of vision tokens kept before and skipped now, or the reverse"),
@@ -43,20 +41,10 @@ def save_result(
     weights: dict[str, torch.Tensor] | None = None,
     merge_lora: bool = False,
 ) -> None:
-    """Write the checkpoint beside its place, move it there, and remove the training folder.
+    """Write the checkpoint beside its place, move it there, and remove the training folder ``work``.
 
-    Args:
-        network: The trained model, or the PEFT model around it.
-        processor: As it was used.
-        output: The checkpoint's folder.
-        work: The training folder, with ``metrics.jsonl``.
-        recipe: The resolved recipe.
-        summary: Written to ``training.json``.
-        weights: The whole state dict of a sharded model; None where the network holds it itself.
-        merge_lora: Fold LoRA into the weights.
-
-    Raises:
-        PmodError: It cannot be written.
+    ``network`` is the trained model or the PEFT model around it, ``summary`` goes to ``training.json``. ``weights`` is
+    the whole state dict of a sharded model; None where the network holds it itself.
     """
     dtype = getattr(torch, recipe.train.dtype)
     if merge_lora:
@@ -71,19 +59,21 @@ def save_result(
             for name, weight in weights.items()
         }
     try:
-        with Staging(output) as staging:
-            folder = staging.folder
+        with replacing(output) as folder:
+            folder.mkdir()
             network.save_pretrained(folder, **more)
             processor.save_pretrained(folder)
             shutil.copy(work / METRICS, folder / METRICS)
             if (work / EVENTS).is_dir():
                 shutil.copytree(work / EVENTS, folder / EVENTS)
             made_with = {"pmod": __version__, **versions("torch", "transformers", "accelerate")}
-            write_json(folder / "training.json", {**summary, "versions": made_with})
+            write_json(folder / "training.json", {**tag("finetune"), **summary, "versions": made_with})
             text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
             (folder / "recipe.yaml").write_text(text)
-            _plot_run(folder)
-            staging.commit()
+            try:
+                _draw(read_json_lines(folder / METRICS), folder / "training.png")
+            except (MissingExtraError, BrokenPackageError) as error:
+                _log.warning("no training.png: %s", error)
     except Exception as error:
         reason = unwritable(error)
         if reason is None:
@@ -94,14 +84,6 @@ def save_result(
     shutil.rmtree(work)
 
 
-def _plot_run(folder: Path) -> None:
-    """Draw ``metrics.jsonl`` into ``training.png``; without matplotlib, warn."""
-    try:
-        _draw(read_metrics(folder / METRICS), folder / _PICTURE)
-    except (MissingExtraError, BrokenPackageError) as error:
-        _log.warning("no %s: %s", _PICTURE, error)
-
-
 @plots.look()
 def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Loss and learning rate by step and, of a p-MoD model, each router's statistics."""
@@ -109,15 +91,9 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     statistics = _STATISTICS if looks else ()
     count = 1 + len(statistics)
     figure, axes = plots.figure(count, 1, (7, 2.4 * count))
-    _draw_loss(axes[0][0], [row for row in rows if row.get("loss") is not None], bool(looks))
-    for row, (name, title) in zip(axes[1:], statistics, strict=True):
-        _draw_routers(figure, row[0], looks, name, title)
-    plots.save(figure, path, title="training")
-
-
-def _draw_loss(axis: Any, rows: list[dict[str, Any]], pmod: bool) -> None:
+    axis, rows = axes[0][0], [row for row in rows if row.get("loss") is not None]
     steps = [row["step"] for row in rows]
-    axis.plot(steps, [row["loss"] for row in rows], color=plots.PMOD if pmod else plots.DENSE)
+    axis.plot(steps, [row["loss"] for row in rows], color=plots.PMOD if looks else plots.DENSE)
     axis.set(title="loss (line) and learning rate (dashed)", xlabel="step", ylabel="loss")
     axis.set_ylim(bottom=0)
     rates = axis.twinx()
@@ -125,19 +101,16 @@ def _draw_loss(axis: Any, rows: list[dict[str, Any]], pmod: bool) -> None:
     rates.plot(steps, [row.get("learning_rate") for row in rows], **style)
     rates.set_ylabel("learning rate")
     rates.set_ylim(bottom=0)
+    for row, (name, title) in zip(axes[1:], statistics, strict=True):
+        _draw_routers(figure, row[0], looks, name, title)
+    plots.save(figure, path, title="training")
 
 
 def _draw_routers(figure: Any, axis: Any, looks: list[dict[str, Any]], name: str, title: str) -> None:
     """A colour for each layer and look: rows are layers, columns are looks."""
     layers = [row["layer"] for row in looks[0]["routers"]]
-    values = [
-        [
-            float("nan") if look["routers"][place][name] is None else look["routers"][place][name]
-            for look in looks
-        ]
-        for place in range(len(layers))
-    ]
-    image = axis.imshow(values, aspect="auto", origin="lower", cmap=plots.HEAT, interpolation="nearest")
+    values = np.array([[row[name] for row in look["routers"]] for look in looks], dtype=float)  # None is NaN
+    image = axis.imshow(values.T, aspect="auto", origin="lower", cmap=plots.HEAT, interpolation="nearest")
     axis.set(title=title, xlabel="step", ylabel="decoder layer")
     axis.grid(False)
     every = max(1, len(looks) // 8)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,13 +25,10 @@ _RESERVE = 0.92
 
 @dataclass(frozen=True)
 class Workload:
-    """What decides a run's memory: a model and its longest sample.
+    """What decides a run's memory: a model, in parameters and widths, and its longest sample, in tokens.
 
     Attributes:
-        trained: Trained parameters.
-        frozen: Frozen parameters.
         lora_trained: What would be trained with LoRA at its default rank, as in the recipe ``lora-24gb``.
-        layers: Decoder layers.
         hidden: Width of the residual stream.
         intermediate: Width of the MLP.
         kv_width: Width of the keys, and of the values.
@@ -55,64 +51,8 @@ class Workload:
     vision_tokens: int
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on each device.
-
-    Attributes:
-        weights: Parameters.
-        gradients: Gradients of the trained parameters.
-        optimizer: Adam's moments, and float32 copies where weights are held in half precision.
-        activations: Activations of one micro batch.
-        available: The device's memory; None if not known.
-        advice: What would make it fit, each with its own estimate; empty if it fits.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    available: int | None
-    advice: list[str] = field(default_factory=list)
-
-    @property
-    def total(self) -> int:
-        """The sum."""
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-    @property
-    def fits(self) -> bool:
-        """Whether the device has as much, with a reserve."""
-        return self.available is None or self.total <= _RESERVE * self.available
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, in what JSON can write."""
-        return {**asdict(self), "total": self.total, "fits": self.fits}
-
-    def to_text(self) -> str:
-        """The amounts in one line, and a line for each piece of advice."""
-        names = ("weights", "gradients", "optimizer", "activations")
-        amounts = ", ".join(f"{name} {gib(getattr(self, name))}" for name in names)
-        available = "" if self.available is None else f" of {gib(self.available)}"
-        lines = [f"memory per device, at most about {gib(self.total)}{available}: {amounts}"]
-        if not self.fits:
-            lines.append("that will not fit; what would lower it, each on top of the ones before:")
-        return "\n  ".join([*lines, *self.advice])
-
-
-def gib(amount: float) -> str:
-    """Bytes in GiB, as the memory of devices is given."""
-    return f"{amount / 2**30:.2f} GiB"
-
-
 def describe(network: nn.Module, tokens: int, vision_tokens: int) -> Workload:
-    """Describe a model and its longest sample.
-
-    Args:
-        network: As it will be trained (frozen parts frozen, LoRA added).
-        tokens: Tokens of the longest sample, pictures included.
-        vision_tokens: How many of these are the pictures'.
-    """
+    """Describe a model as it will be trained (frozen parts frozen, LoRA added), and its longest sample."""
     config: Any = network.config
     text = config.text_config
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
@@ -141,29 +81,6 @@ def describe(network: nn.Module, tokens: int, vision_tokens: int) -> Workload:
     )
 
 
-def estimate(
-    work: Workload, settings: TrainSettings, world: int, shards: str | None, available: int | None
-) -> MemoryEstimate:
-    """Estimate a run's memory on each device, with advice if it does not fit.
-
-    Args:
-        work: See `describe`.
-        settings: The recipe's.
-        world: Processes.
-        shards: ``fsdp``, ``zero1``, ``zero2``, ``zero3`` or None.
-        available: The device's memory in bytes, or None.
-    """
-    result = _estimate(work, settings, world, shards, available)
-    if result.fits:
-        return result
-    advice = []
-    for change, changed in _changes(work, settings, world, shards):
-        option = _estimate(*changed, available)
-        if option.total < result.total:
-            advice.append(f"{change}: {gib(option.total)}{'' if option.fits else ' (still too much)'}")
-    return replace(result, advice=advice)
-
-
 def device_memory() -> int:
     """Bytes of this process's GPU, or its share of the machine's memory."""
     if torch.cuda.is_available():
@@ -172,9 +89,52 @@ def device_memory() -> int:
     return total // local_world_size()
 
 
+def estimate(
+    work: Workload, settings: TrainSettings, world: int, shards: str | None, available: int | None
+) -> dict[str, Any]:
+    """Estimate a run's memory on each of ``world`` devices, which may have ``available`` bytes.
+
+    ``shards`` is ``fsdp``, ``zero1``, ``zero2``, ``zero3`` or None.
+
+    Returns:
+        Bytes of ``weights``, ``gradients`` (of the trained parameters), ``optimizer`` (Adam's moments, and float32
+        copies where weights are held in half precision), ``activations`` (of one micro batch) and their ``total``;
+        ``available``; ``fits``: whether the device has as much, with a reserve; and ``advice``: what would make it
+        fit, each on top of the ones before and with its own estimate.
+    """
+    result = _estimate(work, settings, world, shards, available)
+    result["advice"] = []
+    if result["fits"]:
+        return result
+
+    def advise(change: str) -> None:
+        option = _estimate(work, settings, world, shards, available)
+        if option["total"] < result["total"]:
+            still = "" if option["fits"] else " (still too much)"
+            result["advice"].append(f"{change}: {gib(option['total'])}{still}")
+
+    for name, value in (("gradient_checkpointing", True), ("micro_batch_size", 1)):
+        if getattr(settings, name) != value:
+            settings = settings.model_copy(update={name: value})
+            advise(f"train.{name}={str(value).lower()}")
+    own = world, shards
+    if world == 1:
+        world, shards = 8, "zero3"
+        advise("8 devices with recipes/accelerate/zero3.yaml")
+    elif shards not in ("fsdp", "zero3"):
+        shards = "zero3"
+        advise("recipes/accelerate/zero3.yaml")
+    if settings.lora is None:
+        world, shards = own
+        work = replace(work, trained=work.lora_trained, frozen=work.trained + work.frozen)
+        settings = settings.model_copy(update={"lora": LoraSettings(), "dtype": "bfloat16"})
+        advise("LoRA as in the recipe lora-24gb")
+    return result
+
+
 def _estimate(
     work: Workload, settings: TrainSettings, world: int, shards: str | None, available: int | None
-) -> MemoryEstimate:
+) -> dict[str, Any]:
     half = 2 if settings.dtype != "float32" else 4
     deepspeed = shards is not None and shards.startswith("zero")
     # DeepSpeed holds half-precision weights and float32 copies of them; else weights are float32.
@@ -184,18 +144,19 @@ def _estimate(
     split_optimizer = world if shards is not None else 1
     split_gradients = world if shards in ("fsdp", "zero2", "zero3") else 1
     split_weights = world if shards in ("fsdp", "zero3") else 1
-    weights = (work.trained * trained_size + work.frozen * frozen_size) // split_weights
     activations = settings.micro_batch_size * _activations(work, settings, half)
     if half == 2 and not deepspeed:
         # Autocast keeps half-precision copies of the weights that it has met in this pass; FSDP of a layer.
         activations += 2 * work.trained // (work.layers if shards == "fsdp" else 1)
-    return MemoryEstimate(
-        weights=weights,
-        gradients=work.trained * trained_size // split_gradients,
-        optimizer=work.trained * optimizer_size // split_optimizer,
-        activations=activations,
-        available=available,
-    )
+    amounts = {
+        "weights": (work.trained * trained_size + work.frozen * frozen_size) // split_weights,
+        "gradients": work.trained * trained_size // split_gradients,
+        "optimizer": work.trained * optimizer_size // split_optimizer,
+        "activations": activations,
+    }
+    total = sum(amounts.values())
+    fits = available is None or total <= _RESERVE * available
+    return {**amounts, "total": total, "available": available, "fits": fits}
 
 
 def _activations(work: Workload, settings: TrainSettings, size: int) -> int:
@@ -216,19 +177,17 @@ def _activations(work: Workload, settings: TrainSettings, size: int) -> int:
     return int(decoder + head)
 
 
-def _changes(
-    work: Workload, settings: TrainSettings, world: int, shards: str | None
-) -> Iterator[tuple[str, tuple[Workload, TrainSettings, int, str | None]]]:
-    """Changes that lower the memory, each on top of those before it: what to do, and the new arguments."""
-    for name, value in (("gradient_checkpointing", True), ("micro_batch_size", 1)):
-        if getattr(settings, name) != value:
-            settings = settings.model_copy(update={name: value})
-            yield f"train.{name}={str(value).lower()}", (work, settings, world, shards)
-    if world == 1:
-        yield "8 devices with recipes/accelerate/zero3.yaml", (work, settings, 8, "zero3")
-    elif shards not in ("fsdp", "zero3"):
-        yield "recipes/accelerate/zero3.yaml", (work, settings, world, "zero3")
-    if settings.lora is None:
-        smaller = replace(work, trained=work.lora_trained, frozen=work.trained + work.frozen)
-        settings = settings.model_copy(update={"lora": LoraSettings(), "dtype": "bfloat16"})
-        yield "LoRA as in the recipe lora-24gb", (smaller, settings, world, shards)
+def memory_text(memory: dict[str, Any]) -> str:
+    """An estimate: the amounts in one line, and a line for each piece of advice."""
+    names = ("weights", "gradients", "optimizer", "activations")
+    amounts = ", ".join(f"{name} {gib(memory[name])}" for name in names)
+    available = "" if memory["available"] is None else f" of {gib(memory['available'])}"
+    lines = [f"memory per device, at most about {gib(memory['total'])}{available}: {amounts}"]
+    if not memory["fits"]:
+        lines.append("that will not fit; what would lower it, each on top of the ones before:")
+    return "\n  ".join([*lines, *memory["advice"]])
+
+
+def gib(amount: float) -> str:
+    """Bytes in GiB, as the memory of devices is given."""
+    return f"{amount / 2**30:.2f} GiB"

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import AutoProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from pmod_cli.checkpoints.load import read_config
-from pmod_cli.data.aspect import apply_aspect
 from pmod_cli.extras import require
 from pmod_cli.families.chat_templates import VICUNA_V1, fit_template
+from pmod_cli.families.image_processors import PmodLlavaImageProcessor
 from pmod_cli.generation import IMAGE_BACKEND, VisionLanguageModel
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.tables import Table
 from pmod_cli.recipe import LoraSettings, TrainSettings
 
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 """Names of the layers that get low-rank updates; routers and projector are trained in full."""
+
+MAX_TILES = 4
+"""Sub-images of LLaVA-NeXT in the paper's runs, beside the overview."""
 
 PARTS = ("routers", "vision tower", "projector", "image newline", "language model")
 _PREFIXES = {
@@ -31,15 +32,6 @@ _PREFIXES = {
 }
 
 
-@dataclass(frozen=True)
-class PartCount:
-    """How many parameters of one part are trained, and how many are frozen."""
-
-    part: str
-    trained: int
-    frozen: int
-
-
 def part_of(name: str) -> str:
     """The one of `PARTS` that a parameter belongs to, by its full name."""
     if is_router(name):
@@ -47,18 +39,14 @@ def part_of(name: str) -> str:
     return next((part for prefix, part in _PREFIXES.items() if prefix in name), "language model")
 
 
-def count_parts(model: nn.Module) -> list[PartCount]:
-    """Trained and frozen parameters of the parts that the model has."""
-    counts: dict[str, list[int]] = {}
+def count_parts(model: nn.Module) -> list[dict[str, Any]]:
+    """How many parameters of each ``part`` that the model has are ``trained``, and how many ``frozen``."""
+    counts: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        counts.setdefault(part_of(name), [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
-    return [PartCount(part, *counts[part]) for part in PARTS if part in counts]
-
-
-def parts_table(parts: Sequence[PartCount]) -> Table:
-    """The counts as a table."""
-    rows: list[Sequence[str]] = [[part.part, f"{part.trained:,}", f"{part.frozen:,}"] for part in parts]
-    return Table("Parameters", ("part", "trained", "frozen"), rows)
+        part = part_of(name)
+        count = counts.setdefault(part, {"part": part, "trained": 0, "frozen": 0})
+        count["trained" if parameter.requires_grad else "frozen"] += parameter.numel()
+    return [counts[part] for part in PARTS if part in counts]
 
 
 def freeze(model: nn.Module, *, vision_tower: bool) -> None:
@@ -68,11 +56,7 @@ def freeze(model: nn.Module, *, vision_tower: bool) -> None:
 
 
 def load_for_training(model: str | Path, settings: TrainSettings) -> tuple[Any, Any]:
-    """The network, on the CPU, and its processor.
-
-    Raises:
-        PmodError: It cannot be loaded, or the recipe does not fit it.
-    """
+    """The network, on the CPU, and its processor; `PmodError` if it cannot be loaded or the recipe does not fit."""
     # Weights that are trained need float32: bfloat16 would round small updates away.
     dtype = "float32" if settings.lora is None else settings.dtype
     loaded = VisionLanguageModel.load(
@@ -91,11 +75,7 @@ def load_for_training(model: str | Path, settings: TrainSettings) -> tuple[Any, 
 
 
 def load_processor(model: str | Path, settings: TrainSettings) -> Any:
-    """The processor alone, as training would use it.
-
-    Raises:
-        PmodError: It cannot be loaded, or the recipe does not fit it.
-    """
+    """The processor alone, as training would use it; `PmodError` as in `load_for_training`."""
     config = read_config(model)
     try:
         processor = AutoProcessor.from_pretrained(model, backend=IMAGE_BACKEND)
@@ -108,6 +88,46 @@ def _set_up(config: Any, processor: Any, settings: TrainSettings) -> Any:
     processor = apply_aspect(config, processor, settings.image_aspect_ratio)
     if settings.chat_template == "vicuna_v1":
         processor.chat_template = fit_template(VICUNA_V1, processor.tokenizer, processor.image_token)
+    return processor
+
+
+def apply_aspect(config: Any, processor: Any, aspect: str) -> Any:
+    """Set a model's config and processor to the shape in which pictures come to the vision tower, as LLaVA was trained.
+
+    Both are changed in place, and the processor is returned. The aspect is ``pad`` (LLaVA-1.5: pad to a square with the
+    mean colour), ``anyres`` (LLaVA-NeXT, at most `MAX_TILES` sub-images) or ``processor`` (as the checkpoint has it);
+    that of the other family is a `PmodError`.
+    """
+    tiled = hasattr(config, "image_grid_pinpoints")
+    if aspect == "pad":
+        if tiled:
+            raise PmodError("train.image_aspect_ratio=pad is LLaVA-1.5's", "LLaVA-NeXT takes anyres")
+        if not isinstance(processor.image_processor, PmodLlavaImageProcessor):  # CLIP's, which crops
+            given = processor.image_processor.to_dict()
+            names = (
+                "size",
+                "crop_size",
+                "image_mean",
+                "image_std",
+                "rescale_factor",
+                "resample",
+                "do_convert_rgb",
+            )
+            kept = {name: given[name] for name in names if given.get(name) is not None}
+            processor.image_processor = LlavaImageProcessorPil(**kept, do_resize=True, do_center_crop=True)
+        processor.image_processor.do_pad = True
+    elif aspect == "anyres":
+        if not tiled:
+            raise PmodError("train.image_aspect_ratio=anyres is LLaVA-NeXT's", "LLaVA-1.5 takes pad")
+        side = config.vision_config.image_size
+        grids = [
+            [height, width]
+            for height, width in config.image_grid_pinpoints
+            if (height // side) * (width // side) <= MAX_TILES
+        ]
+        if not grids:
+            raise PmodError(f"no entry of image_grid_pinpoints has at most {MAX_TILES} sub-images")
+        config.image_grid_pinpoints = processor.image_processor.image_grid_pinpoints = grids
     return processor
 
 

@@ -41,13 +41,8 @@ _log = logging.getLogger(__name__)
 class Monitor(TrainerCallback):
     """Writes ``metrics.jsonl``, calls the progress callback, and logs router statistics.
 
-    A resumed run first drops what was written after the checkpoint it goes on from.
-
-    Args:
-        path: The file.
-        progress: Or None.
-        probe: Batches on which the routers are watched; empty on a process that takes no part in it.
-        every: Steps between two looks at the routers.
+    A resumed run first drops what was written after the checkpoint it goes on from. The routers are watched on the
+    batches of ``probe``, ``every`` so many steps; a process that takes no part in it has none.
     """
 
     def __init__(
@@ -61,7 +56,7 @@ class Monitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the file, or cut it at the checkpoint."""
         if state.is_world_process_zero:
-            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+            kept = [row for row in read_json_lines(self.path) if row["step"] <= state.global_step]
             write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         # Later looks are compared with this one: the routers as they start, or as the checkpoint has them.
         if self.probe:
@@ -108,25 +103,16 @@ def progress_text(latest: dict[str, float]) -> str:
 class BadSampleLog:
     """The samples that turned out to be bad, of all processes: each appends to one file and reads the others' lines.
 
-    A resumed run goes on with the file.
-
-    Args:
-        path: JSON lines; it need not exist.
-        limit: More bad samples than this stop the run.
-        known: id -> reason of those that were bad from the start; they count too.
+    A resumed run goes on with the file. More bad samples than ``limit`` stop the run; those ``known`` from the start
+    (id -> reason) count too.
     """
 
     def __init__(self, path: Path, limit: int, known: dict[str, str]) -> None:
         self.path, self.limit = path, limit
         self.samples = dict(known)
-        self._read = 0  # bytes of the file
 
     def add(self, replaced: Iterable[tuple[str, str]]) -> None:
-        """Count samples that were replaced: (id, reason) each.
-
-        Raises:
-            GateError: There are now more than the limit, those of other processes included.
-        """
+        """Count samples that were replaced: (id, reason) each; `GateError` if there are now more than the limit."""
         samples = self.all()
         for name, reason in replaced:
             if name not in samples:
@@ -143,66 +129,45 @@ class BadSampleLog:
 
     def all(self) -> dict[str, str]:
         """Id -> reason, those of other processes included."""
-        size = self.path.stat().st_size if self.path.exists() else 0
-        if size != self._read:
-            self._read = size
-            for name, reason in read_json_lines(self.path):
-                self.samples.setdefault(name, reason)
+        for name, reason in read_json_lines(self.path):
+            self.samples.setdefault(name, reason)
         return self.samples
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; none if there is no file yet."""
-    return read_json_lines(path) if path.exists() else []
 
 
 def make_probe(
     model: nn.Module, dataset: EncodedDataset, collator: Collator, size: int
 ) -> list[dict[str, Any]]:
-    """Batches of ``size`` fixed samples with images, `PROBE_SAMPLES` in all.
-
-    Empty for a dense model and for data without images.
-    """
+    """Batches of ``size`` fixed samples with images, `PROBE_SAMPLES` in all; none for a dense model."""
     if not any(is_router(name) for name, _ in model.named_parameters()):
         return []
     chosen = [index for index, sample in enumerate(dataset.samples) if sample.images][:PROBE_SAMPLES]
-    batches = [
-        collator([dataset[index] for index in chosen[start : start + size]])
-        for start in range(0, len(chosen), size)
-    ]
-    return [
-        {key: value for key, value in batch.items() if key not in ("labels", "notes")} for batch in batches
-    ]
+    batches = []
+    for start in range(0, len(chosen), size):
+        batch = collator([dataset[index] for index in chosen[start : start + size]])
+        batches.append({key: value for key, value in batch.items() if key not in ("labels", "notes")})
+    return batches
 
 
 @torch.no_grad()
 def router_statistics(
     model: Any, probe: list[dict[str, Any]], previous: dict[int, Tensor]
 ) -> tuple[list[dict[str, Any]], dict[int, Tensor]]:
-    """What each router does on a fixed set of samples.
-
-    Args:
-        model: A p-MoD model.
-        probe: See `make_probe`.
-        previous: Kept masks of the look before, by layer; empty at first.
+    """What each router does on the batches of `make_probe`.
 
     Returns:
         One row per Mixture-of-Depths layer: ``layer``, ``mean_weight`` of the vision tokens, ``changed`` (share
-        of the vision tokens that are now kept and were skipped, or the reverse; None at the first look) and
-        ``entropy`` (of the kept share over the image's positions: 1 where all positions are kept alike, 0 where
-        a single one is); and the kept masks.
+        of the vision tokens that are now kept and were skipped in the ``previous`` masks, or the reverse; None at the
+        first look) and ``entropy`` (of the kept share over the image's positions: 1 where all positions are kept alike,
+        0 where a single one is); and the kept masks by layer.
     """
     was_training = model.training
     model.eval()
     kept: dict[int, list[Tensor]] = {}
     weights: dict[int, list[Tensor]] = {}
     for batch in probe:
-        inputs = {
-            key: value.to(model.device) if isinstance(value, Tensor) else value
-            for key, value in batch.items()
-        }
+        inputs = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, Tensor)}
         vision = inputs["input_ids"] == model.config.image_token_id
-        output = model(**{**inputs, "logits_to_keep": 1}, use_cache=False, output_routing=True)
+        output = model(**inputs, logits_to_keep=1, use_cache=False, output_routing=True)
         for index, layer in enumerate(output.routing):
             if layer is not None:
                 rows = [mask[image] for mask, image in zip(layer.kept, vision, strict=True) if image.any()]

@@ -9,26 +9,26 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from pmod_cli.checkpoints.load import check_source
-from pmod_cli.data.dataset import ConversationData
+from pmod_cli.checkpoints.load import read_config
+from pmod_cli.data.dataset import DataSource
 from pmod_cli.extras import installed, require
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import read_json, write_json
-from pmod_cli.recipe import Recipe, TrainSettings
+from pmod_cli.recipe import Recipe, TrainSettings, check_recipe
 from pmod_cli.training.trainer import KEPT_CHECKPOINTS, last_checkpoint
 
 # What may be changed when a run is resumed: none of it decides what is learned from which sample.
 _FREE_TO_CHANGE = {
-    "gradient_checkpointing",
-    "logging_steps",
-    "max_bad_samples",
-    "micro_batch_size",
-    "num_workers",
-    "report_to",
-    "router_stats_steps",
-    "save_steps",
-}
+    "gradient_checkpointing", "logging_steps", "max_bad_samples", "micro_batch_size", "num_workers", "report_to",
+    "router_stats_steps", "save_steps",
+}  # fmt: skip
+
+
+_ALIKE = {
+    "learning_rate", "weight_decay", "max_grad_norm", "adam_beta2", "logging_steps", "save_steps", "seed",
+}  # fmt: skip
+"""Settings that the Trainer's arguments have under the same name."""
 
 
 def sharding() -> str | None:
@@ -41,22 +41,8 @@ def sharding() -> str | None:
 
 
 def check_model(model: str | Path, recipe: Recipe) -> None:
-    """Refuse a checkpoint that is not there, and a recipe for another family or with packages that are missing.
-
-    Raises:
-        PmodError: It does not fit, or its config cannot be read.
-        MissingExtraError: A package that the recipe asks for is missing.
-        BrokenPackageError: It cannot be imported.
-    """
-    check_source(model)
-    config = Path(model) / "config.json"
-    if config.is_file():  # the family of a hub id is found out when it is loaded
-        family = find_family(str(read_json(config).get("model_type")))
-        if recipe.family not in (None, family.name):
-            raise PmodError(
-                f"recipe {recipe.name} is for {recipe.family}, and {model} is {family.name}",
-                "choose another with --recipe",
-            )
+    """Refuse a checkpoint that is not there, and a recipe for another family or with packages that are missing."""
+    check_recipe(recipe, find_family(read_config(model).model_type).name)
     if recipe.train.lora is not None:
         require("peft")
     if "tensorboard" in recipe.train.report_to:
@@ -66,11 +52,7 @@ def check_model(model: str | Path, recipe: Recipe) -> None:
 
 
 def check_output(output: Path, work: Path, *, resume: bool, force: bool) -> None:
-    """Refuse to overwrite a result or an unfinished run without being asked to.
-
-    Raises:
-        PmodError: One of them is there.
-    """
+    """Refuse to overwrite a result or an unfinished run without being asked to."""
     if output.exists() and not force:
         raise PmodError(f"{output} exists", "--force replaces it")
     if output.is_file():
@@ -79,12 +61,8 @@ def check_output(output: Path, work: Path, *, resume: bool, force: bool) -> None
         raise PmodError(f"{work} holds an unfinished run", "--resume goes on with it, --force starts anew")
 
 
-def check_data_fits(data: ConversationData, limit: int) -> None:
-    """The quick part of `pmod data check`: records, and whether their image files are there.
-
-    Raises:
-        PmodError: More than ``limit`` samples cannot be used.
-    """
+def check_data_fits(data: DataSource, limit: int) -> None:
+    """Refuse data of which more than ``limit`` samples cannot be used; pictures are looked for, and not opened."""
     bad = {**data.bad, **data.missing_images()}
     if len(bad) > limit:
         name, reason = next(iter(bad.items()))
@@ -95,11 +73,7 @@ def check_data_fits(data: ConversationData, limit: int) -> None:
 
 
 def plan_steps(settings: TrainSettings, samples: int, world: int) -> tuple[int, int]:
-    """Optimizer steps of a run, and micro batches that each process takes for one of them.
-
-    Raises:
-        PmodError: The global batch cannot be divided.
-    """
+    """Optimizer steps of a run, and micro batches that each process takes for one; `PmodError` if that is not whole."""
     accumulation, remainder = divmod(settings.global_batch_size, settings.micro_batch_size * world)
     if remainder or not accumulation:
         raise PmodError(
@@ -115,11 +89,7 @@ def plan_steps(settings: TrainSettings, samples: int, world: int) -> tuple[int, 
 def training_arguments(
     settings: TrainSettings, work: Path, steps: int, accumulation: int
 ) -> TrainingArguments:
-    """The Trainer's arguments; making them starts the process group under torchrun.
-
-    Raises:
-        PmodError: This machine cannot do what the recipe asks for.
-    """
+    """The Trainer's arguments, if this machine can follow them; making them starts the process group under torchrun."""
     on_gpu = torch.cuda.is_available()
     if sharding() is not None and not on_gpu:
         # Tried: on the CPU the Trainer silently runs DDP when FSDP is asked for.
@@ -135,57 +105,39 @@ def training_arguments(
             max_steps=steps,
             per_device_train_batch_size=settings.micro_batch_size,
             gradient_accumulation_steps=accumulation,
-            learning_rate=settings.learning_rate,
             lr_scheduler_type=settings.lr_scheduler,
             warmup_steps=math.ceil(steps * settings.warmup_ratio),
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-            adam_beta2=settings.adam_beta2,
             bf16=settings.dtype == "bfloat16",
             fp16=settings.dtype == "float16",
             # Worker processes cost more than they bring where the model itself runs on the CPU.
             dataloader_num_workers=settings.num_workers if on_gpu else 0,
             dataloader_pin_memory=on_gpu,
-            logging_steps=settings.logging_steps,
             logging_first_step=True,
             logging_nan_inf_filter=False,
             save_strategy="steps",
-            save_steps=settings.save_steps,
             save_total_limit=KEPT_CHECKPOINTS,
             report_to=list(settings.report_to) or "none",
-            seed=settings.seed,
             disable_tqdm=True,
             remove_unused_columns=False,
             label_names=["labels"],
             ddp_find_unused_parameters=False,
             use_cpu=not on_gpu,
+            **settings.model_dump(include=_ALIKE),
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise PmodError(f"this machine cannot run the recipe: {first_line(error)}") from error
 
 
 def check_identity(work: Path, recipe: Recipe, model: str | Path, data: str, resuming: bool) -> None:
-    """Refuse to resume with other data, another recipe or another model; write down what this run is.
-
-    Args:
-        work: The training folder; ``run.json`` in it says what the run was begun with.
-        recipe: The resolved recipe.
-        model: The checkpoint that training starts from.
-        data: SHA-256 of the data.
-        resuming: Whether there is a checkpoint to go on from.
-
-    Raises:
-        PmodError: Something changed.
-    """
+    """Refuse to resume with other data (a SHA-256), recipe or model; write what this run is to ``work/run.json``."""
     train = recipe.train.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
     identity = {"data": data, "recipe": train, "model": str(model)}
     path = work / "run.json"
-    if resuming and path.exists():
-        before = read_json(path)
-        changed = [key for key, value in identity.items() if before.get(key) != value]
-        if changed:
-            raise PmodError(
-                f"cannot resume {work}: the {' and the '.join(changed)} changed since it was begun",
-                "--force (without --resume) starts anew",
-            )
+    before = read_json(path) if resuming and path.exists() else identity
+    changed = [key for key, value in identity.items() if before.get(key) != value]
+    if changed:
+        raise PmodError(
+            f"cannot resume {work}: the {' and the '.join(changed)} changed since it was begun",
+            "--force (without --resume) starts anew",
+        )
     write_json(path, identity)

@@ -28,10 +28,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 
-from pmod_cli.data.batches import BatchNotes, OrderedSampler
+from pmod_cli.data.batches import OrderedSampler
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import GateError, PmodError, first_line
-from pmod_cli.training.model import PartCount
 from pmod_cli.training.monitor import BadSampleLog
 
 STAGING = "saving"
@@ -42,12 +41,7 @@ KEPT_CHECKPOINTS = 2
 class PmodTrainer(Trainer):
     """The Trainer, with the changes that the module lists.
 
-    Args:
-        sampler: The order of the samples.
-        bad: Counts the samples that were replaced.
-        router_learning_rate: For the routers; the others' if None.
-        weights_loaded: The model already has the weights of the checkpoint that is resumed from.
-        **kwargs: The Trainer's.
+    ``weights_loaded`` says that the model already has the weights of the checkpoint that is resumed from.
     """
 
     def __init__(
@@ -104,25 +98,20 @@ class PmodTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """One micro batch.
-
-        Raises:
-            GateError: Too many bad samples.
-        """
-        notes: BatchNotes = inputs.pop("notes")
-        self._step_ids += notes.ids
-        self._samples += len(notes.ids)
-        self._tokens += notes.tokens
-        self.bad.add(notes.replaced)
+        """One micro batch; `GateError` if there are too many bad samples."""
+        notes = inputs.pop("notes")
+        self._step_ids += notes["ids"]
+        self._samples += len(notes["ids"])
+        self._tokens += notes["tokens"]
+        self.bad.add(notes["replaced"])
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._step_losses.append(loss.detach())
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient's norm, just before the optimizer steps; the one place that waits for the device.
+        """The gradient's norm, just before the optimizer steps; `GateError` if it or a loss is not finite.
 
-        Raises:
-            GateError: A loss or gradient that is not finite.
+        This is the one place that waits for the device.
         """
         norm = super()._get_grad_norm(model, grad_norm)
         losses = torch.stack(self._step_losses).tolist()
@@ -157,11 +146,7 @@ class PmodTrainer(Trainer):
         return str(Path(self.args.output_dir) / STAGING)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside its place and rename it there: it is complete or absent.
-
-        Raises:
-            PmodError: It cannot be written.
-        """
+        """Write a checkpoint beside its place and rename it there: it is complete or absent."""
         work = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
         try:
@@ -207,10 +192,10 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next(reversed(checkpoints(folder)), None)
 
 
-def checkpoint_bytes(parts: Sequence[PartCount], *, adapter_only: bool) -> int:
+def checkpoint_bytes(parts: Sequence[dict[str, Any]], *, adapter_only: bool) -> int:
     """Size of a checkpoint: float32 weights (with LoRA, of what is trained) and Adam's two moments."""
-    trained = sum(part.trained for part in parts)
-    saved = trained if adapter_only else trained + sum(part.frozen for part in parts)
+    trained = sum(part["trained"] for part in parts)
+    saved = trained if adapter_only else trained + sum(part["frozen"] for part in parts)
     return 4 * saved + 8 * trained
 
 

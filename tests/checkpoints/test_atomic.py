@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pmod_cli.checkpoints.write import Staging, _lock
+from pmod_cli.checkpoints.write import write_checkpoint
 from pmod_cli.conversion.convert import convert
 from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.recipe import default_recipe
@@ -67,12 +67,13 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
 
 def test_a_run_that_is_alive_is_left_alone(tmp_path):
-    stale, alive = tmp_path / ".pmod.pmod-stale", tmp_path / ".pmod.pmod-alive"
-    other = tmp_path / ".other.pmod-stale"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    stale, alive = tmp_path / f".pmod.{gone.pid}.partial", tmp_path / f".pmod.{os.getppid()}.partial"
+    other = tmp_path / f".other.{gone.pid}.partial"
     for folder in (stale, alive, other):
         folder.mkdir()
-    with _lock(alive):
-        convert(plan_conversion(make_checkpoint(tmp_path / "source")), tmp_path / "pmod")
+    convert(plan_conversion(make_checkpoint(tmp_path / "source")), tmp_path / "pmod")
     assert not stale.exists()
     assert alive.exists()
     assert other.exists()
@@ -81,9 +82,7 @@ def test_a_run_that_is_alive_is_left_alone(tmp_path):
 def test_permissions_are_the_users(tmp_path):
     umask = os.umask(0o027)
     try:
-        with Staging(tmp_path / "pmod") as staging:
-            staging.write("config.json", b"{}")
-            staging.commit()
+        write_checkpoint(tmp_path / "pmod", {}, {"config.json": b"{}"})
     finally:
         os.umask(umask)
     assert (tmp_path / "pmod").stat().st_mode & 0o777 == 0o750

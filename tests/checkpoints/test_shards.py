@@ -1,4 +1,4 @@
-"""Reading and writing safetensors files without the library, against the library."""
+"""Our reading and writing of safetensors files, against the library's."""
 
 from __future__ import annotations
 
@@ -97,25 +97,25 @@ def broken(path, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("cut", "truncated or corrupt: it has"),
-        ("longer", "truncated or corrupt: it has"),
-        ("header cut", "cut off inside its header"),
-        ("empty", "cut off inside its header"),
-        ("no header", "cut off inside its header"),
-        ("not json", "header is not JSON"),
-        ("not an object", "does not describe tensors"),
-        ("no offsets", "does not describe tensors"),
-        ("shape", "a takes 24 bytes and its shape says 28"),
-        ("gap", "overlap or have gaps"),
-        ("negative", "does not describe tensors"),
-        ("dtype", "has type F7"),
+        ("cut", "not fully covered"),
+        ("longer", "not fully covered"),
+        ("header cut", "invalid header length"),
+        ("empty", "header too small"),
+        ("no header", "header too large"),
+        ("not json", "invalid JSON"),
+        ("not an object", "invalid JSON"),
+        ("no offsets", "missing field `data_offsets`"),
+        ("shape", "invalid shape"),
+        ("gap", "invalid offset for tensor `a`"),
+        ("negative", "integer `-2`"),
+        ("dtype", "variant `F7`"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, how, message):
     path = tmp_path / "a.safetensors"
     save_file({"a": np.zeros((2, 3), np.float32)}, path)
     broken(path, how)
-    with pytest.raises(PmodError, match=message) as caught:
+    with pytest.raises(PmodError, match=f"truncated or corrupt: .*{message}") as caught:
         read_header(path)
     assert str(path) in caught.value.message
 

@@ -340,7 +340,7 @@ def test_prepare_says_how_much_there_is(place, capsys):
 
 def test_models_that_do_not_run_alike_are_named(place, tmp_path, capsys):
     """A baseline whose processor pads pictures beside a model whose processor crops them."""
-    from pmod_cli.data.aspect import apply_aspect
+    from pmod_cli.training.model import apply_aspect
 
     processor = make_processor()
     padding = apply_aspect(make_model(processor), processor, "pad")

@@ -19,6 +19,7 @@ from pmod_cli.conversion.formats import Options
 from pmod_cli.conversion.plan import ROUTERS, plan_conversion
 from pmod_cli.demo.job import BASELINE
 from pmod_cli.modeling.schedule import shifted_cosine
+from pmod_cli.output import files
 from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import parse_recipe
 from tests.common.checkpoints import HIDDEN, LAYERS, contents, make_checkpoint, modern, old
@@ -37,12 +38,12 @@ def test_there_and_back(tmp_path, rename, shards):
     (source / "README.md").write_text("---\nlicense: llama2\n---\n# The baseline\n")
     before = contents(source)
     result = to_pmod(source, tmp_path / "pmod")
-    assert result.methods == {"hard link": shards, "written": 1}
+    assert result["methods"] == {"hard link": shards, "written": 1}
     assert contents(source) == before
     back = convert_back(tmp_path / "pmod", tmp_path / "back")
     assert contents(tmp_path / "back") == before
-    assert back.methods == {"hard link": shards}
-    assert back.router_parameters == result.router_parameters == len(MOD_LAYERS) * (HIDDEN + 1)
+    assert back["methods"] == {"hard link": shards}
+    assert back["router_parameters"] == result["router_parameters"] == len(MOD_LAYERS) * (HIDDEN + 1)
 
 
 @pytest.mark.parametrize("rename", [str, modern])
@@ -98,7 +99,7 @@ def test_the_model_card_has_recipe_licence_and_citation(tmp_path):
 def test_copies_are_copies(tmp_path):
     source = make_checkpoint(tmp_path / "source", shards=2)
     result = to_pmod(source, tmp_path / "pmod", copy=True)
-    assert result.methods == {"copy": 2, "written": 1}
+    assert result["methods"] == {"copy": 2, "written": 1}
     name = "model-00001-of-00002.safetensors"
     assert not (tmp_path / "pmod" / name).samefile(source / name)
     assert (tmp_path / "pmod" / name).read_bytes() == (source / name).read_bytes()
@@ -123,7 +124,7 @@ def test_across_file_systems(tmp_path):
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         plan = plan_conversion(BASELINE)
         result = convert(plan, Path(folder) / "pmod")
-        assert result.methods == {"copy": 1, "written": 1}
+        assert result["methods"] == {"copy": 1, "written": 1}
         assert bytes_needed(plan.checkpoint(), Path(folder) / "other") > plan.weight_bytes
         convert_back(Path(folder) / "pmod", Path(folder) / "back")
         assert contents(Path(folder) / "back") == contents(BASELINE)
@@ -162,7 +163,7 @@ def test_pickled_weights_only_if_allowed(tmp_path):
     with pytest.raises(PmodError, match=r"pickled.*--allow-pickle"):
         plan_conversion(source)
     result = to_pmod(source, tmp_path / "pmod", options=Options(allow_pickle=True))
-    assert result.methods == {"written": 2}
+    assert result["methods"] == {"written": 2}
     written = load_file(tmp_path / "pmod" / "model-00001-of-00001.safetensors")
     assert written.keys() == weights.keys()
     assert all(torch.equal(written[name], weights[name]) for name in weights)
@@ -222,8 +223,8 @@ def test_a_trained_checkpoint_is_stripped(tmp_path):
     (pmod / "model.safetensors.index.json").write_text(json.dumps(index))
 
     result = convert_back(pmod, tmp_path / "back")
-    assert result.methods == {"written": 1, "hard link": 1}
-    assert "as it is now" in result.notes[0]
+    assert result["methods"] == {"written": 1, "hard link": 1}
+    assert "as it is now" in result["notes"][0]
     for name in ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
         ours, theirs = read_header(tmp_path / "back" / name), read_header(tmp_path / "source" / name)
         assert {key: tensor.read() for key, tensor in ours.items()} == {
@@ -252,7 +253,7 @@ def test_force_replaces_a_checkpoint_and_nothing_else(tmp_path):
 
 def test_force_without_an_atomic_exchange(tmp_path, monkeypatch):
     """Where the system cannot swap two folders, two renames do."""
-    monkeypatch.setattr(write.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(files.ctypes, "CDLL", lambda *_, **__: object())
     to_pmod(BASELINE, tmp_path / "pmod")
     to_pmod(BASELINE, tmp_path / "pmod", ["mod.floor=0.3"], force=True)
     config = json.loads((tmp_path / "pmod" / "config.json").read_text())

@@ -9,10 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from pmod_cli.checkpoints.shards import StoredTensor, read_header, write_shard
-from pmod_cli.conversion.convert import convert
+from pmod_cli.conversion.convert import convert, preview
 from pmod_cli.conversion.inspection import inspect_checkpoint
 from pmod_cli.conversion.plan import ROUTERS, plan_conversion
-from pmod_cli.conversion.preview import preview
 from pmod_cli.demo.job import BASELINE
 from pmod_cli.modeling.schedule import mean_retention, shifted_cosine
 from pmod_cli.output.errors import PmodError
@@ -30,16 +29,16 @@ def pmod(tmp_path):
 
 def test_a_converted_checkpoint(pmod):
     found = inspect_checkpoint(pmod)
-    assert [row["retention_ratio"] for row in found.layers] == RATIOS
-    assert [row["kind"] for row in found.layers] == ["dense"] * 2 + ["mod"] * 6
-    assert found.mean_retention == mean_retention(RATIOS)
-    assert (found.initial_routers, found.initial_share) == (6, 1.0)
-    assert (found.router_dtype, found.router_parameters) == ("BF16", 6 * (HIDDEN + 1))
-    assert found.provenance is not None
-    assert found.provenance["source"] == str(BASELINE)
-    assert found.provenance["recipe"]["name"] == "demo"
-    assert found.training is None
-    json.dumps(found.to_dict(), allow_nan=False)
+    assert [row["retention_ratio"] for row in found["layers"]] == RATIOS
+    assert [row["kind"] for row in found["layers"]] == ["dense"] * 2 + ["mod"] * 6
+    assert found["mean_retention"] == mean_retention(RATIOS)
+    assert (found["initial_routers"], found["initial_share"]) == (6, 1.0)
+    assert (found["router_dtype"], found["router_parameters"]) == ("BF16", 6 * (HIDDEN + 1))
+    assert found["provenance"] is not None
+    assert found["provenance"]["source"] == str(BASELINE)
+    assert found["provenance"]["recipe"]["name"] == "demo"
+    assert found["training"] is None
+    json.dumps(found, allow_nan=False)
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
@@ -66,17 +65,17 @@ def test_trained_routers(pmod, dtype):
         json.dumps({"model": "start", "result": {"steps": 7, "final_loss": 0.5}})
     )
     found = inspect_checkpoint(pmod)
-    assert found.router_dtype == dtype
-    assert (found.initial_routers, found.initial_share) == (1, 1 / 6)
-    assert found.layers[7]["router"]["initial"]
+    assert found["router_dtype"] == dtype
+    assert (found["initial_routers"], found["initial_share"]) == (1, 1 / 6)
+    assert found["layers"][7]["router"]["initial"]
     for layer in range(2, 7):
         prefix = f"language_model.model.layers.{layer}.router."
         weight, bias = (values[prefix + part].astype(np.float64) for part in ("weight", "bias"))
-        router = found.layers[layer]["router"]
+        router = found["layers"][layer]["router"]
         assert router["weight_norm"] == pytest.approx(np.sqrt((weight**2).sum()), rel=1e-12)
         assert router["weight_max"] == np.abs(weight).max()
         assert router["bias"] == bias[0]
-    assert found.training == {"model": "start", "steps": 7, "final_loss": 0.5}
+    assert found["training"] == {"model": "start", "steps": 7, "final_loss": 0.5}
 
 
 def test_routers_that_are_not_finite(pmod):
@@ -86,7 +85,7 @@ def test_routers_that_are_not_finite(pmod):
         pmod / ROUTERS,
         [StoredTensor.from_bytes(n, "BF16", tensors[n].shape, data) for n, data in nan.items()],
     )
-    router = inspect_checkpoint(pmod).layers[2]["router"]
+    router = inspect_checkpoint(pmod)["layers"][2]["router"]
     assert router == {"weight_norm": None, "weight_max": None, "bias": None, "initial": False}
 
 
@@ -125,13 +124,13 @@ def test_the_dry_run_counts_what_profile_counts(tmp_path):
     source = make_checkpoint(tmp_path / "source", shards=2)
     told = preview(plan_conversion(source, recipe=load_recipe("demo")), tmp_path / "pmod")
     counted = profile(find_subject(str(source), recipe="demo"), ProfileOptions(counter="formula"))
-    expected = told.expected
+    expected = told["expected"]
     assert expected is not None
     for role in ("dense", "pmod"):
         assert expected["prefill_flops"][role] == counted[role]["prefill"]["flops"]
         assert expected["kv_bytes"][role] == counted[role]["kv_cache"]["prefill_bytes"]
     assert expected["prefill_flops"]["ratio"] < 1
-    assert [row["retention_ratio"] for row in told.layers] == RATIOS
+    assert [row["retention_ratio"] for row in told["layers"]] == RATIOS
     assert not (tmp_path / "pmod").exists()
 
     geometry = find_subject(str(source)).main.geometry
@@ -153,5 +152,5 @@ def test_the_dry_run_tells_the_disk_space_that_is_taken(tmp_path):
         files = [path for path in (tmp_path / f"pmod{copy}").rglob("*") if path.is_file()]
         taken = sum(path.stat().st_size for path in files if path.stat().st_nlink == 1)
         # Headers of shards are not counted before.
-        assert 0 <= taken - told.disk_needed_bytes < 20_000 + 200 * len(plan.translation.shards[0].tensors)
-        assert told.disk_free_bytes > 0
+        assert 0 <= taken - told["disk_needed_bytes"] < 20_000 + 200 * len(plan.translation.shards[0].tensors)
+        assert told["disk_free_bytes"] > 0

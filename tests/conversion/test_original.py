@@ -36,10 +36,10 @@ def original(tmp_path, decoder="llama", family="llava", layout=None, **changes):
 )
 def test_baseline_and_routers(tmp_path, decoder, family, layout, changes):
     model, source = original(tmp_path, decoder, family, layout, **changes)
-    assert find_format(open_source(source))[0] == "original"
+    assert find_format(open_source(source)) == "original"
     options = Options(allow_pickle=True)
     done = convert(plan_conversion(source, options=options), tmp_path / "pmod")
-    assert (done.format, done.family, done.recipe) == ("original", family, "default")
+    assert (done["format"], done["family"], done["recipe"]) == ("original", family, "default")
     pmod = AutoModelForImageTextToText.from_pretrained(tmp_path / "pmod")
     assert pmod.config.mod_config.retention_ratios == shifted_cosine(8)
     routers = [value for name, value in pmod.state_dict().items() if ".router." in name]
@@ -70,7 +70,7 @@ def test_first_release_of_llava_is_told_from_transformers_own(tmp_path):
     _, source = original(tmp_path)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
-    assert find_format(open_source(source))[0] == "original"
+    assert find_format(open_source(source)) == "original"
 
 
 def test_the_image_processor_is_the_towers(tmp_path):

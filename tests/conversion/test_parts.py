@@ -23,6 +23,7 @@ from pmod_cli.conversion.convert import convert
 from pmod_cli.conversion.formats import Options, find_format
 from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.output.errors import PmodError
+from pmod_cli.recipe import load_recipe
 from tests.common.parts_checkpoints import PIECES, save_parts, sentencepiece_model
 
 
@@ -45,7 +46,7 @@ def options(parts, **changes):
 def assembled(parts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("assembled") / "pmod"
     done = convert(plan_conversion(parts[1], options=options(parts)), folder)
-    assert (done.format, done.family) == ("parts", "llava")
+    assert (done["format"], done["family"]) == ("parts", "llava")
     return folder
 
 
@@ -128,7 +129,7 @@ def test_generate_as_typed(assembled, tmp_path, capsys):
 
 
 def test_llava_next_gets_its_newline_and_grids(parts, tmp_path):
-    plan = plan_conversion(parts[1], options=options(parts, family="llava_next"))
+    plan = plan_conversion(parts[1], options=options(parts), recipe=load_recipe("pmod-llava-next-7b"))
     assert any("image_newline" in note for note in plan.translation.notes)
     convert(plan, tmp_path / "pmod")
     model, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "pmod", output_loading_info=True)
@@ -202,5 +203,5 @@ def test_a_projector_of_another_width(parts, tmp_path):
 
 
 def test_formats_are_told_apart(parts):
-    assert find_format(open_source(parts[1]))[0] == "parts"
+    assert find_format(open_source(parts[1])) == "parts"
     assert LlavaForConditionalGeneration.config_class is LlavaConfig

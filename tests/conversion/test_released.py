@@ -43,7 +43,7 @@ def converted(tmp_path_factory):
         source = lay_out(folder / f"{name}-released", image_aspect_ratio=aspect)
         result[name] = folder / name
         done = convert(plan_conversion(source), result[name])
-        assert (done.format, done.family, done.recipe) == ("released", name, None)
+        assert (done["format"], done["family"], done["recipe"]) == ("released", name, None)
     return result
 
 

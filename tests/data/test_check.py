@@ -73,11 +73,11 @@ def test_each_kind(tmp_path, folder, processor, kind, record, monkeypatch):
     data = tmp_path / "data.json"
     data.write_text(json.dumps([*GOOD, record]))
     report = check_data(data, folder, processor=processor, max_length=300)
-    assert report.counts == {kind: 1}
-    assert report.problems[0].index == 3
-    assert (report.good, report.with_images) == (3, 2)
-    assert report.longest_tokens is not None
-    assert 200 < report.longest_tokens <= 300
+    assert report["counts"] == {kind: 1}
+    assert report["problems"][0]["index"] == 3
+    assert (report["good"], report["with_images"]) == (3, 2)
+    assert report["longest_tokens"] is not None
+    assert 200 < report["longest_tokens"] <= 300
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
@@ -88,9 +88,9 @@ def test_duplicates_and_fix(tmp_path, folder, suffix):
     lines = "\n".join(map(json.dumps, records))
     data.write_text(lines if suffix == "jsonl" else json.dumps(records))
     report = check_data(data, folder, fix=clean)
-    assert report.counts == {"duplicate": 1, "missing image": 1}
+    assert report["counts"] == {"duplicate": 1, "missing image": 1}
     again = check_data(clean, folder)
-    assert (again.records, again.problems) == (4, [])
+    assert (again["records"], again["problems"]) == (4, [])
     with pytest.raises(PmodError, match="exists"):
         check_data(data, folder, fix=clean)
 

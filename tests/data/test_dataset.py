@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from pmod_cli.data.aspect import apply_aspect
 from pmod_cli.data.batches import Collator, EncodedDataset, OrderedSampler, longest_sample
 from pmod_cli.data.check import check_data
-from pmod_cli.data.dataset import ConversationData, open_data
+from pmod_cli.data.dataset import open_data
 from pmod_cli.data.records import BadSample, Conversation, Turn
 from pmod_cli.output.errors import PmodError
+from pmod_cli.training.model import apply_aspect
 
 
 def _samples():
@@ -123,7 +123,7 @@ def test_a_datasets_folder_is_data(table, tmp_path, processor, layout):
         (folder / "data").mkdir(parents=True)
         table.to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
     source = open_data(folder, None)
-    data = ConversationData(source)
+    data = source
     assert [(sample.id, sample.images) for sample in data.samples] == [
         ("a", ("0",)),
         ("b", ()),
@@ -139,9 +139,9 @@ def test_a_datasets_folder_is_data(table, tmp_path, processor, layout):
     assert batch["pixel_values"].shape == (1, 3, 80, 80)
     clean = tmp_path / "clean"
     report = check_data(folder, None, processor=processor, fix=clean)
-    assert report.counts == {"unreadable image": 1, "empty answer": 1}
+    assert report["counts"] == {"unreadable image": 1, "empty answer": 1}
     again = check_data(clean, None)
-    assert (again.records, again.problems) == (2, [])
+    assert (again["records"], again["problems"]) == (2, [])
 
 
 def test_a_list_of_pictures_in_a_table_and_a_path_out_of_it(tmp_path):
@@ -166,7 +166,7 @@ def test_a_list_of_pictures_in_a_table_and_a_path_out_of_it(tmp_path):
     # `datasets` itself would read the file and put its bytes into the table.
     columns = pa.table({"images": cells, "conversations": turns}, schema=features.arrow_schema)
     pq.write_table(columns, folder / "train.parquet")
-    data = ConversationData(open_data(folder, None))
+    data = open_data(folder, None)
     assert [sample.images for sample in data.samples] == [("0:0", "0:1"), ("1:0",)]
     assert data.pictures.load("0:1").getpixel((0, 0)) == (0, 0, 255)
     with pytest.raises(BadSample, match="path leaves the folder"):
@@ -198,13 +198,13 @@ def test_a_file_that_names_images_wants_their_folder(demo_data, tmp_path):
     records = [record for record in json.loads(demo_data[0].read_text()) if "image" not in record]
     text_only = tmp_path / "text.jsonl"
     text_only.write_text("\n".join(map(json.dumps, records)))
-    assert len(ConversationData(open_data(text_only, None))) == 8
+    assert len(open_data(text_only, None).samples) == 8
 
 
 def test_images_are_loaded_in_workers_and_give_the_same_batches(demo_data, processor):
     from torch.utils.data import DataLoader
 
-    data = ConversationData(open_data(*demo_data))
+    data = open_data(*demo_data)
     dataset = EncodedDataset(data.samples, data.pictures, processor, 300)
     batches = []
     for workers in (0, 2):
@@ -216,12 +216,12 @@ def test_images_are_loaded_in_workers_and_give_the_same_batches(demo_data, proce
         for name in ("input_ids", "labels", "attention_mask"):
             assert torch.equal(alone[name], worked[name])
         assert ("pixel_values" in alone) == ("pixel_values" in worked)
-    real = Counter(len(batch["notes"].ids) for batch in batches[0])
+    real = Counter(len(batch["notes"]["ids"]) for batch in batches[0])
     assert real == {8: 4}
 
 
 def test_longest_sample_is_a_bound(demo_data, processor):
-    data = ConversationData(open_data(*demo_data))
+    data = open_data(*demo_data)
     dataset = EncodedDataset(data.samples, data.pictures, processor, 2048)
     tokens, vision = longest_sample(dataset)
     assert vision == 100
@@ -231,7 +231,7 @@ def test_longest_sample_is_a_bound(demo_data, processor):
 def test_labels_before_the_first_answer_are_cut_and_the_loss_is_the_same(pmod_start, demo_data, processor):
     from transformers import AutoModelForImageTextToText
 
-    data = ConversationData(open_data(*demo_data))
+    data = open_data(*demo_data)
     dataset = EncodedDataset(data.samples, data.pictures, processor, 2048)
     items = [dataset[0], dataset[1], dataset[25]]
     for batch in ([items[0], items[1]], items):

@@ -13,8 +13,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pmod_cli.output.files import read_json_lines
 from pmod_cli.training.finetune import finetune
-from pmod_cli.training.monitor import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ def _run(processes, model, data, images, output, recipe):
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return [row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in read_json_lines(output / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.mark.timeout(200)
@@ -45,7 +45,7 @@ def test_two_processes_give_the_losses_of_one(pmod_start, tmp_path, demo_data, r
     settings = {"max_steps": 4, "micro_batch_size": 2, "save_steps": 100, "learning_rate": 1e-5}
     settings |= {"group_by_modality_length": False}
     finetune(pmod_start, data, demo_data[1], tmp_path / "one", recipe=recipe(**settings))
-    one = [row["loss"] for row in read_metrics(tmp_path / "one" / "metrics.jsonl") if "loss" in row]
+    one = [row["loss"] for row in read_json_lines(tmp_path / "one" / "metrics.jsonl") if "loss" in row]
     two = _run(2, pmod_start, data, demo_data[1], tmp_path / "two", recipe(**settings))
     assert two == pytest.approx(one, rel=1e-3, abs=1e-6)
     summary = json.loads((tmp_path / "two" / "training.json").read_text())
@@ -81,10 +81,10 @@ def test_sigterm_to_one_of_two_processes_stops_both_in_the_same_step(pmod_start,
     assert done.stdout.count("stopped by SIGTERM after step 3") == 2, done.stderr[-3000:]
     # One process goes on with what two left, and both have the same data order.
     result = finetune(pmod_start, *demo_data, tmp_path / "out", recipe=settings, resume=True)
-    assert (result.resumed_from, result.steps) == (3, 6)
+    assert (result["resumed_from"], result["steps"]) == (3, 6)
     finetune(pmod_start, *demo_data, tmp_path / "whole", recipe=settings)
     curves = [
-        [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        [row["loss"] for row in read_json_lines(tmp_path / name / "metrics.jsonl") if "loss" in row]
         for name in ("out", "whole")
     ]
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
@@ -94,9 +94,9 @@ def test_a_blank_image_for_text_changes_nothing(pmod_start, demo_data, processor
     from transformers import AutoModelForImageTextToText
 
     from pmod_cli.data.batches import Collator, EncodedDataset
-    from pmod_cli.data.dataset import ConversationData, open_data
+    from pmod_cli.data.dataset import open_data
 
-    data = ConversationData(open_data(*demo_data))
+    data = open_data(*demo_data)
     dataset = EncodedDataset(data.samples, data.pictures, processor, 2048)
     items = [dataset[24], dataset[25]]
     model = AutoModelForImageTextToText.from_pretrained(pmod_start, dtype=torch.float32).train()

@@ -34,8 +34,8 @@ def test_a_run_on_pictures_of_all_shapes(next_start, tmp_path, recipe):
     data.write_text(json.dumps(records))
     settings = recipe(max_steps=8, image_aspect_ratio="anyres", save_steps=100)
     result = finetune(next_start, data, images, tmp_path / "out", recipe=settings)
-    assert result.final_loss < result.first_loss
-    assert {part.part for part in result.parts} >= {"image newline", "routers"}
+    assert result["final_loss"] < result["first_loss"]
+    assert {part["part"] for part in result["parts"]} >= {"image newline", "routers"}
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     saved = AutoProcessor.from_pretrained(tmp_path / "out")
     four = [pinpoint for pinpoint in PINPOINTS if pinpoint != [240, 240]]

@@ -86,7 +86,7 @@ def test_takes_a_first_step(name, pmod_start, next_start, demo_data, tmp_path):
     recipe = load_recipe(name, [f"train.{setting}" for setting in TINY])
     start = next_start if recipe.family == "llava_next" else pmod_start
     result = finetune(start, *demo_data, tmp_path / "out", recipe=recipe)
-    assert result.steps == 1
+    assert result["steps"] == 1
     assert json.loads((tmp_path / "out" / "training.json").read_text())["recipe"]["name"] == name
     # What lies beside the checkpoint is the whole recipe.
     assert load_recipe(tmp_path / "out" / "recipe.yaml") == recipe

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import read_json_lines
 from pmod_cli.training.finetune import finetune
-from pmod_cli.training.monitor import read_metrics
 from pmod_cli.training.trainer import STAGING, last_checkpoint
 
 
@@ -28,7 +28,7 @@ def _start_and_stop(model, data, images, output, recipe, number, step):
 
 
 def _curve(folder):
-    return [(row["step"], row["loss"]) for row in read_metrics(folder / "metrics.jsonl") if "loss" in row]
+    return [(row["step"], row["loss"]) for row in read_json_lines(folder / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_kill_9_then_resume_gives_the_same_curve(pmod_start, demo_data, tmp_path
     with pytest.raises(PmodError, match="unfinished run"):
         finetune(pmod_start, *demo_data, output, recipe=recipe)
     result = finetune(pmod_start, *demo_data, output, recipe=recipe, resume=True)
-    assert (result.resumed_from, result.steps) == (8, 12)
+    assert (result["resumed_from"], result["steps"]) == (8, 12)
     assert not work.exists()
     resumed = _curve(output)
     assert [step for step, _ in resumed] == list(range(1, 13))
@@ -119,7 +119,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     assert (work / STAGING / "checkpoint-8" / "optimizer.pt").exists()
     assert last_checkpoint(work).name == "checkpoint-4"
     result = finetune(pmod_start, *demo_data, output, recipe=recipe, resume=True)
-    assert result.resumed_from == 4
+    assert result["resumed_from"] == 4
     assert [loss for _, loss in _curve(output)] == pytest.approx([loss for _, loss in whole], rel=1e-5)
 
 
@@ -138,7 +138,7 @@ def test_killed_between_the_last_step_and_the_result(pmod_start, demo_data, tmp_
     monkeypatch.undo()
     assert last_checkpoint(tmp_path / "out.training").name == "checkpoint-4"
     result = finetune(pmod_start, *demo_data, output, recipe=settings, resume=True)
-    assert result.steps == 4
+    assert result["steps"] == 4
     assert [step for step, _ in _curve(output)] == [1, 2, 3, 4]
 
 
@@ -163,6 +163,6 @@ def test_lora_resumes_too(pmod_start, demo_data, tmp_path, recipe, monkeypatch):
     # What does not decide the curve may be changed; a finer micro batch is one of these.
     again = settings.model_copy(update={"train": settings.train.model_copy(update={"micro_batch_size": 2})})
     result = finetune(pmod_start, *demo_data, output, recipe=again, resume=True)
-    assert result.resumed_from == 4
+    assert result["resumed_from"] == 4
     whole = [loss for _, loss in _curve(tmp_path / "whole")]
     assert [loss for _, loss in _curve(output)] == pytest.approx(whole, rel=1e-4)

@@ -13,10 +13,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pmod_cli.modeling.layer import MoDDecoderLayer
 from pmod_cli.output.errors import GateError, PmodError
+from pmod_cli.output.files import read_json_lines
 from pmod_cli.training.callbacks import RatioWarmup
 from pmod_cli.training.finetune import finetune
 from pmod_cli.training.finish import save_result
-from pmod_cli.training.monitor import read_metrics
 
 
 def _tensors(folder):
@@ -30,10 +30,10 @@ def test_result_is_an_ordinary_checkpoint(kind, baseline, pmod_start, demo_data,
     result = finetune(
         start, *demo_data, tmp_path / "out", recipe=recipe(), announce=lambda *told: shown.append(told)
     )
-    assert result.steps == 6
-    parts = {part.part: part for part in shown[0][0]}
-    assert parts["vision tower"].trained == 0
-    assert parts["projector"].frozen == parts["language model"].frozen == 0
+    assert result["steps"] == 6
+    parts = {part["part"]: part for part in shown[0][0]}
+    assert parts["vision tower"]["trained"] == 0
+    assert parts["projector"]["frozen"] == parts["language model"]["frozen"] == 0
     assert ("routers" in parts) == (kind == "pmod")
     before, after = _tensors(start), _tensors(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -47,8 +47,8 @@ def test_result_is_an_ordinary_checkpoint(kind, baseline, pmod_start, demo_data,
     assert model.config.model_type == ("llava" if kind == "dense" else "pmod_llava")
     summary = json.loads((tmp_path / "out" / "training.json").read_text())
     assert summary["recipe"]["train"]["max_steps"] == 6
-    assert summary["result"] == result.to_dict()
-    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    assert summary["result"] == result
+    rows = read_json_lines(tmp_path / "out" / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
     routers = [row["routers"] for row in rows if "routers" in row]
     if kind == "pmod":
@@ -62,9 +62,9 @@ def test_result_is_an_ordinary_checkpoint(kind, baseline, pmod_start, demo_data,
     assert len(summary["data_sha256"]) == 64
     assert torch.__version__.startswith(summary["versions"]["torch"])
     memory = shown[0][1]
-    assert memory.fits
-    trained = sum(part.trained for part in result.parts)
-    assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
+    assert memory["fits"]
+    trained = sum(part["trained"] for part in result["parts"])
+    assert (memory["gradients"], memory["optimizer"]) == (4 * trained, 8 * trained)
 
 
 def test_it_learns(pmod_start, demo_data, tmp_path, recipe):
@@ -74,7 +74,7 @@ def test_it_learns(pmod_start, demo_data, tmp_path, recipe):
     data = tmp_path / "data.json"
     data.write_text(json.dumps(records))
     result = finetune(pmod_start, data, demo_data[1], tmp_path / "out", recipe=recipe(max_steps=12))
-    assert result.final_loss < 0.5 * result.first_loss
+    assert result["final_loss"] < 0.5 * result["first_loss"]
 
 
 def test_gradient_accumulation_and_checkpointing_change_nothing(pmod_start, demo_data, tmp_path, recipe):
@@ -82,7 +82,7 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(pmod_start, demo
     for index, extra in enumerate(({}, {"micro_batch_size": 2}, {"gradient_checkpointing": True})):
         output = tmp_path / str(index)
         finetune(pmod_start, *demo_data, output, recipe=recipe(max_steps=4, **extra))
-        curves.append([row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row])
+        curves.append([row["loss"] for row in read_json_lines(output / "metrics.jsonl") if "loss" in row])
     assert curves[1] == pytest.approx(curves[0], rel=1e-3)
     assert curves[2] == pytest.approx(curves[0], rel=1e-5)
 
@@ -149,7 +149,7 @@ def test_routers_and_loss_go_to_tensorboard_and_into_a_picture(pmod_start, demo_
         assert logged(f"routers/layer_{layer:02d}/mean_weight") == [0, 3, 6]
         assert logged(f"routers/layer_{layer:02d}/entropy") == [0, 3, 6]
         assert logged(f"routers/layer_{layer:02d}/changed") == [3, 6]
-    rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    rows = read_json_lines(tmp_path / "out" / "metrics.jsonl")
     looks = {row["step"]: row["routers"] for row in rows if "routers" in row}
     values = [event.value for event in accumulator.Scalars("train/routers/layer_04/changed")]
     assert values == pytest.approx([looks[step][2]["changed"] for step in (3, 6)])
@@ -160,10 +160,10 @@ def test_routers_and_loss_go_to_tensorboard_and_into_a_picture(pmod_start, demo_
 
 def test_statistics_of_routers_by_hand(pmod_start, demo_data, processor):
     from pmod_cli.data.batches import Collator, EncodedDataset
-    from pmod_cli.data.dataset import ConversationData, open_data
+    from pmod_cli.data.dataset import open_data
     from pmod_cli.training.monitor import make_probe, router_statistics
 
-    data = ConversationData(open_data(*demo_data))
+    data = open_data(*demo_data)
     dataset = EncodedDataset(data.samples, data.pictures, processor, 2048)
     model = AutoModelForImageTextToText.from_pretrained(pmod_start, dtype=torch.float32).train()
     probe = make_probe(model, dataset, Collator(processor), 3)
@@ -211,7 +211,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(pmod_start, demo_data, tmp_pa
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in work.glob("checkpoint-*")] == ["checkpoint-2"]
     result = finetune(pmod_start, *demo_data, output, recipe=recipe(), resume=True)
-    assert (result.resumed_from, result.steps) == (2, 6)
+    assert (result["resumed_from"], result["steps"]) == (2, 6)
     result_path = tmp_path / "second"
     try:
         with pytest.MonkeyPatch.context() as patched:
@@ -280,7 +280,7 @@ def test_bad_samples_are_replaced_counted_and_in_the_end_too_many(pmod_start, de
     data.write_text(json.dumps(records))
     settings = {"max_steps": 8, "save_steps": 100}
     result = finetune(pmod_start, data, images, tmp_path / "out", recipe=recipe(**settings))
-    assert list(result.bad_samples) == [str(records[0]["id"])]
+    assert list(result["bad_samples"]) == [str(records[0]["id"])]
     with pytest.raises(GateError, match="max_bad_samples=0"):
         finetune(pmod_start, data, images, tmp_path / "out2", recipe=recipe(**settings, max_bad_samples=0))
     (images / name).unlink()
@@ -291,18 +291,17 @@ def test_bad_samples_are_replaced_counted_and_in_the_end_too_many(pmod_start, de
 def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(
     pmod_start, demo_data, tmp_path, recipe, monkeypatch
 ):
-    from pmod_cli.training.model import PartCount
     from pmod_cli.training.trainer import checkpoint_bytes
 
     finetune(pmod_start, *demo_data, tmp_path / "first", recipe=recipe(max_steps=1))
     parts = json.loads((tmp_path / "first" / "training.json").read_text())["result"]["parts"]
-    needed = 3 * checkpoint_bytes([PartCount(**part) for part in parts], adapter_only=False)
+    needed = 3 * checkpoint_bytes(parts, adapter_only=False)
     monkeypatch.setattr("pmod_cli.checkpoints.write.free_space", lambda place: needed - 1)
     with pytest.raises(PmodError, match=r"needs 0\.\d+ GB and 0\.\d+ GB are free"):
         finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe())
     # A single checkpoint fits, and so the estimate is not below what one takes.
     size = sum(path.stat().st_size for path in pmod_start.iterdir())
-    assert checkpoint_bytes([PartCount(**part) for part in parts], adapter_only=False) > size
+    assert checkpoint_bytes(parts, adapter_only=False) > size
     finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe(max_steps=1, save_steps=100))
 
 

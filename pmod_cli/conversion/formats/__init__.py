@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from pmod_cli.checkpoints.load import is_original, is_released
+from pmod_cli.checkpoints.load import ORIGINAL_DECODERS, is_original, is_released
 from pmod_cli.checkpoints.source import Source
-from pmod_cli.conversion.formats import huggingface, llava, parts
+from pmod_cli.conversion.formats import huggingface, llava
 from pmod_cli.conversion.formats.translation import Options, Shard, Translation
-from pmod_cli.families import find_family
+from pmod_cli.families import FAMILIES, find_family
 from pmod_cli.output.errors import PmodError
 
 __all__ = ["FORMATS", "Format", "Options", "Shard", "Translation", "find_format"]
@@ -36,31 +36,25 @@ class Format(NamedTuple):
     translate: Callable[[Source, Options], Translation]
 
 
+_FAMILY_TYPES = {kind for family in FAMILIES for kind in (family.base_type, family.model_type)}
+
 FORMATS = {
-    "released": Format(lambda source: is_released(source.config), llava.translate_released),
-    "original": Format(lambda source: is_original(source.config), llava.translate_original),
-    "huggingface": Format(huggingface.matches, huggingface.translate),
-    "parts": Format(parts.matches, parts.translate),
+    "released": Format(lambda source: is_released(source.config), llava.translate_whole),
+    "original": Format(lambda source: is_original(source.config), llava.translate_whole),
+    "huggingface": Format(lambda source: source.model_type in _FAMILY_TYPES, huggingface.translate),
+    "parts": Format(lambda source: source.model_type in ORIGINAL_DECODERS.values(), llava.translate_parts),
 }
 """By name, in the order in which they are asked."""
 
 
-def find_format(source: Source, name: str | None = None) -> tuple[str, Format]:
-    """The format of a source: the one that is named, or the first that matches.
-
-    Raises:
-        PmodError: Unknown name, or no format matches.
-    """
-    known = ", ".join(FORMATS)
-    if name is None:
-        name = next((name for name, format in FORMATS.items() if format.matches(source)), None)
-    elif name not in FORMATS:
-        raise PmodError(f"unknown format {name!r}", f"known: {known}")
+def find_format(source: Source) -> str:
+    """The name of the first format that a source matches; `PmodError` if there is none."""
+    name = next((name for name, format in FORMATS.items() if format.matches(source)), None)
     if name is not None:
-        return name, FORMATS[name]
+        return name
     if source.model_type:
         find_family(source.model_type)  # its error names the families that exist
     raise PmodError(
         f"{source.name} is not a checkpoint of a known format",
-        f"known formats: {known}" if source.config else "it has no config.json",
+        f"known formats: {', '.join(FORMATS)}" if source.config else "it has no config.json",
     )

@@ -29,7 +29,6 @@ _TOWER_FIELDS = [
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _BICUBIC = 3
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 _TARGETS = {"vision_all": "vision", "vision_hr": "vision_hr", "all": "all"}
 _DECAY = re.compile(r"(\w+)_decay_(\d+\.\d+)_(\d+\.\d+)")
@@ -45,19 +44,10 @@ def decoder_config(config: dict[str, Any], model_type: str) -> dict[str, Any]:
 
 
 def tower_config(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The vision half of a CLIP config.
-
-    Args:
-        config: Of a ``clip`` or a ``clip_vision_model`` checkpoint.
-        name: The tower's, for messages.
-
-    Raises:
-        PmodError: It is another kind of tower, or lacks its geometry.
-    """
-    if config.get("model_type") not in ("clip", "clip_vision_model"):
-        raise PmodError(
-            f"vision tower {name} is of type {config.get('model_type')!r}, only CLIP towers are supported here"
-        )
+    """The vision half of the config of a ``clip`` or ``clip_vision_model`` checkpoint, which messages call ``name``."""
+    kind = config.get("model_type")
+    if kind not in ("clip", "clip_vision_model"):
+        raise PmodError(f"vision tower {name} is of type {kind!r}: only CLIP towers are supported here")
     vision = {**config, **(config.get("vision_config") or config.get("vision_config_dict") or {})}
     missing = [key for key in ("hidden_size", "image_size", "patch_size") if key not in vision]
     if missing:
@@ -66,11 +56,7 @@ def tower_config(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def family_name(config: dict[str, Any]) -> str:
-    """``llava`` or ``llava_next``, by what the code of this format does with an image.
-
-    Raises:
-        PmodError: A setting that transformers has no counterpart for.
-    """
+    """``llava`` or ``llava_next``, by what the code of this format does with an image; else a `PmodError`."""
     projector = config.get("mm_projector_type", "mlp2x_gelu")
     if projector != "mlp2x_gelu":
         raise PmodError(f"mm_projector_type {projector!r} is not supported", "supported: mlp2x_gelu")
@@ -82,9 +68,7 @@ def family_name(config: dict[str, Any]) -> str:
         return "llava"
     merge = config.get("mm_patch_merge_type", "flat")
     if merge != "spatial_unpad":
-        raise PmodError(
-            f"mm_patch_merge_type {merge!r} is not supported with anyres", "supported: spatial_unpad"
-        )
+        raise PmodError(f"mm_patch_merge_type {merge!r} is not supported with anyres", "spatial_unpad is")
     return "llava_next"
 
 
@@ -93,17 +77,9 @@ def dense_config(
 ) -> dict[str, Any]:
     """The transformers config of a LLaVA checkpoint in the original or the released format.
 
-    Args:
-        config: Its flat config.
-        model_type: Of its decoder.
-        vision: What `tower_config` gave.
-        image_token: Id of the image token.
-        rows: Rows of the embedding table, with the image token's.
-
-    Raises:
-        PmodError: See `family_name`; or ``image_grid_pinpoints`` that are no pairs.
+    Of its flat config, the ``model_type`` of its decoder, what `tower_config` gave, the id of the image token, and the
+    rows of the embedding table, with the image token's.
     """
-    text = decoder_config(config, model_type) | {"vocab_size": rows}
     strategy = "default" if config.get("mm_vision_select_feature", "patch") == "patch" else "full"
     family = family_name(config)
     dense = {
@@ -111,7 +87,7 @@ def dense_config(
         "architectures": [
             "LlavaNextForConditionalGeneration" if family == "llava_next" else "LlavaForConditionalGeneration"
         ],
-        "text_config": text,
+        "text_config": decoder_config(config, model_type) | {"vocab_size": rows},
         "vision_config": vision,
         "image_token_index": image_token,
         "image_seq_length": (vision["image_size"] // vision["patch_size"]) ** 2 + (strategy == "full"),
@@ -134,12 +110,9 @@ def dense_config(
 
 
 def grid_pinpoints(config: dict[str, Any]) -> list[list[int]]:
-    """``image_grid_pinpoints``, (height, width) as in transformers.
+    """``image_grid_pinpoints``, (height, width) as in transformers, where this format has (width, height).
 
-    This format has (width, height). The order stays, since it decides between two grids that are equally good.
-
-    Raises:
-        PmodError: They are no list of pairs.
+    Their order stays, since it decides between two grids that are equally good.
     """
     pinpoints: Any = config.get("image_grid_pinpoints")
     try:
@@ -156,11 +129,7 @@ def max_num_patches(config: dict[str, Any]) -> int | None:
 
 
 def mod_config(config: dict[str, Any]) -> MoDConfig:
-    """The schedule, weight normalisation and targets of a released p-MoD config.
-
-    Raises:
-        PmodError: A value that the release does not know either.
-    """
+    """The schedule, weight normalisation and targets of a released p-MoD config; `PmodError` for unknown ones."""
     target = config.get("mod_target_token_type", "vision_all")
     if target not in _TARGETS:
         raise PmodError(f"mod_target_token_type {target!r} is not known", f"known: {', '.join(_TARGETS)}")
@@ -179,29 +148,19 @@ def mod_config(config: dict[str, Any]) -> MoDConfig:
 
 
 def weight_norm(name: str) -> tuple[str, float, float]:
-    """Function, scale and bias of a ``mod_weight_norm``: ``tanh_0.2_1``; without numbers both are 1.
-
-    Raises:
-        PmodError: Unknown name.
-    """
+    """Function, scale and bias of a ``mod_weight_norm``: ``tanh_0.2_1``; without numbers both are 1."""
     function, *numbers = name.split("_")
     try:
         scale, bias = (float(number) for number in numbers) if numbers else (1.0, 1.0)
     except ValueError:
         function = ""
     if function not in WEIGHT_NORMS:
-        raise PmodError(
-            f"mod_weight_norm {name!r} is not known", "e.g. tanh_0.2_1; tanh, sigmoid, softmax or none"
-        )
+        raise PmodError(f"mod_weight_norm {name!r} is not known", "e.g. tanh_0.2_1, sigmoid, softmax, none")
     return function, scale, bias
 
 
 def released_ratios(config: dict[str, Any]) -> Ratios:
-    """The retention ratio of each layer, as the release computes it from a ``mod_target_layers`` name.
-
-    Raises:
-        PmodError: Unknown name, or no number of layers.
-    """
+    """The retention ratio of each layer, as the release computes it from a ``mod_target_layers`` name."""
     name = config.get("mod_target_layers")
     try:
         layers, factor = int(config["num_hidden_layers"]), float(config["mod_router_factor"])
@@ -229,34 +188,28 @@ def released_ratios(config: dict[str, Any]) -> Ratios:
 def processor_files(
     dense: dict[str, Any], tower: dict[str, Any] | None, aspect_ratio: str | None, *, baseline: bool = False
 ) -> dict[str, Path | bytes]:
-    """``preprocessor_config.json`` and ``processor_config.json``.
+    """``preprocessor_config.json`` and ``processor_config.json`` for a dense config and an ``image_aspect_ratio``.
 
-    Args:
-        dense: The dense transformers config.
-        tower: ``preprocessor_config.json`` of the vision tower; CLIP's settings if None.
-        aspect_ratio: ``image_aspect_ratio`` of the source.
-        baseline: For the dense baseline, which has to load without this package: transformers' own classes.
+    What the tower's own ``preprocessor_config.json`` says counts more than CLIP's settings. The dense ``baseline`` has
+    to load without this package, and gets transformers' own classes.
     """
     vision, tiled = dense["vision_config"], dense["model_type"] == "llava_next"
     side = vision["image_size"]
     images: dict[str, Any] = {
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
-        "do_resize": True,
-        "do_center_crop": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "do_convert_rgb": True,
+        **dict.fromkeys(
+            ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True
+        ),
         "resample": _BICUBIC,
         "rescale_factor": 1 / 255,
         "image_mean": _CLIP_MEAN,
         "image_std": _CLIP_STD,
     }
     images |= {name: value for name, value in (tower or {}).items() if name in images}
+    images["do_pad"] = tiled or aspect_ratio == "pad"
     if tiled:
-        images |= {"do_pad": True, "image_grid_pinpoints": dense["image_grid_pinpoints"]}
-    else:
-        images["do_pad"] = aspect_ratio == "pad"
+        images["image_grid_pinpoints"] = dense["image_grid_pinpoints"]
     prefix, stem = ("" if baseline else "Pmod"), ("LlavaNext" if tiled else "Llava")
     images["image_processor_type"] = f"{prefix}{stem}ImageProcessor"
     processor: dict[str, Any] = {
@@ -274,15 +227,13 @@ def processor_files(
 
 
 def generation_file(*configs: dict[str, Any] | None) -> bytes:
-    """``generation_config.json`` with the special tokens and nothing else, so that ``generate`` is greedy.
+    """``generation_config.json`` with the special tokens alone, from the first config that has them: it is greedy.
 
     Vicuna's own says ``do_sample: true``, which the original evaluation code overrides everywhere.
-
-    Args:
-        configs: Where to look for a token's id, the first that has it counts.
     """
-    found = {
-        name: next((config[name] for config in configs if config and config.get(name) is not None), None)
-        for name in _TOKEN_IDS
-    }
-    return to_json({name: value for name, value in found.items() if value is not None})
+    found: dict[str, Any] = {}
+    for config in reversed(configs):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if config and config.get(name) is not None:
+                found[name] = config[name]
+    return to_json(found)

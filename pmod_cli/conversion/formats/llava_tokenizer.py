@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.families.chat_templates import choose_template, fit_template
@@ -20,24 +19,12 @@ _FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 _UNUSED = (
-    "tokenizer_class",
-    "auto_map",
-    "added_tokens_decoder",
-    "chat_template",
-    "sp_model_kwargs",
-    "name_or_path",
-)
+    "tokenizer_class", "auto_map", "added_tokens_decoder", "chat_template", "sp_model_kwargs", "name_or_path",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """A tokenizer as it is written into a checkpoint.
-
-    Attributes:
-        files: Contents by file name.
-        image_token: Id of the image token.
-        pad_token: Id of the padding token.
-    """
+class TokenizerFiles(NamedTuple):
+    """A tokenizer as it is written into a checkpoint: contents by file name, and the ids of two tokens."""
 
     files: dict[str, Path | bytes]
     image_token: int
@@ -49,17 +36,7 @@ def find_tokenizer(
 ) -> TokenizerFiles | None:
     """The tokenizer that the user names, or the source's own, with an image token and a chat template.
 
-    Args:
-        source: The checkpoint.
-        chosen: Folder or hub id that the user names, or None.
-        decoder: ``model_type`` of the decoder, which decides the template.
-        max_length: ``tokenizer_model_max_length`` of the checkpoint, or None.
-
-    Returns:
-        None if the user names none and the source has none.
-
-    Raises:
-        PmodError: The user's has no tokenizer, or one cannot be read.
+    The ``model_type`` of the decoder decides the template. None if the user names none and the source has none.
     """
     place = open_source(chosen, near=source.folder) if chosen else source
     if not any((place.folder / name).is_file() for name in _VOCABULARIES):
@@ -67,15 +44,7 @@ def find_tokenizer(
             raise PmodError(f"{chosen} has no tokenizer", "tokenizer.json or tokenizer.model")
         return None
     tokenizer = _load(place.folder)
-    _extend(tokenizer, max_length)
-    files, template = _save(tokenizer, decoder)
-    if template:
-        files["chat_template.jinja"] = template.encode()
-    return TokenizerFiles(files, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.pad_token_id)
-
-
-def _extend(tokenizer: Any, max_length: int | None) -> None:
-    from transformers import AddedToken
+    from transformers import AddedToken, AutoTokenizer
 
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens(AddedToken(IMAGE_TOKEN, special=True, normalized=False), special_tokens=True)
@@ -86,21 +55,16 @@ def _extend(tokenizer: Any, max_length: int | None) -> None:
         tokenizer.model_max_length = max_length
     if getattr(tokenizer, "legacy", None) is not None:
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy  # else lost by saving, and tokens with it
-
-
-def _save(tokenizer: Any, decoder: str) -> tuple[dict[str, Path | bytes], str | None]:
-    """The files of a tokenizer by name, and the chat template that fits it."""
-    from transformers import AutoTokenizer
-
+    template = choose_template(decoder, tokenizer.get_vocab())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer.save_pretrained(folder)
-        template = choose_template(decoder, tokenizer.get_vocab())
-        if template:
-            template = fit_template(template, AutoTokenizer.from_pretrained(folder), IMAGE_TOKEN)
         files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    files.pop("chat_template.jinja", None)
-    return files, template
+        files.pop("chat_template.jinja", None)
+        if template:
+            fitted = fit_template(template, AutoTokenizer.from_pretrained(folder), IMAGE_TOKEN)
+            files["chat_template.jinja"] = fitted.encode()
+    return TokenizerFiles(files, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.pad_token_id)
 
 
 def _load(folder: Path) -> Any:
@@ -124,10 +88,7 @@ def _from_sentencepiece(folder: Path) -> Any:
 
     transformers reads it through protobuf, whose versions have to match; sentencepiece itself needs none.
     """
-    try:
-        import sentencepiece
-    except ImportError:
-        raise PmodError("tokenizer.model needs sentencepiece", "pip install sentencepiece") from None
+    import sentencepiece
     from transformers import LlamaTokenizer
     from transformers.convert_slow_tokenizer import generate_merges
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from pmod_cli.checkpoints.shards import StoredTensor, decode, encode
+from pmod_cli.checkpoints.shards import StoredTensor, decode, encode, read_header, read_pickle
 from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.conversion.formats.llava_config import tower_config
+from pmod_cli.families.defaults import CLIP_LARGE_336
 from pmod_cli.output.errors import PmodError
 
 TOWER = "model.vision_tower."
@@ -26,11 +27,7 @@ MULTIPLE = 64
 """Tables grow to a multiple of this, as llava-hf's do: matrix units want it."""
 
 _BUFFERS = ("rotary_emb.inv_freq", "embeddings.position_ids")
-_TOWER = re.compile(
-    r"(?:model\.vision_tower\.)?(?:vision_tower\.)?(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)"
-)
-_PROJECTOR = re.compile(r"(?:.*\.)?mm_projector\.([02])\.(weight|bias)")
-_LANGUAGE_MODEL = (
+_NAMES = (
     (r"model\.layers\.([0-9]+)\.router\.router\.(weight|bias)", r"model.language_model.layers.\1.router.\2"),
     (
         r"model\.layers\.([0-9]+)\.(?:decoder_layer\.)?"
@@ -39,57 +36,41 @@ _LANGUAGE_MODEL = (
     ),
     (r"model\.(embed_tokens\.weight|norm\.weight)", r"model.language_model.\1"),
     (r"(lm_head\.weight|model\.image_newline)", r"\1"),
+    (r"model\.mm_projector\.0\.(weight|bias)", r"model.multi_modal_projector.linear_1.\1"),
+    (r"model\.mm_projector\.2\.(weight|bias)", r"model.multi_modal_projector.linear_2.\1"),
+    (
+        r"(model\.vision_tower\.)(?:vision_tower\.)?(?:vision_model\.)?"
+        r"((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)",
+        r"\1\2",
+    ),
 )
+"""Names of LLaVA's code, and transformers' for them."""
 
-_LARGE: dict[str, Any] = {
+_LARGE = {
     "model_type": "clip_vision_model",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
+    **CLIP_LARGE_336,
     "num_attention_heads": 16,
-    "num_channels": 3,
-    "patch_size": 14,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
     "projection_dim": 768,
 }
 _KNOWN_TOWERS = {
-    "clip-vit-large-patch14-336": _LARGE | {"image_size": 336},
+    "clip-vit-large-patch14-336": _LARGE,
     "clip-vit-large-patch14": _LARGE | {"image_size": 224},
 }
 """Geometry of OpenAI's towers, which LLaVA checkpoints name: one that holds the weights then needs no download."""
 
 
 def parse_key(name: str) -> str | None:
-    """Transformers' name of a parameter that the original LLaVA code or the p-MoD release wrote.
+    """Transformers' name of a parameter that the original LLaVA code or the p-MoD release wrote; None for any other.
 
-    Args:
-        name: For example ``model.layers.8.decoder_layer.mlp.up_proj.weight``.
-
-    Returns:
-        The name, routers as ``model.language_model.layers.8.router.weight``; None if neither code has such a parameter.
+    For example ``model.language_model.layers.8.router.weight`` of ``model.layers.8.router.router.weight``.
     """
-    if name.startswith("model.mm_projector."):
-        return projector_key(name)
-    if name.startswith(TOWER):
-        return tower_key(name)
-    matches = ((re.fullmatch(pattern, name), ours) for pattern, ours in _LANGUAGE_MODEL)
+    matches = ((re.fullmatch(pattern, name), ours) for pattern, ours in _NAMES)
     return next((match.expand(ours) for match, ours in matches if match), None)
 
 
-def projector_key(name: str) -> str | None:
-    """Transformers' name of a projector's parameter, whether in a whole checkpoint or in ``mm_projector.bin``."""
-    match = _PROJECTOR.fullmatch(name)
-    return match and f"model.multi_modal_projector.linear_{int(match[1]) // 2 + 1}.{match[2]}"
-
-
 def tower_key(name: str) -> str | None:
-    """Transformers' name of a CLIP tower's parameter, in a LLaVA checkpoint or in one of its own.
-
-    A whole CLIP model has a text half besides, which gives None.
-    """
-    match = _TOWER.fullmatch(name)
-    return match and TOWER + match[1]
+    """Transformers' name of a parameter in a CLIP checkpoint; None in its text half."""
+    return parse_key(TOWER + name)
 
 
 def is_buffer(name: str) -> bool:
@@ -98,26 +79,22 @@ def is_buffer(name: str) -> bool:
 
 
 def read_weights(source: Source, allow_pickle: bool) -> list[list[StoredTensor]]:
-    """The weights of a checkpoint, file by file, in transformers' names; routers included.
-
-    Raises:
-        PmodError: A name that these formats do not have, or see `Source.weight_files`.
-    """
+    """The weights of a checkpoint, file by file, in transformers' names, routers included; others are refused."""
     files = []
     for file in source.weight_files(allow_pickle):
         tensors = []
         for stored in file.tensors.values():
+            if is_buffer(stored.name):
+                continue
             name = parse_key(stored.name)
-            if name is not None and not is_buffer(stored.name):
-                tensors.append(stored.renamed(name))
-            elif not is_buffer(stored.name):
+            if name is None:
                 raise PmodError(f"{file.name} has {stored.name}, which is not a parameter of this format")
+            tensors.append(stored.renamed(name))
         files.append(tensors)
     return files
 
 
-@dataclass(frozen=True)
-class Tower:
+class Tower(NamedTuple):
     """A vision tower.
 
     Attributes:
@@ -134,14 +111,10 @@ class Tower:
 def find_tower(
     name: str | None, *, inside: bool, near: Path | None, allow_pickle: bool, chosen: bool = False
 ) -> Tower:
-    """Find a vision tower by the name that a checkpoint's config or the user gives.
+    """Find a vision tower: a folder or hub id that a checkpoint's config names or, where it is ``chosen``, the user.
 
-    Args:
-        name: Folder (also relative to ``near``) or hub id.
-        inside: Whether the checkpoint holds the weights; then those of the tower that is found are not used.
-        near: The checkpoint's folder.
-        allow_pickle: Whether pickled weights may be loaded.
-        chosen: Whether the user named it.
+    Where the weights are ``inside`` the checkpoint, those of the tower that is found are not used. ``near`` is the
+    checkpoint's folder.
 
     Raises:
         PmodError: It cannot be found, is no CLIP tower, or lacks weights.
@@ -166,38 +139,29 @@ def find_tower(
     return Tower(config, images, tuple(tensor.renamed(key) for key, tensor in named if key))
 
 
-def check_tower(config: dict[str, Any], tensors: Iterable[StoredTensor]) -> None:
-    """Check that a tower's weights are whole and fit its config.
+def read_projector(name: str, near: Path, allow_pickle: bool) -> list[StoredTensor]:
+    """The projector's four tensors, in transformers' names and in the order of `PROJECTOR`.
 
-    Args:
-        config: Its transformers config.
-        tensors: Weights in transformers' names; those that are not the tower's do not matter.
-
-    Raises:
-        PmodError: One is missing or has another shape.
+    It is a file, a folder that has ``mm_projector.safetensors`` or ``.bin``, or a hub id; first ``near`` is looked in.
     """
-    shapes = {tensor.name: tensor.shape for tensor in tensors if tensor.name.startswith(TOWER)}
-    for name, shape in _tower_shapes(config).items():
-        actual = shapes.get(TOWER + name)
-        if actual is None:
-            raise PmodError(f"the vision tower's weights lack {name}")
-        if actual != shape:
-            raise PmodError(
-                f"the vision tower's {name} has shape {list(actual)}, and its config says {list(shape)}"
-            )
-
-
-def _tower_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of a CLIP vision tower, by its name without prefix."""
-    import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    with torch.device("meta"):
-        model = CLIPVisionModel(CLIPVisionConfig(**config))
-    return {
-        name.removeprefix("vision_model."): tuple(parameter.shape)
-        for name, parameter in model.named_parameters()
-    }
+    path = next((path for path in (near / name, Path(name).expanduser()) if path.is_file()), None)
+    if path is None:
+        folder = open_source(name, near=near, allow_pickle=allow_pickle).folder
+        names = ("mm_projector.safetensors", "mm_projector.bin")
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
+            raise PmodError(f"{name} has no {' or '.join(names)}")
+    stored = read_header(path) if path.suffix == ".safetensors" else read_pickle(path, allow_pickle)
+    found = {}
+    for name, tensor in stored.items():
+        key = parse_key(f"model.mm_projector.{name.rpartition('mm_projector.')[2]}")
+        if key and "mm_projector." in name:
+            found[key] = tensor.renamed(key)
+    if set(found) != set(PROJECTOR):
+        raise PmodError(
+            f"{path} is no mlp2x_gelu projector", f"it has {', '.join(sorted(stored)[:6]) or 'nothing'}"
+        )
+    return [found[name] for name in PROJECTOR]
 
 
 def rows_needed(rows: int, token: int) -> int:
@@ -206,17 +170,10 @@ def rows_needed(rows: int, token: int) -> int:
 
 
 def with_mean_rows(tensor: StoredTensor, rows: int) -> StoredTensor:
-    """The same table with copies of the mean of its rows appended, computed while it is copied.
+    """The same table, [old rows, hidden], with copies of the mean of its rows appended, computed while it is copied.
 
     In the output layer a mean row's logit is the mean of all logits, so that greedy decoding never picks it; in
     the embedding table image features take its place.
-
-    Args:
-        tensor: [old rows, hidden].
-        rows: How many rows it gets.
-
-    Raises:
-        PmodError: Its type is not a floating-point one.
     """
     old, width = tensor.shape
     if old >= rows:
@@ -224,24 +181,14 @@ def with_mean_rows(tensor: StoredTensor, rows: int) -> StoredTensor:
     if tensor.dtype not in ("F32", "F16", "BF16"):
         raise PmodError(f"{tensor.name} is of type {tensor.dtype}, expected F32, F16 or BF16")
 
-    def chunks() -> Iterator[bytes | memoryview]:
-        total = np.zeros(width)
-        for piece in _whole_rows(tensor):
-            total += decode(piece, tensor.dtype).reshape(-1, width).sum(axis=0, dtype=np.float64)
-            yield piece
-        mean = encode((total / old).astype(np.float32), tensor.dtype)
-        yield mean * (rows - old)
+    def chunks() -> Iterator[bytes]:
+        total, rest = np.zeros(width), b""
+        for chunk in tensor.chunks():
+            data = rest + bytes(chunk)
+            whole = len(data) - len(data) % (tensor.nbytes // old)  # a piece need not end where a row ends
+            total += np.sum(decode(data[:whole], tensor.dtype).reshape(-1, width), axis=0, dtype=np.float64)
+            yield data[:whole]
+            rest = data[whole:]
+        yield encode((total / old).astype(np.float32), tensor.dtype) * (rows - old)
 
     return replace(tensor, shape=(rows, width), chunks=chunks)
-
-
-def _whole_rows(tensor: StoredTensor) -> Iterator[bytes]:
-    """The table's bytes in pieces that end where a row ends."""
-    row = tensor.nbytes // tensor.shape[0]
-    rest = b""
-    for chunk in tensor.chunks():
-        data = rest + bytes(chunk)
-        whole = len(data) // row * row
-        rest = data[whole:]
-        if whole:
-            yield data[:whole]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,14 @@ class Options:
         vision_tower: Folder or hub id of the vision tower, where it is a part of its own.
         projector: File, folder or hub id of the projector, likewise.
         tokenizer: Folder or hub id of the tokenizer, where the source has none.
-        parts: What the recipe's ``source`` names (``vision_tower``, ``projector``), where the user names nothing.
-        family: The family the recipe is for, where the source does not tell; None if there is no recipe.
+        recipe: Its ``source`` can name the parts, and its family counts, where neither source nor user tells.
     """
 
     allow_pickle: bool = False
     vision_tower: str | None = None
     projector: str | None = None
     tokenizer: str | None = None
-    parts: Mapping[str, str] = field(default_factory=dict)
-    family: str | None = None
-
-    def with_recipe(self, recipe: Recipe | None) -> Options:
-        """The same with what a recipe says of the source."""
-        if recipe is None:
-            return self
-        parts = recipe.source if isinstance(recipe.source, dict) else {}
-        return replace(self, parts=parts, family=recipe.family)
+    recipe: Recipe | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +46,11 @@ class Shard:
     tensors: Sequence[StoredTensor]
     linked: Path | None = None
     original: str | None = None
+
+
+def shard_name(number: int, count: int) -> str:
+    """Transformers' name of one of several weight files, from 1."""
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 @dataclass(frozen=True)
