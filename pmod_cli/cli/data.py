@@ -9,10 +9,10 @@ import typer
 
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Images
-from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, show_lines, stdout
 from pmod_cli.output.errors import GateError
+from pmod_cli.output.progress import late_progress
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data: check it, clean it.")
 app.add_typer(data_app, name="data")
@@ -64,7 +64,7 @@ def check_command(
             from pmod_cli.training.model import load_processor
     if model is not None:
         processor = load_processor(model, settings)
-    with late_progress("check") as show:
+    with late_progress() as show:
         report = check_data(
             data,
             images,
@@ -72,7 +72,7 @@ def check_command(
             max_length=max_length if max_length is not None else settings.max_length,
             fix=fix,
             force=force,
-            progress=lambda done, total: show(done, total, ""),
+            progress=lambda done, total: show("check", done, total),
         )
     if as_json:
         emit_json("data check", report.to_dict())

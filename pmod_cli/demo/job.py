@@ -241,7 +241,7 @@ class _Demo:
                 include_path=self.made["tasks"],
                 output=output,
                 settings=EvalSettings(batch_size=BATCH),
-                progress=lambda _role, _task, done, total: self.progress(step, done, total),
+                progress=lambda _, done, total: self.progress(step, done, total),
             )
             if result.failed_samples:
                 raise GateError(f"{result.failed_samples} samples failed", result.first_failure)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,11 @@ def import_lmms_eval() -> None:
     patches.quiet()
 
 
-class UnknownTaskError(PmodError):
-    """No task, group or tag of that name; ``hint`` has the nearest names."""
-
-
 class Tasks:
     """The tasks that lmms-eval knows, those of the user's own folders first.
 
     Args:
-        names: The tasks that are wanted. lmms-eval's index of its two thousand takes seconds to read; where it can
-            be told which of its folders hold the wanted ones, only those are read.
+        names: The tasks that are wanted.
         include_paths: Folders with task YAML files. A task of theirs replaces lmms-eval's of the same name.
 
     Raises:
@@ -49,14 +43,10 @@ class Tasks:
         for folder in self.folders:
             if not Path(folder).is_dir():
                 raise PmodError(f"--include-path {folder}: no such folder")
-        root = Path(builtin.__file__).parent
-        self.manager: Any = self._index(self.folders)
-        missing = [name for name in names if not self._covers([name])]
-        # The first folder that has a name wins, so lmms-eval's own come last.
-        if missing:
-            self.manager = self._index([*self.folders, *folders_of(missing, root)])
-        if not self._covers(names):
-            self.manager = self._index([*self.folders, str(root)])
+        self.manager = self._index(self.folders)
+        if not all(name in self.manager.task_index for name in names):
+            # The first folder that has a name wins. lmms-eval's two thousand tasks take seconds to read.
+            self.manager = self._index([*self.folders, str(Path(builtin.__file__).parent)])
 
     @staticmethod
     def _index(folders: Sequence[str]) -> Any:
@@ -65,28 +55,23 @@ class Tasks:
         try:
             return TaskManager(include_path=list(folders), include_defaults=False, model_name="pmod")
         except Exception as error:  # a YAML error, a missing include, a document that is no mapping ...
-            raise PmodError(
-                f"a task file below {', '.join(folders)} cannot be read: {' '.join(str(error).split())}"
-            ) from error
+            what = " ".join(str(error).split())
+            raise PmodError(f"a task file below {', '.join(folders)} cannot be read: {what}") from error
 
     def leaves(self, name: str) -> list[str]:
         """The tasks that a name stands for: itself, or the members of a group or tag.
 
         Raises:
-            UnknownTaskError: Unknown name.
-            PmodError: A group of a kind that is not supported.
+            PmodError: Unknown name, or a group of a kind that is not supported.
         """
-        kind = self._kind(name)
-        if kind is None:
+        if name not in self.manager.task_index:
             near = difflib.get_close_matches(name, self.manager.all_tasks, n=3, cutoff=0.5)
-            raise UnknownTaskError(
-                f"lmms-eval has no task {name!r}", f"did you mean {' or '.join(near)}?" if near else None
-            )
-        if kind in ("task", "python_task"):
+            hint = f"did you mean {' or '.join(near)}?" if near else None
+            raise PmodError(f"lmms-eval has no task {name!r}", hint)
+        entry = self.manager.task_index[name]
+        if entry["type"] in ("task", "python_task"):
             return [name]
-        members = self.manager.task_index[name]["task"]
-        if members == -1:
-            members = self.config(name)["task"]
+        members = self.config(name)["task"] if entry["task"] == -1 else entry["task"]
         if not all(isinstance(member, str) for member in members):
             raise PmodError(f"{name} is a group that changes its tasks' settings", "name its tasks instead")
         return [leaf for member in members for leaf in self.leaves(member)]
@@ -118,28 +103,3 @@ class Tasks:
             raise PmodError(f"the data of task {name} cannot be had: {reason(cause)}") from cause
         except Exception as error:
             raise PmodError(f"task {name} cannot be loaded: {reason(error)}") from error
-
-    def _covers(self, names: Sequence[str]) -> bool:
-        try:
-            return all(self.leaves(name) for name in names)
-        except PmodError:
-            return False
-
-    def _kind(self, name: str) -> str | None:
-        return self.manager.task_index[name]["type"] if name in self.manager.task_index else None
-
-
-def folders_of(names: Sequence[str], root: Path) -> list[str]:
-    """The folders below ``root`` whose YAML files define names, found by their text alone.
-
-    Names that are not found so, or in more than one place, are left out.
-    """
-    wanted = "|".join(re.escape(name) for name in names)
-    definition = re.compile(rf"^(?:task|group)\s*:\s*[\"']?({wanted})[\"']?\s*$", re.MULTILINE)
-    found: dict[str, set[Path]] = {}
-    for path in root.rglob("*.yaml"):
-        for name in definition.findall(path.read_text(encoding="utf-8", errors="replace")):
-            found.setdefault(name, set()).add(path)
-    # In the order of the names, each folder once.
-    single = [next(iter(found[name])).parent for name in names if len(found.get(name, ())) == 1]
-    return list(dict.fromkeys(str(folder) for folder in single))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.output.errors import PmodError
@@ -15,8 +15,7 @@ Answers = dict[int, dict[str, Any]]
 """One model's answers to a task. By document: ``prompt``, ``target``, ``answer``, ``score`` and more."""
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """A document whose score differs.
 
     Attributes:
@@ -98,14 +97,16 @@ def differences(first: Path, second: Path) -> dict[str, Any]:
         raise PmodError(f"{first} and {second} have no task in common")
     found = compare_answers(before, after)
     changed = [*found.worse, *found.better]
-    pictures = _write_pictures([(change.task, change.doc_id) for change in changed], second)
-    return {
-        "tasks": shared,
-        "compared": found.compared,
-        "left_out": found.left_out,
-        "better": len(found.better),
-        "worse": len(found.worse),
-        "changed": [
+    pictures = pictures_of([(change.task, change.doc_id) for change in changed], second)
+    entries = []
+    for change in changed:
+        paths = []
+        for index, picture in enumerate(pictures.get((change.task, change.doc_id), [])):
+            path = second / "pictures" / change.task / f"{change.doc_id}-{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+            paths.append(str(path))
+        entries.append(
             {
                 "task": change.task,
                 "doc_id": change.doc_id,
@@ -113,10 +114,16 @@ def differences(first: Path, second: Path) -> dict[str, Any]:
                 "target": change.after["target"],
                 "before": {key: change.before[key] for key in ("answer", "score")},
                 "after": {key: change.after[key] for key in ("answer", "score")},
-                "pictures": pictures.get((change.task, change.doc_id), []),
+                "pictures": paths,
             }
-            for change in changed
-        ],
+        )
+    return {
+        "tasks": shared,
+        "compared": found.compared,
+        "left_out": found.left_out,
+        "better": len(found.better),
+        "worse": len(found.worse),
+        "changed": entries,
     }
 
 
@@ -153,15 +160,3 @@ def pictures_of(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[s
         for doc_id in (doc_id for task_name, doc_id in wanted if task_name == name):
             found[name, doc_id] = list(task.doc_to_visual(task.eval_docs[doc_id]) or [])
     return found
-
-
-def _write_pictures(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[str, int], list[str]]:
-    written: dict[tuple[str, int], list[str]] = {}
-    for (name, doc_id), pictures in pictures_of(wanted, folder).items():
-        target = folder / "pictures" / name
-        target.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(pictures):
-            path = target / f"{doc_id}-{index}.png"
-            picture.save(path)
-            written.setdefault((name, doc_id), []).append(str(path))
-    return written

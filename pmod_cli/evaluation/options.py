@@ -10,8 +10,8 @@ from pathlib import Path
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.output.errors import PmodError
 
-Progress = Callable[[str, str, int, int], None]
-"""Called with the role, the task, how many of its samples are answered, and how many there are."""
+Progress = Callable[[str, int, int], None]
+"""Called with role and task, as in ``model: gqa``, how many of its samples are answered, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class EvalSettings:
         batch_size: A number or ``auto``.
         limit: Only the first so many documents of a task; below 1, that share of them.
         max_new_tokens: Upper limit on the tasks' own.
-        dtype: See `VisionLanguageModel.load`.
-        device: See `VisionLanguageModel.load`.
-        image_backend: See `VisionLanguageModel.load`; the default is `pmod_cli.generation.IMAGE_BACKEND`.
-        attn_implementation: See `VisionLanguageModel.load`.
+        dtype: See `VisionLanguageModel.load`, also for the next three.
+        device: Where the model goes.
+        image_backend: The default is `pmod_cli.generation.IMAGE_BACKEND`.
+        attn_implementation: As transformers calls it.
     """
 
     batch_size: int | str = "auto"
@@ -37,11 +37,7 @@ class EvalSettings:
     attn_implementation: str | None = None
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
-
-        Raises:
-            PmodError: Naming the option.
-        """
+        """Refuse what cannot be meant, with a `PmodError` that names the option."""
         from pmod_cli.evaluation.batching import parse_batch_size
 
         try:
