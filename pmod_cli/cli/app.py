@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import logging
 import sys
-from typing import Annotated
+from contextlib import redirect_stdout
+from typing import Annotated, Any
 
 import typer
 
@@ -39,6 +42,19 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+def result_of(words: list[str]) -> dict[str, Any]:
+    """Run a command within this process, and return the result that it prints with ``--json``.
+
+    Args:
+        words: The command line without ``pmod`` and ``--json``.
+    """
+    with redirect_stdout(io.StringIO()) as printed:
+        code = app(args=[*words, "--json"], prog_name="pmod", standalone_mode=False)
+    if code == 130:  # Ctrl-C
+        raise KeyboardInterrupt
+    return json.loads(printed.getvalue())["result"]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -37,10 +37,10 @@ def write_training_data(folder: Path, n_images: int, seed: int = TRAIN_SEED) -> 
     Args:
         folder: Where to write `train.json` and `images/`; what is already there is replaced.
         n_images: How many pictures.
-        seed: Seed of the pictures and the questions.
+        seed: Of the pictures and the questions.
 
     Returns:
-        The path of the JSON file and that of the folder of pictures.
+        The paths of the JSON file and of the folder of pictures.
     """
     rng = random.Random(seed)
     with replacing_folder(folder) as temporary:
@@ -53,9 +53,8 @@ def write_training_data(folder: Path, n_images: int, seed: int = TRAIN_SEED) -> 
             world.render(scene).save(images / name)
             turns: list[dict[str, str]] = []
             for question in world.ask_each(rng, scene):
-                opening = "" if turns else "<image>\n"
-                turns.append({"from": "human", "value": opening + question.text})
-                turns.append({"from": "gpt", "value": question.answer})
+                text = question.text if turns else f"<image>\n{question.text}"
+                turns += {"from": "human", "value": text}, {"from": "gpt", "value": question.answer}
             records.append({"id": f"train-{index:05d}", "image": name, "conversations": turns})
         (temporary / "train.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     return folder / "train.json", folder / "images"
@@ -71,9 +70,6 @@ def heldout_samples(
         seed: Seed of the pictures and the questions.
         shuffle: Show each question with another picture than its own. A model that still answers better than
             by guessing does not look at the picture. Questions and answers stay the same.
-
-    Returns:
-        The samples, picture by picture.
     """
     if shuffle and n_images < 2:
         raise ValueError(f"shuffling needs two images at least, not {n_images}")

@@ -1,36 +1,38 @@
 """The whole job on the embedded example: baseline, convert, fine-tune, profile, evaluate, compare.
 
-Every step calls the function behind a public command, and shows that command as a user would type it. The functions
-are imported where they are called: `check_packages` has to come first.
+Every step but the first two is a public command, run and shown as a user would type it. What is finished is kept, and
+reused as long as nothing before it changed.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pmod_cli import __version__
 from pmod_cli.demo import data, world
-from pmod_cli.demo.steps import Steps
 from pmod_cli.extras import require, require_if_installed
-from pmod_cli.output.errors import GateError
-from pmod_cli.output.files import tag, write_json
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import read_json, tag, write_json
 
 BASELINE = Path(__file__).parent / "assets" / "baseline"
 """The trained baseline that travels with the package (see ``docs/demo.md``)."""
 
-TASK = "pmod_demo"
-SHUFFLED = f"{TASK}_shuffled"
+TASK, SHUFFLED = "pmod_demo", "pmod_demo_shuffled"
 QUESTION = "How many shapes are there?"
 """Asked about the picture whose patches are drawn; the model needs all of the picture for it."""
 
 BATCH = 32
-"""Samples of a batch, for evaluation and for timing: one sample alone is too small for its FLOPs to show in time."""
+"""Samples per batch, for evaluation and for timing: one sample alone is too small for its FLOPs to show in time."""
 
 LABELS = {
     "baseline": "baseline",
@@ -40,8 +42,14 @@ LABELS = {
 }
 """What the models' folders are called in tables and in the report."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, how much of it is done, and how much there is."""
+EVALUATIONS = {
+    LABELS["baseline"]: ("eval-baseline", "baseline", "baseline", TASK),
+    "baseline, images shuffled": ("eval-shuffled", "baseline", "baseline", SHUFFLED),
+    LABELS["dense-control"]: ("eval-dense", "finetune-dense", "dense-control", TASK),
+    LABELS["pmod-start"]: ("eval-pmod-start", "convert", "pmod-start", TASK),
+    LABELS["pmod"]: ("eval-pmod", "finetune-pmod", "pmod", TASK),
+}
+"""By row of the table: the step, the step that makes its model, the model's folder, and the task."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +70,16 @@ class DemoSettings:
 def run_demo(
     folder: Path,
     settings: DemoSettings,
+    command: Callable[[list[str]], dict[str, Any]],
     announce: Callable[[str], None],
-    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Run the demo, or what is left of it.
 
     Args:
         folder: Everything goes under it.
         settings: Its size.
+        command: Runs a command of pmod, given its words without ``pmod``, and returns its result.
         announce: Called with a line of (rich) text before each step.
-        progress: Called while models are trained and evaluated.
 
     Returns:
         The report, which is also written to ``folder/report.json``: ``rows`` (one for each model), ``kinds``,
@@ -82,42 +90,35 @@ def run_demo(
         BrokenPackageError: Likewise.
     """
     check_packages()
-    from pmod_cli.demo.summary import draw_layers, retention, summarize
+    from pmod_cli.demo.summary import accuracy, draw_layers, retention, summarize
     from pmod_cli.report import write_report
 
     folder = folder.resolve()
-    demo = _Demo(folder, settings, Steps(folder, announce), progress or (lambda *_: None))
-    demo.make_data()
-    demo.copy_baseline()
-    demo.convert()
-    demo.finetune("finetune-pmod", "pmod-start", "pmod", "convert")
-    demo.finetune("finetune-dense", "baseline", "dense-control", "baseline")
-    profiled = demo.profile()
-    accuracies = {
-        "baseline": demo.evaluate("eval-baseline", "baseline", "baseline"),
-        "baseline, images shuffled": demo.evaluate("eval-shuffled", "baseline", "baseline", SHUFFLED),
-        LABELS["dense-control"]: demo.evaluate("eval-dense", "dense-control", "finetune-dense"),
-        LABELS["pmod-start"]: demo.evaluate("eval-pmod-start", "pmod-start", "convert"),
-        LABELS["pmod"]: demo.evaluate("eval-pmod", "pmod", "finetune-pmod"),
-    }
-    kept = retention(demo.visualize())
+    models = folder / "models"
+    steps = _Steps(folder / "steps", announce)
+    made = steps.run("data", vars(settings), lambda: _make_data(folder, settings))
+    shipped = [(path.name, sha256(path.read_bytes()).hexdigest()) for path in sorted(BASELINE.iterdir())]
+    steps.run("baseline", shipped, lambda: _copy_baseline(models / "baseline"))
     files = {
-        name: folder / file
-        for name, file in {
-            "json": "report.json",
-            "layers": "layers.png",
-            "kept_patches": "kept_patches.png",
-            "visualize": "visualize.html",
-            "report": "report.html",
-        }.items()
+        "json": folder / "report.json",
+        "layers": folder / "layers.png",
+        "kept_patches": folder / "kept_patches.png",
+        "visualize": folder / "visualize.html",
+        "report": folder / "report.html",
     }
-    draw_layers(files["layers"], profiled, kept, BATCH)
-    report = summarize(accuracies, profiled, kept, demo.made["guessing"], BATCH) | {
-        "seconds": demo.steps.seconds,
-        "wall_seconds": sum(demo.steps.seconds.values()),
+    results = {
+        name: steps.run(name, words, partial(command, words), needs, words[0])
+        for name, (needs, words) in _commands(folder, settings, made, files).items()
+    }
+    accuracies = {label: accuracy(results[name]) for label, (name, *_) in EVALUATIONS.items()}
+    kept = retention(results["visualize"])
+    draw_layers(files["layers"], results["profile"], kept, BATCH)
+    report = summarize(accuracies, results["profile"], kept, made["guessing"], BATCH) | {
+        "seconds": steps.seconds,
+        "wall_seconds": sum(steps.seconds.values()),
         "batch": BATCH,
         "settings": vars(settings),
-        "models": {str(demo.models / name): label for name, label in LABELS.items()},
+        "models": {str(models / name): label for name, label in LABELS.items()},
         "files": {name: str(path) for name, path in files.items()},
     }
     write_json(files["json"], tag("demo") | report)  # before the page, which takes the models' names from it
@@ -140,132 +141,89 @@ def check_packages() -> None:
     require_if_installed("peft")  # transformers' Trainer imports it wherever it is
 
 
-class _Demo:
-    """The steps of one run."""
+def _commands(
+    folder: Path, settings: DemoSettings, made: dict[str, Any], files: dict[str, Path]
+) -> dict[str, tuple[list[str], list[str]]]:
+    """The commands by the names of their steps, each with the steps that it builds on."""
+    baseline, control, start, tuned = (folder / "models" / name for name in LABELS)
+    recipe = ["--recipe", "demo"]
+    train = ["--data", made["train"], "--images", made["images"], *recipe]
+    train += ["--set", f"train.max_steps={settings.steps}", "--force"]
+    latency = ["--latency", "--dtype", "float32", "--new-tokens", 16, "--batch", BATCH]
+    asked = ["--image", made["picture"], "--prompt", QUESTION, "--max-new-tokens", 8]
+    drawn = ["-o", files["kept_patches"], "--html", files["visualize"], "--force"]
+    fine_tuned = ["finetune-pmod", "finetune-dense"]
+    table: dict[str, tuple[list[str], list[Any]]] = {
+        "convert": (["baseline"], ["convert", baseline, start, *recipe, "--force"]),
+        "finetune-pmod": (["data", "convert"], ["finetune", start, "--output", tuned, *train]),
+        "finetune-dense": (["data", "baseline"], ["finetune", baseline, "--output", control, *train]),
+        "profile": (fine_tuned, ["profile", tuned, "--baseline", control, *latency]),
+    }
+    given = ["--include-path", made["tasks"], "--batch-size", BATCH]
+    for name, need, model, task in EVALUATIONS.values():
+        words = ["eval", folder / "models" / model, "--tasks", task, *given]
+        table[name] = ["data", need], [*words, "--output", folder / "eval" / name]
+    table["visualize"] = (
+        ["data", *fine_tuned],
+        ["visualize", tuned, "--baseline", control, *asked, *drawn],
+    )
+    return {name: (needs, list(map(str, words))) for name, (needs, words) in table.items()}
 
-    def __init__(self, folder: Path, settings: DemoSettings, steps: Steps, progress: Progress) -> None:
-        self.folder, self.settings, self.steps, self.progress = folder, settings, steps, progress
-        self.models = folder / "models"
-        self.made: dict[str, Any] = {}
 
-    def make_data(self) -> None:
-        self.made = self.steps.run(
-            "data", vars(self.settings), lambda: _make_data(self.folder, self.settings)
-        )
+class _Steps:
+    """The finished steps of a demo.
 
-    def copy_baseline(self) -> None:
-        destination = self.models / "baseline"
+    Each step has a file ``NAME.json`` with its result, its wall time and a digest of all that it depends on: its own
+    arguments, the steps it builds on, and the version of pmod.
 
-        def copy() -> dict[str, str]:
-            with data.replacing_folder(destination) as partial:
-                shutil.copytree(BASELINE, partial, dirs_exist_ok=True)
-            return {"model": str(destination)}
+    Args:
+        folder: Where the files are.
+        announce: Called with a line of text before each step.
+    """
 
-        files = [(path.name, sha256(path.read_bytes()).hexdigest()) for path in sorted(BASELINE.iterdir())]
-        self.steps.run("baseline", files, copy)
+    def __init__(self, folder: Path, announce: Callable[[str], None]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.announce = folder, announce
+        self.seconds: dict[str, float] = {}
+        self._digests: dict[str, str] = {}
 
-    def convert(self) -> None:
-        from pmod_cli.conversion.convert import convert
-        from pmod_cli.conversion.plan import plan_conversion
-        from pmod_cli.recipe import load_recipe
+    def run(
+        self, name: str, key: Any, action: Callable[[], Any], needs: Sequence[str] = (), command: str = "demo"
+    ) -> Any:
+        """The result of a step, from its file if it is finished.
 
-        source, output = self.models / "baseline", self.models / "pmod-start"
+        Args:
+            name: Of the step; a file name.
+            key: Its arguments, in what JSON can write: of a command, its words.
+            action: Does the work and returns what JSON can write.
+            needs: Steps that it builds on, run before.
+            command: Whose result it is; `pmod report` reads it.
+        """
+        parts = [__version__, command, key, [self._digests[need] for need in needs]]
+        digest = self._digests[name] = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        path = self.folder / f"{name}.json"
+        try:
+            finished = read_json(path)
+        except PmodError:
+            finished = {}
+        if finished.get("digest") == digest:
+            self.announce(f"[dim]{name}: finished before, reused[/dim]")
+            self.seconds[name] = finished["seconds"]
+            return finished["result"]
+        if command != "demo":
+            self.announce(f"[bold cyan]$ pmod {shlex.join(key)}[/bold cyan]")
+        started = time.perf_counter()
+        result = action()
+        self.seconds[name] = time.perf_counter() - started
+        known = {"digest": digest, "seconds": self.seconds[name]}
+        write_json(path, tag(command) | known | {"result": result})
+        return result
 
-        def action() -> dict[str, Any]:
-            plan = plan_conversion(source, recipe=load_recipe("demo"))
-            return convert(plan, output, force=True).to_dict() | {"pushed_to": None}
 
-        self.steps.command(
-            "convert", ["convert", source, output, "--recipe", "demo", "--force"], action, ["baseline"]
-        )
-
-    def finetune(self, step: str, source: str, output: str, need: str) -> None:
-        """Fine-tune one model into another; both are folders of ``models``."""
-        from transformers.utils import logging
-
-        from pmod_cli.recipe import load_recipe
-        from pmod_cli.training.finetune import finetune
-
-        logging.disable_progress_bar()  # one bar is enough
-        model, tuned = self.models / source, self.models / output
-        train, images = self.made["train"], self.made["images"]
-        limit = f"train.max_steps={self.settings.steps}"
-
-        def action() -> dict[str, Any]:
-            return finetune(
-                str(model),
-                train,
-                Path(images),
-                tuned,
-                recipe=load_recipe("demo", [limit]),
-                force=True,
-                progress=lambda done, total, _: self.progress(step, done, total),
-            ).to_dict()
-
-        words = ["finetune", model, "--data", train, "--images", images, "--output", tuned]
-        self.steps.command(
-            step, [*words, "--recipe", "demo", "--set", limit, "--force"], action, ["data", need]
-        )
-
-    def profile(self) -> dict[str, Any]:
-        from pmod_cli.profiling.profile import Settings, profile
-        from pmod_cli.profiling.subject import find_subject
-
-        model, control = self.models / "pmod", self.models / "dense-control"
-
-        def action() -> dict[str, Any]:
-            subject = find_subject(str(model), baseline=str(control))
-            settings = Settings(dtype="float32", new_tokens=16, batch=BATCH)
-            return profile(subject, settings, measure_options={}).to_dict()
-
-        how = ["--latency", "--dtype", "float32", "--new-tokens", "16", "--batch", str(BATCH)]
-        return self.steps.command(
-            "profile",
-            ["profile", model, "--baseline", control, *how],
-            action,
-            ["finetune-pmod", "finetune-dense"],
-        )
-
-    def evaluate(self, step: str, name: str, need: str, task: str = TASK) -> dict[str, float]:
-        """Evaluate the model ``models/NAME``: accuracy in points, by kind of question and overall."""
-        from pmod_cli.demo.summary import accuracy
-        from pmod_cli.evaluation.evaluate import evaluate
-        from pmod_cli.evaluation.options import EvalSettings
-
-        model, output = self.models / name, self.folder / "eval" / step
-
-        def action() -> dict[str, Any]:
-            result = evaluate(
-                str(model),
-                [task],
-                include_path=self.made["tasks"],
-                output=output,
-                settings=EvalSettings(batch_size=BATCH),
-                progress=lambda _, done, total: self.progress(step, done, total),
-            )
-            if result.failed_samples:
-                raise GateError(f"{result.failed_samples} samples failed", result.first_failure)
-            return result.to_dict() | {"missed": []}
-
-        words = ["eval", model, "--tasks", task, "--include-path", self.made["tasks"]]
-        words += ["--batch-size", str(BATCH), "--output", output]
-        return accuracy(self.steps.command(step, words, action, ["data", need]))
-
-    def visualize(self) -> dict[str, Any]:
-        from pmod_cli.visualize.visualize import visualize
-
-        model, control = self.models / "pmod", self.models / "dense-control"
-        files = {"sheet": self.folder / "kept_patches.png", "html": self.folder / "visualize.html"}
-        picture = self.made["picture"]
-
-        def action() -> dict[str, Any]:
-            return visualize(
-                str(model), Path(picture), QUESTION, files=files, baseline=str(control), max_new_tokens=8
-            )
-
-        words = ["visualize", model, "--image", picture, "--prompt", QUESTION, "--baseline", control]
-        words += ["-o", files["sheet"], "--html", files["html"], "--max-new-tokens", "8", "--force"]
-        return self.steps.command("visualize", words, action, ["data", "finetune-pmod", "finetune-dense"])
+def _copy_baseline(destination: Path) -> dict[str, str]:
+    with data.replacing_folder(destination) as partial:
+        shutil.copytree(BASELINE, partial, dirs_exist_ok=True)
+    return {"model": str(destination)}
 
 
 def _make_data(folder: Path, settings: DemoSettings) -> dict[str, Any]:
@@ -275,9 +233,8 @@ def _make_data(folder: Path, settings: DemoSettings) -> dict[str, Any]:
     train, images = data.write_training_data(folder / "data" / "train", settings.train_images)
     tasks = folder / "tasks"
     for name in (TASK, SHUFFLED):
-        questions = data.write_heldout(
-            folder / "data" / name, settings.heldout_images, shuffle=name == SHUFFLED
-        )
+        place = folder / "data" / name
+        questions = data.write_heldout(place, settings.heldout_images, shuffle=name == SHUFFLED)
         write_task(tasks, name, questions, world.KINDS)
     heldout = data.heldout_samples(settings.heldout_images)
     picture = folder / "data" / "example.png"

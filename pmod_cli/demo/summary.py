@@ -12,9 +12,6 @@ from pmod_cli.modeling.schedule import kept_tokens, mean_retention
 GUESSING_MARGIN = 5.0
 """Points above text-only guessing that the shuffled baseline may score: two standard errors of the sample."""
 
-_BASELINE, _SHUFFLED = "baseline", "baseline, images shuffled"
-_CONTROL, _TUNED = "dense, fine-tuned (control)", "p-MoD, fine-tuned"
-
 
 def accuracy(evaluated: dict[str, Any]) -> dict[str, float]:
     """Points by kind and overall (`exact_match`) of an `EvalResult` of the demo's task."""
@@ -87,24 +84,17 @@ def _cost(profiled: dict[str, Any], role: str, batch: int) -> dict[str, Any]:
 
 def _targets(overall: dict[str, float], kept: dict[str, Any], guessing: float) -> list[dict[str, Any]]:
     """What the example has to reach: accuracies in points, and the schedule's retention."""
-    difference = overall[_TUNED] - overall[_CONTROL]
-    tokens = kept["vision_tokens"] * len(kept["kept"])
+    baseline, shuffled, control, _, tuned = overall.values()
     most = guessing + GUESSING_MARGIN
+    tokens = kept["vision_tokens"] * len(kept["kept"])
+    measured, scheduled = (100 * sum(kept[key]) / tokens for key in ("kept", "scheduled"))
+    upper = f"at most {most:.1f} (guessing {guessing:.1f})"
+    same = kept["kept"] == kept["scheduled"]
     rows = [
-        ("baseline on held-out pictures", overall[_BASELINE], "at least 90", overall[_BASELINE] >= 90),
-        (
-            "baseline with shuffled pictures",
-            overall[_SHUFFLED],
-            f"at most {most:.1f} (guessing {guessing:.1f})",
-            overall[_SHUFFLED] <= most,
-        ),
-        ("p-MoD against the dense control", difference, "at least -2", difference >= -2),
-        (
-            "mean vision-token retention, %",
-            100 * sum(kept["kept"]) / tokens,
-            f"the schedule's {100 * sum(kept['scheduled']) / tokens:.2f}",
-            kept["kept"] == kept["scheduled"],
-        ),
+        ("baseline on held-out pictures", baseline, "at least 90", baseline >= 90),
+        ("baseline with shuffled pictures", shuffled, upper, shuffled <= most),
+        ("p-MoD against the dense control", tuned - control, "at least -2", tuned - control >= -2),
+        ("mean vision-token retention, %", measured, f"the schedule's {scheduled:.2f}", same),
     ]
     return [dict(zip(("name", "value", "wanted", "met"), row, strict=True)) for row in rows]
 

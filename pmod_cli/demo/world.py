@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,7 +85,7 @@ def draw_scene(rng: random.Random, split: Split, n_items: int | None = None) -> 
 
     Args:
         rng: The source of chance.
-        split: Which split the scene has to belong to.
+        split: The scenes of the other split are passed over.
         n_items: How many shapes, 1 or 2; None lets chance decide, evenly.
     """
     while True:
@@ -117,58 +117,45 @@ def render(scene: Scene) -> Image.Image:
     for item in scene.items:
         red, green, blue = (min(255, max(0, level + item.shade)) for level in COLOURS[item.colour])
         x, y, r = (value * _OVERSAMPLE for value in (item.x, item.y, item.radius))
-        _PAINTERS[item.shape](canvas, x, y, r, (red, green, blue))
+        _paint(canvas, item.shape, x, y, r, (red, green, blue))
     return image.reduce(_OVERSAMPLE)
 
 
-def _circle(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
-    canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-
-
-def _square(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
-    half = round(r * 0.88)
-    canvas.rectangle((x - half, y - half, x + half, y + half), fill=fill)
-
-
-def _triangle(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
-    angles, reach = (0.0, math.tau / 3, -math.tau / 3), 1.15 * r
-    canvas.polygon([(x + reach * math.sin(a), y - reach * math.cos(a)) for a in angles], fill=fill)
-
-
-def _cross(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
-    arm = round(r * 0.36)
-    canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
-    canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
-
-
-_PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, int, int, int, tuple[int, int, int]], None]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
-}
+def _paint(
+    canvas: ImageDraw.ImageDraw, shape: str, x: int, y: int, r: int, fill: tuple[int, int, int]
+) -> None:
+    if shape == "circle":
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape == "square":
+        half = round(r * 0.88)
+        canvas.rectangle((x - half, y - half, x + half, y + half), fill=fill)
+    elif shape == "triangle":
+        angles, reach = (0.0, math.tau / 3, -math.tau / 3), 1.15 * r
+        canvas.polygon([(x + reach * math.sin(a), y - reach * math.cos(a)) for a in angles], fill=fill)
+    else:
+        arm = round(r * 0.36)
+        canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
+        canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
 
 
 def ask(rng: random.Random, scene: Scene, kind: str) -> Question:
-    """Ask a question of one kind about a scene.
-
-    Args:
-        rng: The source of chance.
-        scene: The scene.
-        kind: One of `KINDS`, or `list`.
-
-    Raises:
-        ValueError: If there is no such kind.
-    """
+    """Ask a question about a scene, of one of `KINDS` or ``list``; any other kind is a `ValueError`."""
     if kind == "list":
-        return Question(kind, "List the shapes.", _list_items(rng, scene))
+        # All that the questions ask for, as in `left red circle, blue square right`, in a random order.
+        listed = [
+            rng.sample((item.colour, item.shape, item.place), 3)
+            for item in rng.sample(scene.items, len(scene.items))
+        ]
+        return Question(kind, "List the shapes.", ", ".join(map(" ".join, listed)))
     item = rng.choice(scene.items)
+    place = _PHRASES[item.place]
     if kind == "colour":
-        texts = (f"What colour is the shape {_PHRASES[item.place]}?", f"What colour is the {item.shape}?")
+        texts = (f"What colour is the shape {place}?", f"What colour is the {item.shape}?")
         return Question(kind, rng.choice(texts), item.colour)
     if kind == "shape":
-        texts = (f"What shape is {_PHRASES[item.place]}?", f"What shape is {item.colour}?")
-        return Question(kind, rng.choice(texts), item.shape)
+        return Question(
+            kind, rng.choice((f"What shape is {place}?", f"What shape is {item.colour}?")), item.shape
+        )
     if kind == "place":
         texts = (f"Where is the {item.shape}?", f"Where is the {item.colour} shape?")
         return Question(kind, rng.choice(texts), item.place)
@@ -190,12 +177,6 @@ def _ask_exists(rng: random.Random, scene: Scene, item: Item) -> Question:
         else:
             shape = rng.choice([s for s in SHAPES if (s, colour) not in present])
     return Question("exists", f"Is there a {colour} {shape}?", "yes" if truth else "no")
-
-
-def _list_items(rng: random.Random, scene: Scene) -> str:
-    """All that the questions ask for, as in `left red circle, blue square right`, in a random order."""
-    items = rng.sample(scene.items, len(scene.items))
-    return ", ".join(" ".join(rng.sample((item.colour, item.shape, item.place), 3)) for item in items)
 
 
 def ask_each(rng: random.Random, scene: Scene, kinds: tuple[str, ...] = KINDS) -> list[Question]:

@@ -14,12 +14,13 @@ def small_demo(base: Path) -> Path:
     Args:
         base: A folder that all test processes share.
     """
+    from pmod_cli.cli.app import result_of
     from pmod_cli.demo.job import DemoSettings, run_demo
 
     folder = base / "pmod-demo"
     with FileLock(f"{folder}.lock"):
         if not (folder / "report.json").exists():
-            run_demo(folder, DemoSettings(train_images=16, heldout_images=12, steps=2), _ignore)
+            run_demo(folder, DemoSettings(train_images=16, heldout_images=12, steps=2), result_of, _ignore)
     return folder
 
 
