@@ -81,16 +81,7 @@ OPTIONAL = {
 
 
 def require(root: str, extra: str | None = None) -> None:
-    """Import an optional package for real; what it prints goes to stderr.
-
-    Args:
-        root: Its top-level module, e.g. ``lmms_eval``.
-        extra: The extra to name, where more than one brings it.
-
-    Raises:
-        MissingExtraError: It is not installed.
-        BrokenPackageError: It is installed, and its import fails.
-    """
+    """Import an optional package by its top-level module; see `import_for_real`."""
     import_for_real(OPTIONAL[root], extra)
 
 
@@ -115,7 +106,7 @@ def installed(root: str) -> bool:
 
 
 def import_for_real(package: Package, extra: str | None = None) -> None:
-    """Import all that pmod uses of a package.
+    """Import all that pmod uses of a package; what it prints goes to stderr.
 
     Args:
         package: The package.

@@ -86,11 +86,11 @@ def run_demo(
         ``targets`` (each with ``met``), ``seconds`` by step, ``retention``, ``files``.
 
     Raises:
-        MissingExtraError: See `check_packages`; nothing has been made then.
-        BrokenPackageError: Likewise.
+        MissingExtraError: A package that a step needs is not installed; nothing has been made then.
+        BrokenPackageError: It cannot be imported; likewise.
     """
     check_packages()
-    from pmod_cli.demo.summary import accuracy, draw_layers, retention, summarize
+    from pmod_cli.demo.summary import accuracy, retention, summarize
     from pmod_cli.report import write_report
 
     folder = folder.resolve()
@@ -112,7 +112,6 @@ def run_demo(
     }
     accuracies = {label: accuracy(results[name]) for label, (name, *_) in EVALUATIONS.items()}
     kept = retention(results["visualize"])
-    draw_layers(files["layers"], results["profile"], kept, BATCH)
     report = summarize(accuracies, results["profile"], kept, made["guessing"], BATCH) | {
         "seconds": steps.seconds,
         "wall_seconds": sum(steps.seconds.values()),
@@ -127,12 +126,7 @@ def run_demo(
 
 
 def check_packages() -> None:
-    """Import every optional package that a later step needs: none of them should fail after minutes of training.
-
-    Raises:
-        MissingExtraError: One is not installed.
-        BrokenPackageError: One is installed and cannot be imported.
-    """
+    """Import every optional package that a later step needs: none of them should fail after minutes of training."""
     from pmod_cli.evaluation.catalogue import import_lmms_eval
 
     import_lmms_eval()
@@ -150,6 +144,7 @@ def _commands(
     train = ["--data", made["train"], "--images", made["images"], *recipe]
     train += ["--set", f"train.max_steps={settings.steps}", "--force"]
     latency = ["--latency", "--dtype", "float32", "--new-tokens", 16, "--batch", BATCH]
+    latency += ["--plot", files["layers"], "--force"]
     asked = ["--image", made["picture"], "--prompt", QUESTION, "--max-new-tokens", 8]
     drawn = ["-o", files["kept_patches"], "--html", files["visualize"], "--force"]
     fine_tuned = ["finetune-pmod", "finetune-dense"]
@@ -195,7 +190,7 @@ class _Steps:
         Args:
             name: Of the step; a file name.
             key: Its arguments, in what JSON can write: of a command, its words.
-            action: Does the work and returns what JSON can write.
+            action: Does the work.
             needs: Steps that it builds on, run before.
             command: Whose result it is; `pmod report` reads it.
         """

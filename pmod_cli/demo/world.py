@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,11 +34,11 @@ SHAPES = ("circle", "square", "triangle", "cross")
 PLACES: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 NUMBERS = ("zero", "one", "two")
 KINDS = ("colour", "shape", "place", "exists", "count")
-"""Kinds of question with a one-word answer. A further kind, `list`, is for training only."""
+"""Kinds of question; every answer is one word."""
 
 Split = Literal["train", "heldout"]
 
-_PHRASES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+PHRASES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 _AXES = (("left", "right"), ("top", "bottom"))
 _OVERSAMPLE = 2
 _HELDOUT_SHARE = 8  # one scene in so many is a held-out one
@@ -139,16 +138,9 @@ def _paint(
 
 
 def ask(rng: random.Random, scene: Scene, kind: str) -> Question:
-    """Ask a question about a scene, of one of `KINDS` or ``list``; any other kind is a `ValueError`."""
-    if kind == "list":
-        # All that the questions ask for, as in `left red circle, blue square right`, in a random order.
-        listed = [
-            rng.sample((item.colour, item.shape, item.place), 3)
-            for item in rng.sample(scene.items, len(scene.items))
-        ]
-        return Question(kind, "List the shapes.", ", ".join(map(" ".join, listed)))
+    """Ask a question about a scene, of one of `KINDS`; any other kind is a `ValueError`."""
     item = rng.choice(scene.items)
-    place = _PHRASES[item.place]
+    place = PHRASES[item.place]
     if kind == "colour":
         texts = (f"What colour is the shape {place}?", f"What colour is the {item.shape}?")
         return Question(kind, rng.choice(texts), item.colour)
@@ -163,7 +155,7 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> Question:
         return _ask_exists(rng, scene, item)
     if kind == "count":
         return Question(kind, "How many shapes are there?", NUMBERS[len(scene.items)])
-    raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join((*KINDS, 'list'))}")
+    raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join(KINDS)}")
 
 
 def _ask_exists(rng: random.Random, scene: Scene, item: Item) -> Question:
@@ -182,16 +174,3 @@ def _ask_exists(rng: random.Random, scene: Scene, item: Item) -> Question:
 def ask_each(rng: random.Random, scene: Scene, kinds: tuple[str, ...] = KINDS) -> list[Question]:
     """One question of each kind, in an order left to chance so that every kind also comes first."""
     return [ask(rng, scene, kind) for kind in rng.sample(kinds, len(kinds))]
-
-
-def vocabulary() -> Iterator[str]:
-    """Every question and answer of the world, one on each line, for a tokenizer to learn from."""
-    yield from ("How many shapes are there?", "Describe the picture.", "List the shapes.")
-    yield from ("yes", "no", *NUMBERS)
-    for place, phrase in _PHRASES.items():
-        yield from (f"What colour is the shape {phrase}?", f"What shape is {phrase}?", place)
-    for shape in SHAPES:
-        yield from (f"What colour is the {shape}?", f"Where is the {shape}?", f"a {shape} and a {shape}")
-        for colour in COLOURS:
-            yield from (f"What shape is {colour}?", f"Where is the {colour} shape?")
-            yield f"Is there a {colour} {shape}?"

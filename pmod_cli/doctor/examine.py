@@ -27,13 +27,10 @@ _CHAINS = (
 
 
 def examine(limit: float = LIMIT) -> dict[str, Any]:
-    """Find out what this machine can do; the network is not asked.
+    """Find out what this machine can do, as ``pmod doctor --json`` prints it; the network is not asked.
 
     Args:
         limit: Seconds that the import of one package may take.
-
-    Returns:
-        What ``pmod doctor --json`` prints (see ``docs/json.md``).
     """
     started = time.perf_counter()
     found = run_chains(_CHAINS, limit)

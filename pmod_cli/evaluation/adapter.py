@@ -15,7 +15,7 @@ from lmms_eval.api.model import lmms
 from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all
 from pmod_cli.evaluation.identity import preparation
 from pmod_cli.evaluation.processes import own_device
-from pmod_cli.generation import IMAGE_BACKEND, Answer, Prompt, VisionLanguageModel
+from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.folder import AnswerStore
@@ -27,13 +27,11 @@ class PmodLmms(lmms):
     Args:
         pretrained: Folder or hub id, or a model that is loaded already.
         batch_size: A number or ``auto``; lmms-eval passes it as a string.
-        device: Where to put the model; see `VisionLanguageModel.load`, also for the next three.
-        dtype: Number format of the weights.
-        attn_implementation: As transformers calls it.
-        image_backend: Of the image processor.
+        device: Where to put the model.
         max_new_tokens: Upper limit on a task's own ``max_new_tokens``.
         max_batch_size: Accepted because lmms-eval passes it; ``auto`` finds its own limit.
         raise_failures: Raise if a sample failed, once all have been tried. `pmod eval` collects them instead.
+        options: Further ones of `VisionLanguageModel.load`.
     """
 
     is_simple = True
@@ -43,22 +41,14 @@ class PmodLmms(lmms):
         pretrained: str | VisionLanguageModel,
         batch_size: str | int = "auto",
         device: str | None = None,
-        dtype: str = "auto",
-        attn_implementation: str | None = None,
-        image_backend: str = IMAGE_BACKEND,
         max_new_tokens: int | None = None,
         max_batch_size: int | None = None,
         raise_failures: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
         if not isinstance(pretrained, VisionLanguageModel):
-            pretrained = VisionLanguageModel.load(
-                pretrained,
-                dtype=dtype,
-                device=own_device(device),
-                attn_implementation=attn_implementation,
-                image_backend=image_backend,
-            )
+            pretrained = VisionLanguageModel.load(pretrained, device=own_device(device), **options)
         self.vlm = pretrained
         self.sizer = BatchSizer(batch_size, self.vlm.device)
         self.max_new_tokens = max_new_tokens
@@ -139,13 +129,11 @@ class PmodLmms(lmms):
 
         return Question(text, make)
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not supported: the paper's tasks all generate."""
-        raise NotImplementedError("pmod answers generate_until tasks only, not loglikelihood ones")
+    def loglikelihood(self, requests: Sequence[Instance]) -> Any:
+        """Not supported: the paper's tasks all generate, in one round."""
+        raise NotImplementedError("pmod answers generate_until tasks only")
 
-    def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
-        """Not supported: the paper's tasks have one round."""
-        raise NotImplementedError("pmod answers generate_until tasks only, not multi-round ones")
+    generate_until_multi_round = loglikelihood
 
     def conditions(self) -> dict[str, Any]:
         """What an answer depends on besides checkpoint and prompt."""

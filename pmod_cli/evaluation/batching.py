@@ -99,8 +99,8 @@ def answer_all(
 
     Args:
         model: The model.
-        questions: The questions.
-        settings: Generation settings.
+        questions: What to ask; may raise when its turn comes.
+        settings: Of generation, e.g. ``max_new_tokens``.
         sizer: The batch size, kept from call to call.
 
     Yields:
@@ -140,10 +140,11 @@ def _answer_batch(
         return answers
     except Exception as error:
         if not _is_out_of_memory(error):
+            if len(prompts) == 1:
+                return [error]
             # One of them is to blame: find out which, and let the others have their answers.
-            return (
-                [error] if len(prompts) == 1 else [_answer_alone(model, each, settings) for each in prompts]
-            )
+            alone = (_answer_batch(model, [prompt], settings, sizer) for prompt in prompts)
+            return [outcome for outcomes in alone for outcome in outcomes or ()]
         if not sizer.overflowed(len(prompts)):
             return [error]
     # Outside of the handler, where the failed batch's tensors are no longer held by the traceback.
@@ -151,13 +152,6 @@ def _answer_batch(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
-
-
-def _answer_alone(model: VisionLanguageModel, prompt: Prompt, settings: Mapping[str, Any]) -> Outcome:
-    try:
-        return model.generate([prompt], **settings)[0]
-    except Exception as error:
-        return error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

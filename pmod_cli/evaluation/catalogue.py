@@ -27,19 +27,18 @@ def import_lmms_eval() -> None:
 class Tasks:
     """The tasks that lmms-eval knows, those of the user's own folders first.
 
-    Args:
-        names: The tasks that are wanted.
-        include_paths: Folders with task YAML files. A task of theirs replaces lmms-eval's of the same name.
-
-    Raises:
-        PmodError: A folder is missing, or has YAML that cannot be read.
+    A task in a folder of the user's replaces lmms-eval's of the same name. A folder that is missing, or has YAML that
+    cannot be read, is a `PmodError`.
     """
 
-    def __init__(self, names: Sequence[str], include_paths: Sequence[str | Path] = ()) -> None:
+    def __init__(
+        self, names: Sequence[str], include_path: str | Path | Sequence[str | Path] | None = None
+    ) -> None:
         import_lmms_eval()
         from lmms_eval import tasks as builtin
 
-        self.folders = [str(Path(path).expanduser().resolve()) for path in include_paths]
+        paths = [include_path] if isinstance(include_path, (str, Path)) else include_path or ()
+        self.folders = [str(Path(path).expanduser().resolve()) for path in paths]
         for folder in self.folders:
             if not Path(folder).is_dir():
                 raise PmodError(f"--include-path {folder}: no such folder")
@@ -59,11 +58,7 @@ class Tasks:
             raise PmodError(f"a task file below {', '.join(folders)} cannot be read: {what}") from error
 
     def leaves(self, name: str) -> list[str]:
-        """The tasks that a name stands for: itself, or the members of a group or tag.
-
-        Raises:
-            PmodError: Unknown name, or a group of a kind that is not supported.
-        """
+        """The tasks that a name stands for: itself, or the members of a group or tag; a `PmodError` if unknown."""
         if name not in self.manager.task_index:
             near = difflib.get_close_matches(name, self.manager.all_tasks, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else None
@@ -77,22 +72,14 @@ class Tasks:
         return [leaf for member in members for leaf in self.leaves(member)]
 
     def config(self, name: str) -> dict[str, Any]:
-        """A task's YAML, includes resolved.
-
-        Raises:
-            PmodError: The YAML, or code that it names, cannot be loaded.
-        """
+        """A task's YAML, includes resolved; a `PmodError` if it, or code that it names, cannot be loaded."""
         try:
             return self.manager._get_config(name)
         except Exception as error:
             raise PmodError(f"task {name} cannot be loaded: {reason(error)}") from error
 
     def load(self, name: str) -> Any:
-        """Load a task with its data.
-
-        Raises:
-            PmodError: If the data cannot be had.
-        """
+        """Load a task with its data; a `PmodError` if they cannot be had."""
         from lmms_eval.tasks import get_task_dict
         from tenacity import RetryError
 

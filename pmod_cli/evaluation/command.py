@@ -32,12 +32,7 @@ FULL_MARKS = {"mme": 2000.0}
 
 
 def run(options: EvalOptions) -> None:
-    """Do what the options ask for, and print what came of it.
-
-    Raises:
-        GateError: A sample failed, or a limit was not met.
-        PmodError: Options that do not go together, or something that is missing or cannot be used.
-    """
+    """Do what the options ask for, and print what came of it; a `GateError` if a limit was not met."""
     with _problems_shown(options.output):
         if options.diff:
             _show_differences(*options.diff, options.as_json)
@@ -51,10 +46,11 @@ def run(options: EvalOptions) -> None:
         if options.model is None:
             raise PmodError("no MODEL to evaluate", "give a checkpoint folder or hub id")
         minimum = _parse_minimum(options.minimum or (), paper.expand(names))
-        if options.max_drop is not None and options.baseline is None:
-            raise PmodError("--max-drop compares with a baseline", "give one with --baseline")
-        if options.max_drop is not None and math.isnan(options.max_drop):
-            raise PmodError("--max-drop nan is no number of points", "e.g. --max-drop 1.0")
+        if options.max_drop is not None:
+            if options.baseline is None:
+                raise PmodError("--max-drop compares with a baseline", "give one with --baseline")
+            if math.isnan(options.max_drop):
+                raise PmodError("--max-drop nan is no number of points", "e.g. --max-drop 1.0")
         with late_progress() as show:
             result = evaluate(
                 options.model,
@@ -99,13 +95,7 @@ def _parse_minimum(values: Iterable[str], tasks: list[str]) -> dict[str, float]:
 
 
 def _missed(result: EvalResult, minimum: dict[str, float], max_drop: float | None) -> Iterator[str]:
-    """What was not met, one sentence each.
-
-    Args:
-        result: The evaluation.
-        minimum: Lowest allowed score by task, in points.
-        max_drop: Largest allowed drop below the baseline, in percent of a task's best possible score.
-    """
+    """What was not met, one sentence each: the lowest allowed scores by task, the largest drop below the baseline."""
     for task in result.tasks:
         value, before = task.model.value, task.baseline.value if task.baseline else None
         if task.name in minimum and (value is None or value < minimum[task.name]):
@@ -141,7 +131,7 @@ def _print_whole(table: Table) -> None:
 
 def _prepare(options: EvalOptions, names: list[str]) -> None:
     checkpoints = [source for source in (options.model, options.baseline) if source]
-    ready = prepare(names, options.include_path or (), checkpoints)
+    ready = prepare(names, options.include_path, checkpoints)
     if options.as_json:
         emit_json("eval", {"prepared": ready})
     else:
@@ -164,8 +154,7 @@ def _show_differences(first: Path, second: Path, as_json: bool) -> None:
 def _problems_shown(output: Path | None) -> Iterator[None]:
     """Show all that is missing as a table; print unexpected errors of the tasks' code as one line.
 
-    Args:
-        output: Where the traceback of an unexpected error goes, if there is such a folder.
+    The traceback goes into the output folder, or where there is none into a temporary one.
     """
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ class Change(NamedTuple):
     Attributes:
         task: Name of the task.
         doc_id: Which document.
-        before: The entry of `Answers` in the first evaluation.
+        before: Its entry of `Answers` in the first evaluation.
         after: The same in the second.
     """
 
@@ -99,21 +100,21 @@ def differences(first: Path, second: Path) -> dict[str, Any]:
     changed = [*found.worse, *found.better]
     pictures = pictures_of([(change.task, change.doc_id) for change in changed], second)
     entries = []
-    for change in changed:
+    for task, doc_id, old, new in changed:
         paths = []
-        for index, picture in enumerate(pictures.get((change.task, change.doc_id), [])):
-            path = second / "pictures" / change.task / f"{change.doc_id}-{index}.png"
+        for index, picture in enumerate(pictures.get((task, doc_id), [])):
+            path = second / "pictures" / task / f"{doc_id}-{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.save(path)
             paths.append(str(path))
         entries.append(
             {
-                "task": change.task,
-                "doc_id": change.doc_id,
-                "prompt": change.after["prompt"],
-                "target": change.after["target"],
-                "before": {key: change.before[key] for key in ("answer", "score")},
-                "after": {key: change.after[key] for key in ("answer", "score")},
+                "task": task,
+                "doc_id": doc_id,
+                "prompt": new["prompt"],
+                "target": new["target"],
+                "before": {key: old[key] for key in ("answer", "score")},
+                "after": {key: new[key] for key in ("answer", "score")},
                 "pictures": paths,
             }
         )
@@ -148,15 +149,14 @@ def pictures_of(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[s
     """
     if not wanted:
         return {}
-    settings = read_json(folder / "results.json")["settings"]
     names = sorted({task for task, _ in wanted})
-    catalogue = Tasks(names, settings.get("include_path") or [])
-    found: dict[tuple[str, int], list[Any]] = {}
+    catalogue = Tasks(names, read_json(folder / "results.json")["settings"].get("include_path"))
+    loaded = {}
     for name in names:
-        try:
-            task = catalogue.load(name)
-        except PmodError:
-            continue
-        for doc_id in (doc_id for task_name, doc_id in wanted if task_name == name):
-            found[name, doc_id] = list(task.doc_to_visual(task.eval_docs[doc_id]) or [])
-    return found
+        with contextlib.suppress(PmodError):
+            loaded[name] = catalogue.load(name)
+    return {
+        (name, doc_id): list(loaded[name].doc_to_visual(loaded[name].eval_docs[doc_id]) or [])
+        for name, doc_id in wanted
+        if name in loaded
+    }

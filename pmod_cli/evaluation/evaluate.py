@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -65,12 +64,11 @@ def evaluate(
     import_lmms_eval()
     settings = settings or EvalSettings()
     settings.check()
-    paths = [include_path] if isinstance(include_path, (str, Path)) else list(include_path or ())
     names = _expand(tasks)
     sources = {"baseline": baseline, "model": model} if baseline is not None else {"model": model}
     with ExitStack() as stack:
         stack.enter_context(requirements.offline_mode(offline))
-        catalogue = Tasks(names, paths)
+        catalogue = Tasks(names, include_path)
         checkpoints = [source for source in sources.values() if isinstance(source, (str, Path))]
         leaves = requirements.check(catalogue, names, checkpoints=checkpoints, offline=offline)
         join(settings.device)
@@ -85,8 +83,8 @@ def evaluate(
 
 def prepare(
     tasks: Sequence[str],
-    include_path: Sequence[str | Path] = (),
-    checkpoints: Iterable[str | Path] = (),
+    include_path: str | Path | Sequence[str | Path] | None = None,
+    checkpoints: Sequence[str | Path] = (),
 ) -> dict[str, int]:
     """Download ahead of time what an evaluation needs: the data of its tasks, and checkpoints from the hub.
 
@@ -99,7 +97,6 @@ def prepare(
     """
     names = _expand(tasks)
     catalogue = Tasks(names, include_path)
-    checkpoints = list(checkpoints)
     leaves = requirements.check(catalogue, names, checkpoints=checkpoints, preparing=True)
     for source in checkpoints:
         open_source(source)
@@ -118,19 +115,9 @@ def _expand(tasks: Sequence[str]) -> list[str]:
 class Evaluation:
     """One call of `evaluate` at work: every task with every model, and what is known after each.
 
-    Attributes:
-        sources: By role, ``baseline`` (if any) first.
-        leaves: The tasks behind each requested name.
-        catalogue: Where they come from.
-        loaded: lmms-eval's task objects, with their data.
-        settings: How to evaluate.
-        place: The output folder.
-        keep: Whether results are kept there, and not only answers in the user's cache.
-        force: See `evaluate`.
-        progress: Called after each batch.
-        models: By role, what was evaluated.
-        runs: What each task gave, by role and task.
-        scored: By name, the rows that are known by now.
+    ``sources``, ``models`` and ``runs`` are by role, ``baseline`` (if any) first. ``leaves`` are the tasks behind each
+    requested name, ``loaded`` lmms-eval's task objects with their data. Results are written into ``place`` only with
+    ``keep``; without it answers alone are kept, in the user's cache.
     """
 
     sources: dict[str, str | Path | VisionLanguageModel]
@@ -146,7 +133,6 @@ class Evaluation:
     runs: dict[str, dict[str, TaskRun]] = field(default_factory=dict)
     scored: dict[str, TaskResult] = field(default_factory=dict)
     started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
-    clock: float = field(default_factory=time.perf_counter)
 
     def run(self) -> EvalResult:
         """All tasks with the baseline, then all with the model: one of them is in memory at a time."""
@@ -242,7 +228,7 @@ class Evaluation:
             failures=failures,
             broken_metrics=broken_metrics,
             started=self.started.isoformat(timespec="seconds"),
-            seconds=time.perf_counter() - self.clock,
+            seconds=(datetime.now(timezone.utc) - self.started).total_seconds(),
         )
 
 

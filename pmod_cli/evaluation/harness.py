@@ -47,6 +47,12 @@ class TaskRun:
     broken_metrics: dict[str, str] = field(default_factory=dict)
 
     @property
+    def points(self) -> float | None:
+        """Its score, as lmms-eval aggregated it; None if there is none."""
+        number = self.metrics.get(self.metric.key) if self.metric else None
+        return None if self.metric is None or number is None else number * self.metric.scale
+
+    @property
     def failures(self) -> dict[str, str]:
         """Errors by document."""
         return {str(sample["doc_id"]): sample["error"] for sample in self.samples if sample["error"]}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pmod_cli.evaluation.stats import Ratio, Strata, Stratum
 
 Sample = dict[str, Any]
+Units = dict[str, dict[Any, Ratio]]
 
 
 class Metric(NamedTuple):
@@ -23,13 +24,13 @@ class Metric(NamedTuple):
         key: lmms-eval's name for the number: ``metric,filter``.
         scale: What it is multiplied with to be in points: 100 for a share.
         value: A single sample's score from what the metric logged for it.
-        units: Builds what the score is made of; None if that is not known.
+        units: What the score is made of: by stratum, what each of its units adds; None if that is not known.
     """
 
     key: str
     scale: float
     value: Callable[[Any], float]
-    units: Callable[[Sequence[Sample], Metric], Strata] | None
+    units: Callable[[Sequence[Sample], Metric], Units] | None
 
     @property
     def name(self) -> str:
@@ -61,31 +62,24 @@ def _mmbench_hit(*group: dict[str, Any]) -> float:
     return float(mmbench_evaluator.eval_sub_data(pandas.DataFrame(list(group)), answers, static_only=True))
 
 
-def _means(samples: Sequence[Sample], metric: Metric) -> Strata:
-    units: dict[Any, Ratio] = {
-        sample["doc_id"]: (metric.value(sample["metrics"][metric.name]), 1.0)
-        for sample in samples
-        if metric.name in sample["metrics"]
-    }
-    return {"": Stratum(metric.scale, units)}
+def _means(samples: Sequence[Sample], metric: Metric) -> Units:
+    logged = {sample["doc_id"]: sample["metrics"].get(metric.name) for sample in samples}
+    return {"": {key: (metric.value(value), 1.0) for key, value in logged.items() if value is not None}}
 
 
-def _mme_units(samples: Sequence[Sample], metric: Metric) -> Strata:
+def _mme_units(samples: Sequence[Sample], metric: Metric) -> Units:
     """MME: per category the mean over question pairs of accuracy and of both right, in percent; then the sum."""
     pairs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         if logged := sample["metrics"].get(metric.name):
             pairs[logged["category"]][logged["question_id"]].append(logged["score"])
     return {
-        category: Stratum(
-            metric.scale,
-            {key: (sum(both) / len(both) * 100 + all(both) * 100, 1.0) for key, both in questions.items()},
-        )
+        category: {key: (100 * (sum(both) / len(both) + all(both)), 1.0) for key, both in questions.items()}
         for category, questions in pairs.items()
     }
 
 
-def _f1_units(samples: Sequence[Sample], metric: Metric) -> Strata:
+def _f1_units(samples: Sequence[Sample], metric: Metric) -> Units:
     """F1 is 2 TP over (said yes + is yes); an answer that is neither yes nor no is left out, as lmms-eval does."""
     units: dict[Any, Ratio] = {}
     for sample in samples:
@@ -93,21 +87,17 @@ def _f1_units(samples: Sequence[Sample], metric: Metric) -> Strata:
         said, truth = logged["prediction"], logged["ground_truth"]
         predicted, positive = said == "yes", truth == "yes" and said in ("yes", "no")
         units[sample["doc_id"]] = (2.0 * (said == truth == "yes"), float(predicted + positive))
-    return {"": Stratum(metric.scale, units)}
+    return {"": units}
 
 
-def _mmbench_units(samples: Sequence[Sample], metric: Metric) -> Strata:
+def _mmbench_units(samples: Sequence[Sample], metric: Metric) -> Units:
     groups: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for sample in samples:
         logged = sample["metrics"][metric.name]
         groups[int(logged["index"]) % 1_000_000].append(logged)
-    # lmms-eval counts a question only if its first, unshifted form is there.
-    units: dict[Any, Ratio] = {
-        index: (100 * _mmbench_hit(*group), 1.0)  # lmms-eval gives this task's score in percent
-        for index, group in groups.items()
-        if any(int(row["index"]) == index for row in group)
-    }
-    return {"": Stratum(metric.scale, units)}
+    # lmms-eval counts a question only if its first, unshifted form is there, and gives this task's score in percent.
+    whole = {i: group for i, group in groups.items() if any(int(row["index"]) == i for row in group)}
+    return {"": {index: (100 * _mmbench_hit(*group), 1.0) for index, group in whole.items()}}
 
 
 _EXACT_MATCH = Metric("exact_match,none", 100.0, _value, _means)
@@ -141,16 +131,7 @@ METRICS = {
 
 
 def metric_of(task: str, config: dict[str, Any], numbers: dict[str, float]) -> Metric | None:
-    """How a task is scored.
-
-    Args:
-        task: Name of the task.
-        config: Its YAML.
-        numbers: What lmms-eval aggregated: ``metric,filter`` to value.
-
-    Returns:
-        None if the task has no number at all.
-    """
+    """How a task is scored, by its YAML and what lmms-eval aggregated (``metric,filter`` to value); None for none."""
     if task in METRICS:
         return METRICS[task]
     order = [str(entry["metric"]) for entry in config.get("metric_list") or []]
@@ -172,7 +153,10 @@ def sample_score(metric: Metric | None, sample: Sample) -> float | None:
 
 def strata_of(metric: Metric | None, samples: Sequence[Sample]) -> Strata | None:
     """What the task's score is made of, or None if that is not known."""
+    if metric is None or metric.units is None:
+        return None
     try:
-        return metric.units(samples, metric) if metric and metric.units else None
+        found = metric.units(samples, metric)
     except (KeyError, TypeError, ValueError):
         return None
+    return {name: Stratum(metric.scale, units) for name, units in found.items()}

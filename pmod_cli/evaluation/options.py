@@ -73,17 +73,10 @@ class EvalOptions(EvalSettings):
 
 
 def document_limit(task: str, limit: float | None, total: int) -> int | None:
-    """How many documents of a task to take, or None for all.
+    """How many of a task's documents to take, or None for all; below 1, ``limit`` is a share of them.
 
-    MME counts questions in pairs that stand one after the other, so its limit is rounded up to an even number.
-
-    Args:
-        task: Name of the task.
-        limit: What the user asked for; below 1, a share of the documents.
-        total: How many there are.
-
-    Raises:
-        PmodError: If the limit is not positive, or neither a share nor whole.
+    MME counts questions in pairs that stand one after the other, so its limit is rounded up to an even number. A limit
+    that is not positive, or neither a share nor whole, is a `PmodError`.
     """
     if limit is None:
         return None

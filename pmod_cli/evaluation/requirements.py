@@ -59,8 +59,8 @@ def check(
     """Make sure that everything the tasks need is there or can be had.
 
     Args:
-        catalogue: The tasks.
-        names: Those to check: tasks, groups and tags.
+        catalogue: Where the tasks come from.
+        names: Tasks, groups and tags.
         checkpoints: Folders and hub ids that will be evaluated.
         offline: Do not ask the network.
         preparing: The data are about to be downloaded, so judges don't matter yet.

@@ -39,15 +39,11 @@ class Score:
     def of(cls, runs: Sequence[TaskRun]) -> Score:
         """The score of the tasks behind a name: of its one task, or the mean over its parts where it is a group."""
         failed = sum(len(run.failures) for run in runs)
-        values = [
-            run.metrics[run.metric.key] * run.metric.scale
-            for run in runs
-            if run.metric and run.metric.key in run.metrics
-        ]
-        complete = not failed and len(values) == len(runs)
+        points = [run.points for run in runs if run.points is not None]
+        complete = not failed and len(points) == len(runs)
         strata = _merge(runs) if complete else None
         return cls(
-            value=sum(values) / len(values) if complete else None,
+            value=sum(points) / len(points) if complete else None,
             stderr=stats.standard_error(strata) if strata else None,
             samples=sum(len(run.samples) for run in runs),
             failed=failed,
@@ -115,7 +111,9 @@ class TaskResult:
         return vars(self) | {
             "model": self.model.to_dict(),
             "baseline": self.baseline.to_dict() if self.baseline else None,
-            "difference": vars(difference) | {"significant": difference.significant} if difference else None,
+            "difference": difference._asdict() | {"significant": difference.significant}
+            if difference
+            else None,
         }
 
 
