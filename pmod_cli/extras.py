@@ -86,11 +86,7 @@ def require(root: str, extra: str | None = None) -> None:
 
 
 def require_if_installed(*roots: str) -> None:
-    """Import those of the packages that are installed, because a library will do so unasked.
-
-    Raises:
-        BrokenPackageError: The import of one fails.
-    """
+    """Import those of the packages that are installed, because a library will do so unasked."""
     for root in roots:
         if installed(root):
             require(root)
@@ -132,11 +128,7 @@ def import_for_real(package: Package, extra: str | None = None) -> None:
 
 @contextlib.contextmanager
 def starting(command: str) -> Iterator[None]:
-    """Around the imports of a command: a broken requirement of pmod itself is a one-line error, too.
-
-    Raises:
-        PmodError: An import within failed.
-    """
+    """Around the imports of a command: a broken requirement of pmod itself is a one-line error, too."""
     try:
         yield
     except PmodError:
@@ -161,13 +153,7 @@ def _first_cause(error: BaseException) -> BaseException:
 
 
 def import_remedy(package: Package, extra: str | None, error: BaseException | None = None) -> str:
-    """What mends a failed import. Reinstalling a package does not, if something else is in its way.
-
-    Args:
-        package: Whose import failed.
-        extra: The extra of pmod-cli to name.
-        error: What the import raised, if it came to that.
-    """
+    """What mends a failed import, by what it raised. To install again does not, if something else is in the way."""
     if (other := _hiding(package)) is not None:
         return f"{other} is imported in its place: rename it"
     if package.mend is not None and (better := package.mend()):
@@ -218,13 +204,9 @@ def install_command(extra: str | None, *, upgrade: bool = False) -> str:
 
 
 def outside(extras: Sequence[str | None] = EXTRAS) -> list[Outside]:
-    """Installed packages whose versions pmod-cli does not declare; what is not installed is left out.
+    """Installed packages whose versions are not those that pmod-cli and its extras declare; in order of the metadata.
 
-    Args:
-        extras: Whose requirements to look at beside pmod-cli's own.
-
-    Returns:
-        One for each package, in the order of the metadata; none in a source tree, which has no metadata.
+    There are none in a source tree, which has no metadata.
     """
     found: dict[str, Outside] = {}
     for extra, requirement in _declared(extras):

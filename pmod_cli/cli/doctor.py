@@ -43,11 +43,8 @@ def doctor_command(
 
 def _first_problem(result: dict[str, Any]) -> tuple[str, str | None]:
     """What is broken, in a line, and what mends the first of it."""
-    bad = [
-        package
-        for package in result["packages"]
-        if package["status"] == "broken" or (package["status"] == "missing" and not package["optional"])
-    ]
+    needed = [each for each in result["packages"] if each["status"] == "broken" or not each["optional"]]
+    bad = [package for package in needed if package["status"] != "works"]
     if bad:
         names = ", ".join(package["name"] for package in bad)
         first = bad[0]["error"] or "it is not installed"

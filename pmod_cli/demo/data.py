@@ -92,27 +92,18 @@ def heldout_samples(
 def write_heldout(folder: Path, n_images: int, seed: int = HELDOUT_SEED, shuffle: bool = False) -> Path:
     """Write held-out questions so that `datasets.load_dataset(str(folder))` opens them as the split `test`.
 
-    Args:
-        folder: Where to write `data/test-00000-of-00001.parquet`; what is already there is replaced.
-        n_images: How many pictures; each brings one row for each of `world.KINDS`.
-        seed: Seed of the pictures and the questions.
-        shuffle: Whether questions get each other's pictures, see `heldout_samples`.
+    Arguments are those of `heldout_samples`; what is already in the folder is replaced.
 
     Returns:
         The folder. Columns: `image`, `question`, `answer`, `kind`, `question_id`.
     """
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
+    from datasets import Dataset
 
-    text = Value("string")
-    features = Features(
-        {"image": ImageFeature(), "question": text, "answer": text, "kind": text, "question_id": text}
-    )
     rows = [vars(sample) for sample in heldout_samples(n_images, seed, shuffle=shuffle)]
     with replacing_folder(folder) as temporary:
         parquet = temporary / "data" / "test-00000-of-00001.parquet"
         parquet.parent.mkdir()
-        Dataset.from_list(rows, features=features).to_parquet(parquet)
+        Dataset.from_list(rows).to_parquet(parquet)
     return folder
 
 

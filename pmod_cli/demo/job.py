@@ -89,9 +89,15 @@ def run_demo(
         MissingExtraError: A package that a step needs is not installed; nothing has been made then.
         BrokenPackageError: It cannot be imported; likewise.
     """
-    check_packages()
     from pmod_cli.demo.summary import accuracy, retention, summarize
+    from pmod_cli.evaluation.catalogue import import_lmms_eval
     from pmod_cli.report import write_report
+
+    # All that a later step needs: nothing should be found missing after minutes of training.
+    import_lmms_eval()
+    require("fvcore")
+    require("matplotlib")
+    require_if_installed("peft")  # transformers' Trainer imports it wherever it is
 
     folder = folder.resolve()
     models = folder / "models"
@@ -123,16 +129,6 @@ def run_demo(
     write_json(files["json"], tag("demo") | report)  # before the page, which takes the models' names from it
     write_report([folder], files["report"], force=True)
     return report
-
-
-def check_packages() -> None:
-    """Import every optional package that a later step needs: none of them should fail after minutes of training."""
-    from pmod_cli.evaluation.catalogue import import_lmms_eval
-
-    import_lmms_eval()
-    require("fvcore")
-    require("matplotlib")
-    require_if_installed("peft")  # transformers' Trainer imports it wherever it is
 
 
 def _commands(

@@ -145,9 +145,8 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> Question:
         texts = (f"What colour is the shape {place}?", f"What colour is the {item.shape}?")
         return Question(kind, rng.choice(texts), item.colour)
     if kind == "shape":
-        return Question(
-            kind, rng.choice((f"What shape is {place}?", f"What shape is {item.colour}?")), item.shape
-        )
+        texts = (f"What shape is {place}?", f"What shape is {item.colour}?")
+        return Question(kind, rng.choice(texts), item.shape)
     if kind == "place":
         texts = (f"Where is the {item.shape}?", f"Where is the {item.colour} shape?")
         return Question(kind, rng.choice(texts), item.place)

@@ -105,15 +105,13 @@ def attention() -> dict[str, Any]:
     with torch.device("meta"):
         model: Any = PmodLlavaForConditionalGeneration(config)
     chosen = model.config.text_config._attn_implementation
-    flash = is_flash_attn_2_available()
-    why = "transformers' choice for p-MoD models; PyTorch picks the kernel"
-    if chosen != "sdpa":
-        why = "transformers' choice, as SDPA is not available here"
-    if flash:
-        why += "; flash-attn is installed, and used if you ask for attn_implementation=flash_attention_2"
-    else:
-        why += "; flash-attn is not installed, or has no GPU here"
-    return {"implementation": chosen, "why": why, "installed": ["flash_attention_2"] if flash else []}
+    kernel = "; PyTorch picks the kernel" if chosen == "sdpa" else ", as SDPA is not available here"
+    others = ["flash_attention_2"] if is_flash_attn_2_available() else []
+    more = (
+        "installed: ask for it with attn_implementation=flash_attention_2" if others else "not to be had here"
+    )
+    why = f"transformers' choice for p-MoD models{kernel}; flash-attn is {more}"
+    return {"implementation": chosen, "why": why, "installed": others}
 
 
 def check_places() -> dict[str, Any]:

@@ -64,11 +64,7 @@ COMMANDS = {
 
 
 def verdict(command: Command, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether a command works here.
-
-    Args:
-        command: The command.
-        found: Results of the checks, by their names (see `pmod_cli.doctor.checks`).
+    """Whether a command works here, from the results of all checks by their names (see `pmod_cli.doctor.checks`).
 
     Returns:
         ``command``, ``works``; ``reason`` and ``remedy`` where it does not; ``limits``: what it cannot do although

@@ -1,7 +1,7 @@
 """Evaluation through lmms-eval's own evaluator, in process, for dense and p-MoD checkpoints alike.
 
 - ``lmms``: the entry point that lmms-eval finds (``--model pmod``); ``adapter``: the model behind it.
-- ``batching``: answers in sorted batches of the right size; ``processes``: with how many processes.
+- ``batching``: answers in sorted batches of the right size.
 - ``catalogue``: lmms-eval's tasks; ``harness``: one pass over one of them; ``patches``: changes to lmms-eval.
 - ``requirements``: what is missing, found before a model is loaded; ``evaluate``: a whole evaluation.
 - ``folder``: what is kept on the disk; ``identity``: what was evaluated, with what.

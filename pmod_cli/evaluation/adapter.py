@@ -12,9 +12,9 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 
+from pmod_cli.devices import own_device
 from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all
 from pmod_cli.evaluation.identity import preparation
-from pmod_cli.evaluation.processes import own_device
 from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class PmodLmms(lmms):
         self.raise_failures = raise_failures
         self.failures: dict[tuple[str, int], str] = {}
         self.store: AnswerStore | None = None
-        self.on_answers: Callable[[int], None] = lambda count: None
+        self.on_answers: Callable[[int], None] = lambda number: None
         self.generated = self.recalled = 0
         self.seconds = 0.0
 
@@ -103,7 +103,7 @@ class PmodLmms(lmms):
             else:
                 results[position] = _finish(known, until)
         self.recalled += len(positions) - len(waiting)
-        self.on_answers(len(positions) - len(waiting))
+        self.on_answers(self.recalled + self.generated)
         questions = [self._question(*requests[position].args) for position in waiting]
         started = time.perf_counter()
         for batch in answer_all(self.vlm, questions, settings, self.sizer):
@@ -118,7 +118,7 @@ class PmodLmms(lmms):
             if self.store is not None:
                 self.store.add(answered)
             self.generated += len(batch)
-            self.on_answers(len(batch))
+            self.on_answers(self.recalled + self.generated)
         self.seconds += time.perf_counter() - started
 
     def _question(

@@ -13,12 +13,7 @@ from pmod_cli.output.errors import PmodError
 
 
 def import_lmms_eval() -> None:
-    """Import all of lmms-eval that an evaluation uses, with its log on stderr.
-
-    Raises:
-        MissingExtraError: If it, or `datasets`, is not installed.
-        BrokenPackageError: If one is installed and cannot be imported.
-    """
+    """Import all of lmms-eval that an evaluation uses, with its log on stderr; see `require` for the errors."""
     require("datasets")  # first, because lmms-eval would only say that it lacks it
     require("lmms_eval")
     patches.quiet()

@@ -138,15 +138,7 @@ def _all_answers(folder: Path) -> dict[str, Answers]:
 
 
 def pictures_of(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[str, int], list[Any]]:
-    """Take the pictures of documents from the tasks' data.
-
-    Args:
-        wanted: Task and document each.
-        folder: Of the evaluation.
-
-    Returns:
-        PIL images by task and document; of tasks whose data are gone there are none.
-    """
+    """PIL images of documents, by task and number, from the tasks' data; none where these are gone."""
     if not wanted:
         return {}
     names = sorted({task for task, _ in wanted})

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.checkpoints.source import open_source
-from pmod_cli.devices import is_main_process, rank, world_size
+from pmod_cli.devices import gather, is_main_process, join, one_first, rank, world_size
 from pmod_cli.evaluation import folder, identity, paper, requirements
 from pmod_cli.evaluation.catalogue import Tasks, import_lmms_eval
 from pmod_cli.evaluation.folder import AnswerStore
 from pmod_cli.evaluation.harness import SEEDS, TaskRun, run_task
 from pmod_cli.evaluation.options import EvalSettings, Progress, document_limit
-from pmod_cli.evaluation.processes import gather, join, one_first
 from pmod_cli.evaluation.results import EvalResult, TaskResult
-from pmod_cli.output.errors import PmodError
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.adapter import PmodLmms
@@ -64,7 +62,7 @@ def evaluate(
     import_lmms_eval()
     settings = settings or EvalSettings()
     settings.check()
-    names = _expand(tasks)
+    names = paper.expand(tasks)
     sources = {"baseline": baseline, "model": model} if baseline is not None else {"model": model}
     with ExitStack() as stack:
         stack.enter_context(requirements.offline_mode(offline))
@@ -92,23 +90,15 @@ def prepare(
         Number of documents by task.
 
     Raises:
-        PreflightError: Unknown task, no login, no room on the disk, ...
-        PmodError: Data that cannot be had.
+        PmodError: Unknown task, no login, no room on the disk, data that cannot be had ...
     """
-    names = _expand(tasks)
+    names = paper.expand(tasks)
     catalogue = Tasks(names, include_path)
     leaves = requirements.check(catalogue, names, checkpoints=checkpoints, preparing=True)
     for source in checkpoints:
         open_source(source)
     wanted = dict.fromkeys(leaf for group in leaves.values() for leaf in group)
     return {leaf: len(catalogue.load(leaf).eval_docs) for leaf in wanted}
-
-
-def _expand(tasks: Sequence[str]) -> list[str]:
-    names = paper.expand(list(tasks))
-    if not names:
-        raise PmodError("no task to evaluate", "e.g. --tasks gqa,pope_full")
-    return names
 
 
 @dataclass
@@ -136,13 +126,19 @@ class Evaluation:
 
     def run(self) -> EvalResult:
         """All tasks with the baseline, then all with the model: one of them is in memory at a time."""
+        from pmod_cli.evaluation.adapter import PmodLmms
+
         for role, source in self.sources.items():
             self.models[role] = gather(identity.describe(source) if is_main_process() else {})[0]
             self.runs[role] = {}
         if self.keep and not self.force:
             folder.claim(self.place, self.models)
         for role, source in self.sources.items():
-            lm = _load(source, self.settings)
+            lm = PmodLmms(
+                str(open_source(source).folder) if isinstance(source, (str, Path)) else source,
+                **{name: value for name, value in vars(self.settings).items() if name != "limit"},
+                raise_failures=False,
+            )
             for leaf, task in self.loaded.items():
                 self._run_task(lm, role, leaf, task)
             del lm
@@ -154,13 +150,11 @@ class Evaluation:
     def _run_task(self, lm: PmodLmms, role: str, leaf: str, task: Any) -> None:
         total = len(task.eval_docs)
         limit = document_limit(leaf, self.settings.limit, total)
-        done = 0
+        before = lm.generated + lm.recalled
 
-        def answered(count: int) -> None:
-            nonlocal done
-            done += count
+        def answered(number: int) -> None:  # it must not hold the model
             if self.progress:
-                self.progress(f"{role}: {leaf}", done, -(-(limit or total) // world_size()))
+                self.progress(f"{role}: {leaf}", number - before, -(-(limit or total) // world_size()))
 
         lm.on_answers = answered
         lm.store = self._store(lm, role, leaf, task)
@@ -230,13 +224,3 @@ class Evaluation:
             started=self.started.isoformat(timespec="seconds"),
             seconds=(datetime.now(timezone.utc) - self.started).total_seconds(),
         )
-
-
-def _load(source: str | Path | VisionLanguageModel, settings: EvalSettings) -> PmodLmms:
-    from pmod_cli.evaluation.adapter import PmodLmms
-
-    return PmodLmms(
-        str(open_source(source).folder) if isinstance(source, (str, Path)) else source,
-        **{name: value for name, value in vars(settings).items() if name != "limit"},
-        raise_failures=False,
-    )

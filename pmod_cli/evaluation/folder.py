@@ -32,15 +32,7 @@ def answers_cache() -> Path:
 
 
 def claim(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> None:
-    """Make sure that a folder does not hold the results of other models.
-
-    Args:
-        folder: The output folder.
-        models: Description by role, each with a ``fingerprint``.
-
-    Raises:
-        PmodError: It does.
-    """
+    """Refuse an output folder with the results of other models than these, described by role with a ``fingerprint``."""
     path = folder / "results.json"
     previous = read_json(path) if path.is_file() else {}
     for role, described in models.items():
@@ -52,13 +44,7 @@ def claim(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def write_samples(folder: Path, task: str, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-    """Write a task's samples, one line per document.
-
-    Args:
-        folder: The output folder.
-        task: Name of the task.
-        samples: By role; all roles have the same documents.
-    """
+    """Write a task's samples, by role, one line per document; all roles have the same documents."""
     lines = []
     for sides in zip(*samples.values(), strict=True):
         shared = {key: sides[0][key] for key in ("doc_id", "prompt", "target", "doc")}

@@ -9,22 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pmod_cli.devices import gather
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.evaluation.metrics import Metric, metric_of, sample_score
 from pmod_cli.evaluation.patches import SCORING_ERROR, guarded
-from pmod_cli.evaluation.processes import gather
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.adapter import PmodLmms
 
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 """lmms-eval's defaults, written down because a report has to name them."""
-
-_NOT_METRICS = {
-    *("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash"),
-    *("input_media", SCORING_ERROR),
-}
-"""Of a sample that lmms-eval logged."""
 
 
 @dataclass
@@ -59,7 +53,7 @@ class TaskRun:
 
 
 def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output: Path) -> TaskRun | None:
-    """Evaluate a model on one loaded task.
+    """Evaluate a model on a task that is loaded; None on other ranks than 0.
 
     Args:
         lm: The model; its ``failures`` say which samples raised.
@@ -67,9 +61,6 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
         task: lmms-eval's task object.
         limit: Only the first so many documents.
         output: Folder for the submission files that some tasks write, and for what they print.
-
-    Returns:
-        The run on rank 0, None elsewhere.
     """
     from lmms_eval import evaluator
 
@@ -111,7 +102,7 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
             "prompt": entry["arguments"][0],
             "answer": None if error else answer[0] if isinstance(answer, list) else answer,
             "tokens": entry["token_counts"][0],
-            "metrics": {key: entry[key] for key in entry.keys() - _NOT_METRICS},
+            "metrics": {key: entry[key] for key in task.aggregation() if key in entry},
             "error": error,
         }
         samples.append(sample | {"score": sample_score(metric, sample)})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from pmod_cli.output.errors import PmodError
 from pmod_cli.published import COLUMNS, SCORES
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ class PaperRow(NamedTuple):
     average: float | None
 
 
-def expand(names: list[str]) -> list[str]:
+def expand(names: Sequence[str]) -> list[str]:
     """Replace ``paper`` by its 14 tasks, with the judged MMBench in place of the static one if it is named too."""
+    if not names:
+        raise PmodError("no task to evaluate", "e.g. --tasks gqa,pope_full")
     paper = [JUDGED if task == STATIC and JUDGED in names else task for task in TASKS]
     expanded = [task for name in names for task in (paper if name == "paper" else [name])]
     return list(dict.fromkeys(expanded))

@@ -98,8 +98,9 @@ def _task_problems(leaf: str, config: dict[str, Any], hub: _Hub) -> Iterator[Pro
     data_sets = [(config.get("dataset_path"), config.get("dataset_name"))]
     if config.get("process_docs") is not None and leaf in FURTHER_DATA:
         data_sets.append(FURTHER_DATA[leaf])
-    problems = (hub.data_problem(leaf, config, path, name) for path, name in data_sets if path)
-    yield from [problem for problem in problems if problem][:1]
+    for path, name in data_sets:
+        if path:
+            yield from hub.data_problems(leaf, config, path, name)
 
 
 @contextlib.contextmanager
@@ -136,22 +137,20 @@ class _Hub:
         self.sizes: dict[str, int] = {}
         self.answers: dict[str, tuple[str, str] | None] = {}
 
-    def data_problem(self, leaf: str, config: dict[str, Any], path: str, name: str | None) -> Problem | None:
+    def data_problems(
+        self, leaf: str, config: dict[str, Any], path: str, name: str | None
+    ) -> Iterator[Problem]:
         """What is wrong with a data set of a task."""
         options = config.get("dataset_kwargs") or {}
         if missing := _missing_files(path, options):
-            return Problem(leaf, f"has no data at {missing}", "check the task's dataset_path and data_files")
-        if "data_files" in options or Path(path).exists() or cached(path, name):
-            return None
-        if self.offline:
-            what = f"its data ({path}) are not on this machine, and the network may not be asked"
-            return Problem(leaf, what, "unset HF_HUB_OFFLINE" if self.preparing else f"{_PREPARE} {leaf}")
-        if options.get("token") and not self.token:
-            return Problem(leaf, f"its data ({path}) need a hub login", "hf auth login")
-        if path not in self.answers:
-            self.answers[path] = self._ask(path, "dataset")
-        answer = self.answers[path]
-        return Problem(leaf, *answer) if answer else None
+            yield Problem(leaf, f"has no data at {missing}", "check the task's dataset_path and data_files")
+        elif "data_files" in options or Path(path).exists() or cached(path, name):
+            return
+        elif not self.offline and options.get("token") and not self.token:
+            yield Problem(leaf, f"its data ({path}) need a hub login", "hf auth login")
+        else:
+            remedy = "unset HF_HUB_OFFLINE" if self.preparing else f"{_PREPARE} {leaf}"
+            yield from self._remote_problems(leaf, path, "dataset", remedy)
 
     def checkpoint_problems(self, source: str | Path) -> Iterator[Problem]:
         """What is wrong with a folder or hub id, as far as can be told without loading it."""
@@ -162,13 +161,19 @@ class _Hub:
         except PmodError as error:
             yield Problem("model", error.message, error.hint or "give the folder of a checkpoint")
             return
-        if Path(source).is_dir() or isinstance(try_to_load_from_cache(str(source), "config.json"), str):
-            return
+        path = str(source)
+        if not Path(path).is_dir() and not isinstance(try_to_load_from_cache(path, "config.json"), str):
+            yield from self._remote_problems("model", path, "model", f"hf download {path}")
+
+    def _remote_problems(self, who: str, path: str, kind: str, remedy: str) -> Iterator[Problem]:
+        """What is wrong with a repository that is not on this machine; ``remedy`` gets it where there is a network."""
         if self.offline:
-            what = f"{source} is not on this machine, and the network may not be asked"
-            yield Problem("model", what, f"hf download {source}")
-        elif answer := self._ask(str(source), "model"):
-            yield Problem("model", *answer)
+            yield Problem(who, f"{path} is not on this machine, and the network may not be asked", remedy)
+            return
+        if path not in self.answers:
+            self.answers[path] = self._ask(path, kind)
+        if answer := self.answers[path]:
+            yield Problem(who, *answer)
 
     def _ask(self, path: str, kind: str) -> tuple[str, str] | None:
         """What is missing and its remedy, if the hub does not give a repository; else notes its size."""

@@ -119,21 +119,7 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """A whole evaluation.
-
-    Attributes:
-        tasks: One result per requested task, in the order asked for.
-        complete: Whether all requested tasks are among them.
-        model: What was evaluated: path, fingerprint, how it ran.
-        baseline: The same of the baseline.
-        environment: Versions, seeds, number of processes.
-        settings: What the user asked for.
-        task_info: Version, generation settings and data of each task.
-        failures: Errors by role, task and failed sample.
-        broken_metrics: Errors by role, task and metric whose aggregation raised.
-        started: When, in UTC.
-        seconds: Wall time.
-    """
+    """A whole evaluation; ``docs/evaluate.md`` says of each key what it holds."""
 
     tasks: list[TaskResult]
     complete: bool

@@ -1,7 +1,7 @@
 """How sure a score is: bootstrap over the samples, and paired for the difference between two models.
 
 A score here is a weighted sum of ratios, ``sum_s weight_s * sum(numerator) / sum(denominator)``, with one stratum
-``s`` for most tasks (a mean is a ratio whose denominators are 1), one a category for MME and one a part for POPE,
+``s`` for most tasks (a mean is a ratio whose denominators are 1), one per category for MME and one per part for POPE,
 whose F1 is such a ratio too. That covers the paper's 14 tasks exactly, so one bootstrap serves them all.
 """
 

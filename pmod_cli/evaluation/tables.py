@@ -12,12 +12,7 @@ from pmod_cli.output.tables import Table
 
 
 def tables(result: EvalResult, errors: bool) -> Iterator[Table]:
-    """All tables of an evaluation.
-
-    Args:
-        result: The evaluation.
-        errors: Whether standard errors stand beside scores; with a baseline they would not fit a terminal.
-    """
+    """All tables of an evaluation, with standard errors or, where they would not fit beside a baseline, without."""
     sides = ["baseline", "model"] if result.baseline else ["model"]
     header = ["task", "samples", *sides, *(["difference"] if result.baseline else [])]
     rows: list[list[str]] = []
