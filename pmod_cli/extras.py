@@ -182,14 +182,7 @@ def _hiding(package: Package) -> Path | None:
 
 
 class Outside(NamedTuple):
-    """An installed package whose version is not one that pmod-cli declares.
-
-    Attributes:
-        name: The package.
-        installed: Its version.
-        wanted: What pmod-cli declares, e.g. ``<4,>=3.20``.
-        remedy: The command that installs one that fits.
-    """
+    """An installed package whose version is not one that pmod-cli declares, e.g. ``<4,>=3.20``, and what mends it."""
 
     name: str
     installed: str

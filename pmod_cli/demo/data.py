@@ -34,13 +34,8 @@ class HeldoutQuestion:
 def write_training_data(folder: Path, n_images: int, seed: int = TRAIN_SEED) -> tuple[Path, Path]:
     """Write conversations in the LLaVA format: one question of each kind about each picture, in a random order.
 
-    Args:
-        folder: Where to write `train.json` and `images/`; what is already there is replaced.
-        n_images: How many pictures.
-        seed: Of the pictures and the questions.
-
     Returns:
-        The paths of the JSON file and of the folder of pictures.
+        ``train.json`` and the folder ``images`` in the folder, which is replaced.
     """
     rng = random.Random(seed)
     with replacing_folder(folder) as temporary:

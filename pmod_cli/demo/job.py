@@ -54,13 +54,7 @@ EVALUATIONS = {
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How large the demo is.
-
-    Attributes:
-        train_images: Pictures to fine-tune on, one question of each kind about each.
-        heldout_images: Pictures to evaluate on, likewise.
-        steps: Optimizer steps of fine-tuning, the same for p-MoD and the dense control.
-    """
+    """How large the demo is: pictures to fine-tune on and to evaluate on, and optimizer steps of each model."""
 
     train_images: int = 1600
     heldout_images: int = 120
@@ -114,7 +108,7 @@ def run_demo(
     }
     results = {
         name: steps.run(name, words, partial(command, words), needs, words[0])
-        for name, (needs, words) in _commands(folder, settings, made, files).items()
+        for name, (needs, words) in _commands(folder, settings, files).items()
     }
     accuracies = {label: accuracy(results[name]) for label, (name, *_) in EVALUATIONS.items()}
     kept = retention(results["visualize"])
@@ -132,16 +126,17 @@ def run_demo(
 
 
 def _commands(
-    folder: Path, settings: DemoSettings, made: dict[str, Any], files: dict[str, Path]
+    folder: Path, settings: DemoSettings, files: dict[str, Path]
 ) -> dict[str, tuple[list[str], list[str]]]:
     """The commands by the names of their steps, each with the steps that it builds on."""
     baseline, control, start, tuned = (folder / "models" / name for name in LABELS)
     recipe = ["--recipe", "demo"]
-    train = ["--data", made["train"], "--images", made["images"], *recipe]
+    pictures = folder / "data"
+    train = ["--data", pictures / "train" / "train.json", "--images", pictures / "train" / "images", *recipe]
     train += ["--set", f"train.max_steps={settings.steps}", "--force"]
     latency = ["--latency", "--dtype", "float32", "--new-tokens", 16, "--batch", BATCH]
     latency += ["--plot", files["layers"], "--force"]
-    asked = ["--image", made["picture"], "--prompt", QUESTION, "--max-new-tokens", 8]
+    asked = ["--image", pictures / "example.png", "--prompt", QUESTION, "--max-new-tokens", 8]
     drawn = ["-o", files["kept_patches"], "--html", files["visualize"], "--force"]
     fine_tuned = ["finetune-pmod", "finetune-dense"]
     table: dict[str, tuple[list[str], list[Any]]] = {
@@ -150,7 +145,7 @@ def _commands(
         "finetune-dense": (["data", "baseline"], ["finetune", baseline, "--output", control, *train]),
         "profile": (fine_tuned, ["profile", tuned, "--baseline", control, *latency]),
     }
-    given = ["--include-path", made["tasks"], "--batch-size", BATCH]
+    given = ["--include-path", folder / "tasks", "--batch-size", BATCH]
     for name, need, model, task in EVALUATIONS.values():
         words = ["eval", folder / "models" / model, "--tasks", task, *given]
         table[name] = ["data", need], [*words, "--output", folder / "eval" / name]
@@ -218,27 +213,19 @@ def _copy_baseline(destination: Path) -> dict[str, str]:
 
 
 def _make_data(folder: Path, settings: DemoSettings) -> dict[str, Any]:
-    """Draw the pictures and write them in both forms; returns where they are."""
+    """Draw the pictures and write them in both forms."""
     from pmod_cli.evaluation.tasks import write_task
 
-    train, images = data.write_training_data(folder / "data" / "train", settings.train_images)
-    tasks = folder / "tasks"
+    train, _ = data.write_training_data(folder / "data" / "train", settings.train_images)
     for name in (TASK, SHUFFLED):
         place = folder / "data" / name
         questions = data.write_heldout(place, settings.heldout_images, shuffle=name == SHUFFLED)
-        write_task(tasks, name, questions, world.KINDS)
+        write_task(folder / "tasks", name, questions, world.KINDS)
     heldout = data.heldout_samples(settings.heldout_images)
-    picture = folder / "data" / "example.png"
     # A picture of two shapes shows more than one of one.
     example = next((question for question in heldout if question.answer == "two"), heldout[0])
-    example.image.save(picture)
-    return {
-        "train": str(train),
-        "images": str(images),
-        "tasks": str(tasks),
-        "picture": str(picture),
-        "guessing": _guessing_level(train, heldout),
-    }
+    example.image.save(folder / "data" / "example.png")
+    return {"guessing": _guessing_level(train, heldout)}
 
 
 def _guessing_level(train: Path, heldout: list[data.HeldoutQuestion]) -> float:

@@ -80,13 +80,7 @@ class Question:
 
 
 def draw_scene(rng: random.Random, split: Split, n_items: int | None = None) -> Scene:
-    """Draw a scene of a split.
-
-    Args:
-        rng: The source of chance.
-        split: The scenes of the other split are passed over.
-        n_items: How many shapes, 1 or 2; None lets chance decide, evenly.
-    """
+    """Draw a scene of a split, with one or two shapes; with None, chance decides evenly."""
     while True:
         count = n_items if n_items is not None else rng.choice((1, 2))
         places = [rng.choice(list(PLACES))] if count == 1 else list(rng.choice(_AXES))

@@ -12,7 +12,7 @@ from typing import Any
 
 from pmod_cli.doctor.commands import COMMANDS, Command
 from pmod_cli.doctor.packages import PACKAGES
-from pmod_cli.extras import Package, import_for_real, installed, require_if_installed, starting
+from pmod_cli.extras import Package, import_for_real, require_if_installed, starting
 from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
 from pmod_cli.output.versions import version_of
 
@@ -131,19 +131,16 @@ def check_places() -> dict[str, Any]:
 
 def _data_sets() -> Path | None:
     """Where evaluations keep their data, else where training does; None if neither can be installed here."""
-    if _works("lmms_eval"):
+    works = {root for root in ("lmms_eval", "datasets") if check_package(PACKAGES[root])["status"] == "works"}
+    if "lmms_eval" in works:
         from pmod_cli.evaluation.requirements import cache_folder
 
         return cache_folder()
-    if _works("datasets"):
+    if "datasets" in works:
         import datasets
 
         return Path(datasets.config.HF_DATASETS_CACHE)
     return None
-
-
-def _works(root: str) -> bool:
-    return installed(root) and check_package(PACKAGES[root])["status"] == "works"
 
 
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {

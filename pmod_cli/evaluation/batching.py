@@ -19,12 +19,7 @@ _WINDOW = 8  # batches whose pictures are in memory at once, to be sorted by the
 
 
 class Question(NamedTuple):
-    """A prompt that is still to be made: pictures are decoded only when their turn comes.
-
-    Attributes:
-        text: Its text, for sorting.
-        make: Makes the prompt; may raise.
-    """
+    """A prompt that is still to be made: pictures are decoded only when their turn comes, and may raise."""
 
     text: str
     make: Callable[[], Prompt]
@@ -95,13 +90,7 @@ class BatchSizer:
 def answer_all(
     model: VisionLanguageModel, questions: Sequence[Question], settings: Mapping[str, Any], sizer: BatchSizer
 ) -> Iterator[dict[int, Outcome]]:
-    """Answer questions in an order and in batches that waste little.
-
-    Args:
-        model: The model.
-        questions: What to ask; may raise when its turn comes.
-        settings: Of generation, e.g. ``max_new_tokens``.
-        sizer: The batch size, kept from call to call.
+    """Answer questions in an order and in batches that waste little; ``sizer`` is kept from call to call.
 
     Yields:
         After each batch, what came of it by the question's index: an answer, or what it raised. Every index appears

@@ -17,14 +17,7 @@ Answers = dict[int, dict[str, Any]]
 
 
 class Change(NamedTuple):
-    """A document whose score differs.
-
-    Attributes:
-        task: Name of the task.
-        doc_id: Which document.
-        before: Its entry of `Answers` in the first evaluation.
-        after: The same in the second.
-    """
+    """A document whose score differs, with its entries of `Answers` in the first evaluation and in the second."""
 
     task: str
     doc_id: int
@@ -39,14 +32,10 @@ class Change(NamedTuple):
 
 @dataclass
 class Comparison:
-    """What differs between two models.
+    """What differs between two models: documents with a lower score and with a higher one, by task and document.
 
-    Attributes:
-        compared: Number of documents that both have a score for.
-        left_out: Number of documents of shared tasks that failed, do not count for the score, were asked with another
-            prompt, or are on one side alone.
-        worse: Documents with a lower score, by task and document.
-        better: Documents with a higher score, likewise.
+    Those of shared tasks are left out that failed, do not count for the score, were asked with another prompt, or are
+    on one side alone.
     """
 
     compared: int = 0

@@ -55,12 +55,7 @@ class TaskRun:
 def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output: Path) -> TaskRun | None:
     """Evaluate a model on a task that is loaded; None on other ranks than 0.
 
-    Args:
-        lm: The model; its ``failures`` say which samples raised.
-        tasks: Where the task comes from.
-        task: lmms-eval's task object.
-        limit: Only the first so many documents.
-        output: Folder for the submission files that some tasks write, and for what they print.
+    Into the folder ``output`` go the submission files that some tasks write, and what they print.
     """
     from lmms_eval import evaluator
 

@@ -18,14 +18,8 @@ Progress = Callable[[str, int, int], None]
 class EvalSettings:
     """How to evaluate; all that both models share.
 
-    Attributes:
-        batch_size: A number or ``auto``.
-        limit: Only the first so many documents of a task; below 1, that share of them.
-        max_new_tokens: Upper limit on the tasks' own.
-        dtype: See `VisionLanguageModel.load`, also for the next three.
-        device: Where the model goes.
-        image_backend: The default is `pmod_cli.generation.IMAGE_BACKEND`.
-        attn_implementation: As transformers calls it.
+    ``limit`` takes only the first so many documents of a task or, below 1, that share of them. ``max_new_tokens`` is an
+    upper limit on the tasks' own. For the last four see `VisionLanguageModel.load`.
     """
 
     batch_size: int | str = "auto"

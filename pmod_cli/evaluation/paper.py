@@ -32,13 +32,7 @@ Values = Mapping[str, float | None]
 
 
 class PaperRow(NamedTuple):
-    """One line of the paper's tables.
-
-    Attributes:
-        label: Whose scores.
-        values: By column; None where there is none.
-        average: See `average`.
-    """
+    """One line of the paper's tables: whose scores, by column (None where there is none), and their `average`."""
 
     label: str
     values: dict[str, float | None]

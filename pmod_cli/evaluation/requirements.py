@@ -18,18 +18,12 @@ FURTHER_DATA = {"gqa": ("lmms-lab-encoder/GQA", "testdev_balanced_images")}
 """Data set that a task's own code loads besides the one in its YAML (unless its ``process_docs`` is replaced)."""
 
 _PREPARE = "pmod eval --prepare --tasks"
-_JUDGED = re.compile(r"mmbench_(en_dev|en_dev_lite|cn_dev|cn_dev_lite|cc|ko_dev|ru_dev)")
+_WITH_JUDGE = re.compile(r"mmbench_(en_dev|en_dev_lite|cn_dev|cn_dev_lite|cc|ko_dev|ru_dev)")
 """Tasks whose answers a paid judge reads where no option letter can be found."""
 
 
 class Problem(NamedTuple):
-    """Something missing.
-
-    Attributes:
-        task: For which task; ``model`` for a checkpoint, ``all`` for the disk.
-        what: What is missing.
-        remedy: The command that gets it.
-    """
+    """What is missing, for which task (or ``model``; ``all`` for the disk), and the command that gets it."""
 
     task: str
     what: str
@@ -69,7 +63,7 @@ def check(
         The tasks behind each name.
 
     Raises:
-        PreflightError: If anything is missing.
+        PreflightError: Anything is missing.
     """
     hub = _Hub(offline, preparing)
     problems = [problem for source in checkpoints for problem in hub.checkpoint_problems(source)]
@@ -92,7 +86,7 @@ def _task_problems(leaf: str, config: dict[str, Any], hub: _Hub) -> Iterator[Pro
     if output_type != "generate_until":
         yield Problem(leaf, f"is of type {output_type}; pmod answers generate_until tasks", "leave it out")
     variable = "AZURE_API_KEY" if os.environ.get("API_TYPE") == "azure" else "OPENAI_API_KEY"
-    if _JUDGED.fullmatch(leaf) and not hub.preparing and not os.environ.get(variable):
+    if _WITH_JUDGE.fullmatch(leaf) and not hub.preparing and not os.environ.get(variable):
         instead = " or take mmbench_en_dev_static, which needs none" if leaf == "mmbench_en_dev" else ""
         yield Problem(leaf, "asks a paid judge, and has no key", f"export {variable}=...{instead}")
     data_sets = [(config.get("dataset_path"), config.get("dataset_name"))]

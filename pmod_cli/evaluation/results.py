@@ -19,13 +19,8 @@ Errors = dict[str, dict[str, dict[str, str]]]
 class Score:
     """One model's score on one task, or on a group of tasks.
 
-    Attributes:
-        value: In points, usually percent; None if any sample failed, or if lmms-eval gave no number.
-        stderr: Bootstrap standard error.
-        samples: How many were evaluated.
-        failed: How many raised, or could not be scored.
-        metrics: All of lmms-eval's numbers by task.
-        strata: What the score is made of.
+    ``value`` is in points, usually percent; None if any sample failed, or if lmms-eval gave no number. ``stderr`` is by
+    bootstrap, ``metrics`` are all of lmms-eval's numbers by task, ``strata`` what the score is made of.
     """
 
     value: float | None
@@ -69,16 +64,10 @@ def _merge(runs: Sequence[TaskRun]) -> Strata | None:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A requested task's row.
+    """A requested task's row: the name as it was asked for, and the tasks behind it.
 
-    Attributes:
-        name: As it was asked for.
-        tasks: The tasks behind the name.
-        metric: What the score is, as lmms-eval names it.
-        scale: What lmms-eval's number is multiplied with to be in points.
-        model: The model's score.
-        baseline: The baseline's score, if there is one.
-        difference: Model less baseline; None without a baseline, or if what a score is made of is not known.
+    ``metric`` is the score as lmms-eval names it, ``scale`` what its number is multiplied with to be in points.
+    ``difference`` is None without a baseline, or if what a score is made of is not known.
     """
 
     name: str
@@ -119,7 +108,14 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """A whole evaluation; ``docs/evaluate.md`` says of each key what it holds."""
+    """A whole evaluation.
+
+    ``tasks`` has one result per requested task, in the order asked for; ``complete`` says whether all are there.
+    ``model`` and ``baseline`` say what was evaluated and how it ran, ``environment`` with which versions, seeds and
+    number of processes, ``settings`` what the user asked for, ``task_info`` the version, generation settings and data
+    of each task. ``failures`` are errors by failed sample, ``broken_metrics`` by metric whose aggregation raised.
+    ``started`` is in UTC.
+    """
 
     tasks: list[TaskResult]
     complete: bool

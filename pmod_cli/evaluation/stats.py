@@ -20,12 +20,7 @@ Ratio = tuple[float, float]
 
 
 class Stratum(NamedTuple):
-    """Units that are resampled among themselves.
-
-    Attributes:
-        weight: What the stratum's ratio is multiplied with in the score.
-        units: The ratio of each unit.
-    """
+    """Units that are resampled among themselves; their ratio is multiplied with ``weight`` in the score."""
 
     weight: float
     units: Mapping[Hashable, Ratio]
@@ -35,13 +30,7 @@ Strata = Mapping[str, Stratum]
 
 
 class Difference(NamedTuple):
-    """A model's score less the baseline's, in points.
-
-    Attributes:
-        points: The difference.
-        low: Lower end of the 95 % interval of a paired bootstrap.
-        high: Upper end.
-    """
+    """A model's score less the baseline's, in points, with the 95 % interval of a paired bootstrap."""
 
     points: float
     low: float
