@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pmod_cli.output.errors import PmodError, first_line
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 """Number formats of weights; ``auto`` is the checkpoint's own."""
@@ -58,3 +62,45 @@ def local_world_size() -> int:
 def is_main_process() -> bool:
     """Whether this is the process that shows and writes."""
     return rank() == 0
+
+
+def join(device: str | None) -> None:
+    """Join the other processes, if there are any: over NCCL on GPUs, over gloo on CPUs.
+
+    Args:
+        device: What the user asked for; ``cpu`` keeps off the GPUs.
+    """
+    if world_size() > 1:
+        import torch
+        from accelerate import PartialState
+
+        on_cpu = device == "cpu" or not torch.accelerator.is_available()
+        # One may wait for another's download, or for much longer answers.
+        PartialState(cpu=on_cpu, timeout=timedelta(hours=3))
+
+
+def own_device(device: str | None) -> str | None:
+    """The device of this process: its own GPU on its machine, unless the user named one."""
+    import torch
+
+    if world_size() > 1 and device in (None, "cuda") and torch.cuda.is_available():
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return device
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, by rank."""
+    if world_size() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    return gather_object([value])
+
+
+def one_first() -> AbstractContextManager[Any]:
+    """Within it, one process per machine goes first, and the others find what it left on the disk."""
+    if world_size() == 1:
+        return nullcontext()
+    from accelerate import PartialState
+
+    return PartialState().local_main_process_first()

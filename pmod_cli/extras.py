@@ -1,4 +1,4 @@
-"""Optional packages: imported for real before the work, with a one-line error where that fails.
+"""Optional packages: imported for real before the work, with a one-line error where that fails; and their versions.
 
 That a package is on the disk says little: its import may still raise, because a version does not fit or another module
 has its name. So every command that needs one imports it here first, and ``pmod doctor`` does the same.
@@ -10,13 +10,20 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from pmod_cli import bounds
 from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
+from pmod_cli.output.versions import version_of
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
+
+EXTRAS = ("eval", "profile", "train", "plot")
+"""Those that a user installs; the others are sums of them, or for development."""
 
 
 @dataclass(frozen=True)
@@ -52,52 +59,34 @@ def _lock_files() -> None:
         prepare()
 
 
+_LMMS_EVAL = ("lmms_eval", "lmms_eval.evaluator", "lmms_eval.models", "lmms_eval.tasks")
+# More than the package itself: a folder of its name that is empty can be imported, too.
+_DATASETS = ("datasets", "datasets.config", "datasets.exceptions")
+# The writer that transformers takes is torch's.
+_TENSORBOARD = ("tensorboard", "tensorboard.summary.writer.event_file_writer", "torch.utils.tensorboard")
+_MATPLOTLIB = ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg")
+
 OPTIONAL = {
     package.root: package
     for package in (
-        Package(
-            "lmms-eval",
-            ("lmms_eval", "lmms_eval.evaluator", "lmms_eval.models", "lmms_eval.tasks"),
-            "eval",
-            exercise=_lock_files,
-        ),
-        # More than the package itself: a folder of its name that is empty can be imported, too.
-        Package("datasets", ("datasets", "datasets.config", "datasets.exceptions"), "eval"),
+        Package("lmms-eval", _LMMS_EVAL, "eval", exercise=_lock_files),
+        Package("datasets", _DATASETS, "eval"),
         Package("fvcore", ("fvcore", "fvcore.nn"), "profile"),
         Package("peft", ("peft", "peft.peft_model"), "train"),
-        # The writer that transformers takes is torch's.
-        Package(
-            "tensorboard",
-            ("tensorboard", "tensorboard.summary.writer.event_file_writer", "torch.utils.tensorboard"),
-            "train",
-        ),
-        Package("matplotlib", ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"), "plot"),
+        Package("tensorboard", _TENSORBOARD, "train"),
+        Package("matplotlib", _MATPLOTLIB, "plot"),
     )
 }
 """By top-level module."""
 
 
 def require(root: str, extra: str | None = None) -> None:
-    """Import an optional package for real; what it prints goes to stderr.
-
-    Args:
-        root: Its top-level module, e.g. ``lmms_eval``.
-        extra: The extra to name, where more than one brings it.
-
-    Raises:
-        MissingExtraError: It is not installed.
-        BrokenPackageError: It is installed, and its import fails.
-    """
-    package = OPTIONAL[root]
-    import_for_real(package, extra or package.extra)
+    """Import an optional package by its top-level module; see `import_for_real`."""
+    import_for_real(OPTIONAL[root], extra)
 
 
 def require_if_installed(*roots: str) -> None:
-    """Import those of the packages that are installed, because a library will do so unasked.
-
-    Raises:
-        BrokenPackageError: The import of one fails.
-    """
+    """Import those of the packages that are installed, because a library will do so unasked."""
     for root in roots:
         if installed(root):
             require(root)
@@ -113,16 +102,17 @@ def installed(root: str) -> bool:
 
 
 def import_for_real(package: Package, extra: str | None = None) -> None:
-    """Import all that pmod uses of a package.
+    """Import all that pmod uses of a package; what it prints goes to stderr.
 
     Args:
         package: The package.
-        extra: The extra of pmod-cli that the user is told to install; pmod-cli alone if None.
+        extra: The extra of pmod-cli that the user is told to install; the package's own by default.
 
     Raises:
         MissingExtraError: It is not installed.
         BrokenPackageError: It is installed, but its import raises, whatever that is.
     """
+    extra = extra or package.extra
     try:
         with contextlib.redirect_stdout(sys.stderr):
             for module in package.modules:
@@ -132,21 +122,13 @@ def import_for_real(package: Package, extra: str | None = None) -> None:
     except (Exception, SystemExit) as error:
         if not installed(package.root):
             raise MissingExtraError(package.name, extra) from None
-        raise BrokenPackageError(
-            _installed_name(package), reason(error), import_remedy(package, extra, error)
-        ) from error
+        name = " ".join(filter(None, (package.name, version_of(package.name))))
+        raise BrokenPackageError(name, reason(error), import_remedy(package, extra, error)) from error
 
 
 @contextlib.contextmanager
 def starting(command: str) -> Iterator[None]:
-    """Around the imports of a command: a broken requirement of pmod itself is a one-line error, too.
-
-    Args:
-        command: The verb.
-
-    Raises:
-        PmodError: An import within failed.
-    """
+    """Around the imports of a command: a broken requirement of pmod itself is a one-line error, too."""
     try:
         yield
     except PmodError:
@@ -155,14 +137,6 @@ def starting(command: str) -> Iterator[None]:
         raise PmodError(
             f"pmod {command} cannot start: {reason(error)}", "pmod doctor says what is broken"
         ) from error
-
-
-def _installed_name(package: Package) -> str:
-    """Name and version of a package, as far as its metadata is there."""
-    try:
-        return f"{package.name} {version(package.name)}"
-    except PackageNotFoundError:
-        return package.name
 
 
 def reason(error: BaseException) -> str:
@@ -178,29 +152,22 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def import_remedy(package: Package, extra: str | None = None, error: BaseException | None = None) -> str:
-    """What mends a failed import. Reinstalling a package does not, if something else is in its way.
-
-    Args:
-        package: Whose import failed.
-        extra: The extra of pmod-cli to name; the package's own by default.
-        error: What the import raised, if it came to that.
-    """
-    extra = extra or package.extra
+def import_remedy(package: Package, extra: str | None, error: BaseException | None = None) -> str:
+    """What mends a failed import, by what it raised. To install again does not, if something else is in the way."""
     if (other := _hiding(package)) is not None:
         return f"{other} is imported in its place: rename it"
     if package.mend is not None and (better := package.mend()):
         return better
-    if unfit := bounds.outside((extra,)):
-        return f"{unfit[0]}: {unfit[0].remedy}"
+    if unfit := outside((extra,)):
+        return f"{unfit[0].name} {unfit[0].installed} is installed, {unfit[0].wanted} is wanted: {unfit[0].remedy}"
     cause = _first_cause(error) if error else None
     if isinstance(cause, ModuleNotFoundError) and (cause.name or "").split(".")[0] != package.root:
-        return bounds.install_command(extra, upgrade=True)
-    return f"pip install --force-reinstall --no-deps '{bounds.requirement_of(package.name)}'"
+        return install_command(extra, upgrade=True)
+    return f"pip install --force-reinstall --no-deps '{requirement_of(package.name)}'"
 
 
 def _hiding(package: Package) -> Path | None:
-    """The folder or file that is imported in place of the installed package, if there is one."""
+    """What is imported in the place of the installed package, if there is one."""
     spec = importlib.util.find_spec(package.root)
     if spec is None or spec.origin is None:
         return None
@@ -212,3 +179,57 @@ def _hiding(package: Package) -> Path | None:
         return place
     # An editable installation has no folder there, and hides nothing.
     return place if own.exists() and own.resolve() != place.resolve() else None
+
+
+class Outside(NamedTuple):
+    """An installed package whose version is not one that pmod-cli declares, e.g. ``<4,>=3.20``, and what mends it."""
+
+    name: str
+    installed: str
+    wanted: str
+    remedy: str
+
+
+def install_command(extra: str | None, *, upgrade: bool = False) -> str:
+    """The command that installs pmod-cli with one of its extras, or alone if None."""
+    target = f"'pmod-cli[{extra}]'" if extra else "pmod-cli"
+    return f"pip install {'--upgrade ' if upgrade else ''}{target}"
+
+
+def outside(extras: Sequence[str | None] = EXTRAS) -> list[Outside]:
+    """Installed packages whose versions are not those that pmod-cli and its extras declare; in order of the metadata.
+
+    There are none in a source tree, which has no metadata.
+    """
+    found: dict[str, Outside] = {}
+    for extra, requirement in _declared(extras):
+        name, wanted = requirement.name, requirement.specifier
+        number = version_of(name)
+        if number and not wanted.contains(number, prereleases=True):
+            found.setdefault(name, Outside(name, number, str(wanted), install_command(extra, upgrade=True)))
+    return list(found.values())
+
+
+def requirement_of(name: str) -> str:
+    """How pmod-cli asks for a package, e.g. ``lmms-eval<0.8,>=0.7.3``; its name alone if it does not."""
+    asked = (
+        f"{name}{requirement.specifier}" for _, requirement in _declared(EXTRAS) if requirement.name == name
+    )
+    return next(asked, name)
+
+
+def _declared(extras: Sequence[str | None]) -> Iterator[tuple[str | None, Requirement]]:
+    """The requirements that hold on this machine, each with the extra that brings it, None for pmod-cli itself."""
+    try:
+        from packaging.requirements import Requirement
+
+        lines = requires("pmod-cli") or []
+    except (ImportError, PackageNotFoundError):  # a broken environment, which other checks report
+        return
+    for line in lines:
+        requirement = Requirement(line)
+        marker = requirement.marker
+        for extra in dict.fromkeys((None, *extras)):
+            if marker is None or marker.evaluate({"extra": extra or ""}):
+                yield extra, requirement
+                break

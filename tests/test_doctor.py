@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pmod_cli import bounds
+from pmod_cli import extras
 from pmod_cli.doctor import commands, packages, probe
-from pmod_cli.doctor.attention import attention
+from pmod_cli.doctor.checks import attention
 from pmod_cli.extras import OPTIONAL
 
 BROKEN = {
@@ -146,14 +146,14 @@ def test_versions_outside_the_declared_bounds(tmp_path, monkeypatch):
     metadata(tmp_path, "pmod-cli", "9.9", *lines)
     metadata(tmp_path, "filelock", "4.3.1")
     monkeypatch.syspath_prepend(tmp_path)
-    found = {outside.name: outside for outside in bounds.outside()}
+    found = {outside.name: outside for outside in extras.outside()}
     assert list(found) == ["numpy", "filelock"]
     assert found["numpy"].remedy == "pip install --upgrade pmod-cli"
-    assert found["filelock"] == bounds.Outside(
+    assert found["filelock"] == extras.Outside(
         "filelock", "4.3.1", "<4,>=3.20", "pip install --upgrade 'pmod-cli[eval]'"
     )
-    assert [outside.name for outside in bounds.outside([None])] == ["numpy"]
-    assert bounds.requirement_of("filelock") == "filelock<4,>=3.20"
+    assert [outside.name for outside in extras.outside([None])] == ["numpy"]
+    assert extras.requirement_of("filelock") == "filelock<4,>=3.20"
 
 
 def test_a_dependency_that_does_not_fit_is_named_with_its_remedy(tmp_path):
@@ -209,4 +209,4 @@ def test_attention_is_what_a_pmod_model_really_gets():
 
 
 def test_every_optional_package_is_of_a_real_extra():
-    assert {package.extra for package in OPTIONAL.values()} <= set(bounds.EXTRAS)
+    assert {package.extra for package in OPTIONAL.values()} <= set(extras.EXTRAS)

@@ -21,7 +21,6 @@ LAYERS = (
 """From the top; a room may import those of lower layers."""
 
 WITHIN_A_LAYER = {("conversion", "profiling")}
-SAME_ROOM = {"bounds": "extras"}
 
 
 def arrows() -> set[tuple[str, str]]:
@@ -38,7 +37,6 @@ def arrows() -> set[tuple[str, str]]:
                 module = ".".join([*package, *filter(None, [node.module])])
                 names = [f"{module}.{alias.name}" for alias in node.names]
             found |= {(room, name.split(".")[1]) for name in names if name.startswith("pmod_cli.")}
-    found = {(SAME_ROOM.get(above, above), SAME_ROOM.get(below, below)) for above, below in found}
     return {(above, below) for above, below in found if above != below and "__" not in above + below}
 
 

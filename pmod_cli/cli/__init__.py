@@ -1,4 +1,4 @@
-"""The ``pmod`` command: one file a verb, registered here.
+"""The ``pmod`` program: one file per command, registered here.
 
 Nothing in this package imports torch or transformers at module level: ``pmod --help`` has to answer at once.
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from pmod_cli.cli.app import app, main
 
-# The order of registration is the order in ``pmod --help``: the order in which the verbs are used.
-for _verb in (
+# The order of registration is the order in ``pmod --help``: the order in which the commands are used.
+for _command in (
     "demo",
     "doctor",
     "convert",
@@ -21,6 +21,6 @@ for _verb in (
     "visualize",
     "report",
 ):
-    __import__(f"pmod_cli.cli.{_verb}")
+    __import__(f"pmod_cli.cli.{_command}")
 
 __all__ = ["app", "main"]

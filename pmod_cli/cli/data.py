@@ -9,10 +9,10 @@ import typer
 
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Images
-from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, show_lines, stdout
 from pmod_cli.output.errors import GateError
+from pmod_cli.output.progress import late_progress
 from pmod_cli.output.tables import Table
 
 data_app = typer.Typer(no_args_is_help=True, help="Training data: check it, clean it.")
@@ -63,7 +63,7 @@ def check_command(
         if model is not None:
             from pmod_cli.training.model import load_processor
     processor = load_processor(model, settings) if model is not None else None
-    with late_progress("check") as show:
+    with late_progress() as show:
         report = check_data(
             data,
             images,
@@ -71,7 +71,7 @@ def check_command(
             max_length=max_length if max_length is not None else settings.max_length,
             fix=fix,
             force=force,
-            progress=lambda done, total: show(done, total, ""),
+            progress=lambda done, total: show("check", done, total),
         )
     problems = report["problems"]
     if as_json:

@@ -12,8 +12,10 @@ import typer
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, stderr, stdout
+from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
 from pmod_cli.output.errors import GateError
+from pmod_cli.output.progress import late_progress
+from pmod_cli.output.tables import Table
 
 
 @app.command(
@@ -49,8 +51,8 @@ def demo_command(
         from pmod_cli.demo.job import DemoSettings, run_demo
 
     settings = DemoSettings(train_images, heldout_images, steps)
-    with _Bars() as bars:
-        report = run_demo(output, settings, lambda line: stderr.print(line, soft_wrap=True), bars.show)
+    with late_progress() as show:
+        report = run_demo(output, settings, lambda line: stderr.print(line, soft_wrap=True), show)
     if as_json:
         emit_json("demo", report)
     else:
@@ -60,73 +62,29 @@ def demo_command(
         raise GateError(f"missed: {'; '.join(missed)}", "see the targets below the table")
 
 
-class _Bars:
-    """One progress bar on stderr for each model that is trained or evaluated."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=stderr,
-            transient=True,
-            disable=not stderr.is_terminal,
-        )
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bars.stop()
-
-    def show(self, name: str, done: int, total: int) -> None:
-        """Move the bar of a step; the bar of the step before it goes."""
-        if not self.bars.tasks or self.bars.tasks[-1].description != name:
-            for task in self.bars.task_ids:
-                self.bars.remove_task(task)
-            self.bars.add_task(name, total=total)
-        self.bars.start()  # not before: an error found in time leaves no empty bar
-        self.bars.update(self.bars.task_ids[-1], completed=done)
-
-
 def _print(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    caption = f"FLOPs and KV cache of one sample; times of a batch of {report['batch']}"
-    table = Table(
-        title="p-MoD on the embedded example",
-        title_justify="left",
-        caption=caption,
-        caption_justify="left",
-    )
-    table.add_column("")
-    for row in report["rows"]:
-        table.add_column(row["model"], justify="right")
+    rows = []
     for kind in ("exact_match", *report["kinds"]):
         label = "accuracy, %" if kind == "exact_match" else f"  {kind}"
-        table.add_row(label, *(f"{row['accuracy'][kind]:.1f}" for row in report["rows"]))
-    table.add_section()
-    costs = [
+        rows.append([label, *(f"{row['accuracy'][kind]:.1f}" for row in report["rows"])])
+    for label, key, scale, digits in (
         ("prefill, MFLOPs", "prefill_flops", 1e-6, 1),
         ("KV cache, kB", "kv_bytes", 1e-3, 1),
         ("prefill, ms", "prefill_seconds", 1e3, 1),
         ("decode step, ms", "decode_seconds_per_token", 1e3, 2),
         ("parameters, M", "parameters", 1e-6, 3),
-    ]
-    for label, key, scale, digits in costs:
-        table.add_row(label, *(f"{scale * row[key]:.{digits}f}" for row in report["rows"]))
-    stdout.print(table)
+    ):
+        rows.append([label, *(f"{scale * row[key]:.{digits}f}" for row in report["rows"])])
+    header = ["", *(row["model"] for row in report["rows"])]
+    stdout.print(Table("p-MoD on the embedded example", header, rows).to_rich())
     ratios = report["ratios"]
-    stdout.print(
+    show_lines(
+        f"FLOPs and KV cache of one sample; times of a batch of {report['batch']}",
         f"p-MoD / dense: prefill FLOPs {ratios['prefill_flops']:.3f}, KV cache {ratios['kv_prefill']:.3f}, "
         f"prefill time {ratios['prefill_seconds']:.3f}, decode time {ratios['decode_seconds']:.3f}; "
-        f"wall time {report['wall_seconds']:.0f} s"
+        f"wall time {report['wall_seconds']:.0f} s",
     )
     for target in report["targets"]:
         mark = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
         stdout.print(f"{mark}  {target['name']}: {target['value']:.2f}, wanted {target['wanted']}")
-    for name, path in report["files"].items():
-        stdout.print(f"{name}: {path}", soft_wrap=True)
+    show_lines(*(f"{name}: {path}" for name, path in report["files"].items()))

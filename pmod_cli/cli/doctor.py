@@ -8,7 +8,7 @@ import typer
 
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson
-from pmod_cli.output.console import emit_json, stderr, stdout
+from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
 from pmod_cli.output.errors import PmodError
 
 
@@ -43,11 +43,8 @@ def doctor_command(
 
 def _first_problem(result: dict[str, Any]) -> tuple[str, str | None]:
     """What is broken, in a line, and what mends the first of it."""
-    bad = [
-        package
-        for package in result["packages"]
-        if package["status"] == "broken" or (package["status"] == "missing" and not package["optional"])
-    ]
+    needed = [each for each in result["packages"] if each["status"] == "broken" or not each["optional"]]
+    bad = [package for package in needed if package["status"] != "works"]
     if bad:
         names = ", ".join(package["name"] for package in bad)
         first = bad[0]["error"] or "it is not installed"
@@ -63,30 +60,25 @@ _MARKS = {"works": "[green]works[/green]", "missing": "not installed", "broken":
 
 
 def _show(result: dict[str, Any]) -> None:
-    rows: list[Any] = [("python", result["python"], _MARKS["works"], "")]
-    for package in result["packages"]:
-        notes = [note for note in (package["error"], package["remedy"]) if note]
-        rows.append((package["name"], package["version"] or "", _MARKS[package["status"]], "\n".join(notes)))
-    _print_table("Installed", ("package", "version", "", "what is wrong, what mends it"), rows)
-    for line in _machine(result):
-        stdout.print(line, markup=False, soft_wrap=True)
-    rows = []
-    for command in result["commands"]:
-        notes = [note for note in (command["reason"], command["remedy"]) if note]
-        notes += [f"{limit['what']}: {limit['remedy']}" for limit in command["limits"]]
-        mark = _MARKS["works"] if command["works"] else "[red]does not[/red]"
-        rows.append((command["command"], mark, "\n".join(notes)))
-    _print_table("Commands", ("command", "", "why, what mends it"), rows)
-
-
-def _print_table(title: str, header: tuple[str, ...], rows: list[Any]) -> None:
-    """Print a table that wraps its last column, which may hold anything and is not markup."""
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*header, title=title, title_justify="left")
-    for *cells, notes in rows:
-        table.add_row(*cells, escape(notes))
+    # Tables that wrap their last column, which may hold anything and is not markup.
+    table = Table(
+        "package", "version", "", "what is wrong, what mends it", title="Installed", title_justify="left"
+    )
+    table.add_row("python", result["python"], _MARKS["works"], "")
+    for package in result["packages"]:
+        notes = "\n".join(filter(None, (package["error"], package["remedy"])))
+        table.add_row(package["name"], package["version"] or "", _MARKS[package["status"]], escape(notes))
+    stdout.print(table)
+    show_lines(*_machine(result))
+    table = Table("command", "", "why, what mends it", title="Commands", title_justify="left")
+    for command in result["commands"]:
+        limits = [f"{limit['what']}: {limit['remedy']}" for limit in command["limits"]]
+        notes = "\n".join(filter(None, (command["reason"], command["remedy"], *limits)))
+        mark = _MARKS["works"] if command["works"] else "[red]does not[/red]"
+        table.add_row(command["command"], mark, escape(notes))
     stdout.print(table)
 
 

@@ -9,9 +9,9 @@ import typer
 
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Images, Overrides, RecipeName
-from pmod_cli.cli.progress import late_progress
 from pmod_cli.extras import require_if_installed, starting
 from pmod_cli.output.console import emit_json, show_lines, stderr
+from pmod_cli.output.progress import late_progress
 from pmod_cli.output.tables import Table
 
 
@@ -59,7 +59,7 @@ def finetune_command(
         from pmod_cli.training.monitor import progress_text
 
     logging.disable_progress_bar()  # one bar is enough
-    with late_progress("train") as show:
+    with late_progress() as show:
         result = finetune(
             model,
             data,
@@ -68,7 +68,7 @@ def finetune_command(
             recipe=chosen,
             resume=resume,
             force=force,
-            progress=lambda done, total, latest: show(done, total, progress_text(latest)),
+            progress=lambda done, total, latest: show("train", done, total, progress_text(latest)),
             announce=_announce,
             merge_lora=merge,
         )

@@ -34,13 +34,8 @@ class HeldoutQuestion:
 def write_training_data(folder: Path, n_images: int, seed: int = TRAIN_SEED) -> tuple[Path, Path]:
     """Write conversations in the LLaVA format: one question of each kind about each picture, in a random order.
 
-    Args:
-        folder: Where to write `train.json` and `images/`; what is already there is replaced.
-        n_images: How many pictures.
-        seed: Seed of the pictures and the questions.
-
     Returns:
-        The path of the JSON file and that of the folder of pictures.
+        ``train.json`` and the folder ``images`` in the folder, which is replaced.
     """
     rng = random.Random(seed)
     with replacing_folder(folder) as temporary:
@@ -53,9 +48,8 @@ def write_training_data(folder: Path, n_images: int, seed: int = TRAIN_SEED) -> 
             world.render(scene).save(images / name)
             turns: list[dict[str, str]] = []
             for question in world.ask_each(rng, scene):
-                opening = "" if turns else "<image>\n"
-                turns.append({"from": "human", "value": opening + question.text})
-                turns.append({"from": "gpt", "value": question.answer})
+                text = question.text if turns else f"<image>\n{question.text}"
+                turns += {"from": "human", "value": text}, {"from": "gpt", "value": question.answer}
             records.append({"id": f"train-{index:05d}", "image": name, "conversations": turns})
         (temporary / "train.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     return folder / "train.json", folder / "images"
@@ -71,9 +65,6 @@ def heldout_samples(
         seed: Seed of the pictures and the questions.
         shuffle: Show each question with another picture than its own. A model that still answers better than
             by guessing does not look at the picture. Questions and answers stay the same.
-
-    Returns:
-        The samples, picture by picture.
     """
     if shuffle and n_images < 2:
         raise ValueError(f"shuffling needs two images at least, not {n_images}")
@@ -96,27 +87,18 @@ def heldout_samples(
 def write_heldout(folder: Path, n_images: int, seed: int = HELDOUT_SEED, shuffle: bool = False) -> Path:
     """Write held-out questions so that `datasets.load_dataset(str(folder))` opens them as the split `test`.
 
-    Args:
-        folder: Where to write `data/test-00000-of-00001.parquet`; what is already there is replaced.
-        n_images: How many pictures; each brings one row for each of `world.KINDS`.
-        seed: Seed of the pictures and the questions.
-        shuffle: Whether questions get each other's pictures, see `heldout_samples`.
+    Arguments are those of `heldout_samples`; what is already in the folder is replaced.
 
     Returns:
         The folder. Columns: `image`, `question`, `answer`, `kind`, `question_id`.
     """
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
+    from datasets import Dataset
 
-    text = Value("string")
-    features = Features(
-        {"image": ImageFeature(), "question": text, "answer": text, "kind": text, "question_id": text}
-    )
     rows = [vars(sample) for sample in heldout_samples(n_images, seed, shuffle=shuffle)]
     with replacing_folder(folder) as temporary:
         parquet = temporary / "data" / "test-00000-of-00001.parquet"
         parquet.parent.mkdir()
-        Dataset.from_list(rows, features=features).to_parquet(parquet)
+        Dataset.from_list(rows).to_parquet(parquet)
     return folder
 
 

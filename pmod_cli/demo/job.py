@@ -1,36 +1,38 @@
 """The whole job on the embedded example: baseline, convert, fine-tune, profile, evaluate, compare.
 
-Every step calls the function behind a public command, and shows that command as a user would type it. The functions
-are imported where they are called: `check_packages` has to come first.
+Every step but the first two is what a public command does, shown as a user would type it. What is finished is kept,
+and reused as long as nothing before it changed.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from pmod_cli import __version__
 from pmod_cli.demo import data, world
-from pmod_cli.demo.steps import Steps
 from pmod_cli.extras import require, require_if_installed
-from pmod_cli.output.errors import GateError
-from pmod_cli.output.files import tag, write_json
+from pmod_cli.output.errors import GateError, PmodError
+from pmod_cli.output.files import read_json, tag, write_json
 
 BASELINE = Path(__file__).parent / "assets" / "baseline"
 """The trained baseline that travels with the package (see ``docs/demo.md``)."""
 
-TASK = "pmod_demo"
-SHUFFLED = f"{TASK}_shuffled"
+TASK, SHUFFLED = "pmod_demo", "pmod_demo_shuffled"
 QUESTION = "How many shapes are there?"
 """Asked about the picture whose patches are drawn; the model needs all of the picture for it."""
 
 BATCH = 32
-"""Samples of a batch, for evaluation and for timing: one sample alone is too small for its FLOPs to show in time."""
+"""Samples per batch, for evaluation and for timing: one sample alone is too small for its FLOPs to show in time."""
 
 LABELS = {
     "baseline": "baseline",
@@ -40,19 +42,19 @@ LABELS = {
 }
 """What the models' folders are called in tables and in the report."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is going on, how much of it is done, and how much there is."""
+EVALUATIONS = {
+    LABELS["baseline"]: ("eval-baseline", "baseline", "baseline", TASK),
+    "baseline, images shuffled": ("eval-shuffled", "baseline", "baseline", SHUFFLED),
+    LABELS["dense-control"]: ("eval-dense", "finetune-dense", "dense-control", TASK),
+    LABELS["pmod-start"]: ("eval-pmod-start", "convert", "pmod-start", TASK),
+    LABELS["pmod"]: ("eval-pmod", "finetune-pmod", "pmod", TASK),
+}
+"""By row of the table: the step, the step that makes its model, the model's folder, and the task."""
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How large the demo is.
-
-    Attributes:
-        train_images: Pictures to fine-tune on, one question of each kind about each.
-        heldout_images: Pictures to evaluate on, likewise.
-        steps: Optimizer steps of fine-tuning, the same for p-MoD and the dense control.
-    """
+    """How large the demo is: pictures to fine-tune on and to evaluate on, and optimizer steps of each model."""
 
     train_images: int = 1600
     heldout_images: int = 120
@@ -63,7 +65,7 @@ def run_demo(
     folder: Path,
     settings: DemoSettings,
     announce: Callable[[str], None],
-    progress: Progress | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Run the demo, or what is left of it.
 
@@ -71,53 +73,52 @@ def run_demo(
         folder: Everything goes under it.
         settings: Its size.
         announce: Called with a line of (rich) text before each step.
-        progress: Called while models are trained and evaluated.
+        progress: Called while models are trained and evaluated: the step, how much is done, of how much.
 
     Returns:
         The report, which is also written to ``folder/report.json``: ``rows`` (one for each model), ``kinds``,
         ``targets`` (each with ``met``), ``seconds`` by step, ``retention``, ``files``.
 
     Raises:
-        MissingExtraError: See `check_packages`; nothing has been made then.
-        BrokenPackageError: Likewise.
+        MissingExtraError: A package that a step needs is not installed; nothing has been made then.
+        BrokenPackageError: It cannot be imported; likewise.
     """
-    check_packages()
-    from pmod_cli.demo.summary import draw_layers, retention, summarize
+    from pmod_cli.demo.summary import accuracy, retention, summarize
+    from pmod_cli.evaluation.catalogue import import_lmms_eval
     from pmod_cli.report import write_report
 
+    # All that a later step needs: nothing should be found missing after minutes of training.
+    import_lmms_eval()
+    require("fvcore")
+    require("matplotlib")
+    require_if_installed("peft")  # transformers' Trainer imports it wherever it is
+
     folder = folder.resolve()
-    demo = _Demo(folder, settings, Steps(folder, announce), progress or (lambda *_: None))
-    demo.make_data()
-    demo.copy_baseline()
-    demo.convert()
-    demo.finetune("finetune-pmod", "pmod-start", "pmod", "convert")
-    demo.finetune("finetune-dense", "baseline", "dense-control", "baseline")
-    profiled = demo.profile()
-    accuracies = {
-        "baseline": demo.evaluate("eval-baseline", "baseline", "baseline"),
-        "baseline, images shuffled": demo.evaluate("eval-shuffled", "baseline", "baseline", SHUFFLED),
-        LABELS["dense-control"]: demo.evaluate("eval-dense", "dense-control", "finetune-dense"),
-        LABELS["pmod-start"]: demo.evaluate("eval-pmod-start", "pmod-start", "convert"),
-        LABELS["pmod"]: demo.evaluate("eval-pmod", "pmod", "finetune-pmod"),
-    }
-    kept = retention(demo.visualize())
+    models = folder / "models"
+    steps = _Steps(folder / "steps", announce)
+    made = steps.run("data", vars(settings), lambda: _make_data(folder, settings))
+    shipped = [(path.name, sha256(path.read_bytes()).hexdigest()) for path in sorted(BASELINE.iterdir())]
+    steps.run("baseline", shipped, lambda: _copy_baseline(models / "baseline"))
     files = {
-        name: folder / file
-        for name, file in {
-            "json": "report.json",
-            "layers": "layers.png",
-            "kept_patches": "kept_patches.png",
-            "visualize": "visualize.html",
-            "report": "report.html",
-        }.items()
+        "json": folder / "report.json",
+        "layers": folder / "layers.png",
+        "kept_patches": folder / "kept_patches.png",
+        "visualize": folder / "visualize.html",
+        "report": folder / "report.html",
     }
-    draw_layers(files["layers"], profiled, kept, BATCH)
-    report = summarize(accuracies, profiled, kept, demo.made["guessing"], BATCH) | {
-        "seconds": demo.steps.seconds,
-        "wall_seconds": sum(demo.steps.seconds.values()),
+    show = progress or (lambda *_: None)
+    results = {
+        name: steps.run(name, words, action, needs, words[0])
+        for name, (needs, words, action) in _commands(folder, settings, files, show).items()
+    }
+    accuracies = {label: accuracy(results[name]) for label, (name, *_) in EVALUATIONS.items()}
+    kept = retention(results["visualize"])
+    report = summarize(accuracies, results["profile"], kept, made["guessing"], BATCH) | {
+        "seconds": steps.seconds,
+        "wall_seconds": sum(steps.seconds.values()),
         "batch": BATCH,
         "settings": vars(settings),
-        "models": {str(demo.models / name): label for name, label in LABELS.items()},
+        "models": {str(models / name): label for name, label in LABELS.items()},
         "files": {name: str(path) for name, path in files.items()},
     }
     write_json(files["json"], tag("demo") | report)  # before the page, which takes the models' names from it
@@ -125,176 +126,196 @@ def run_demo(
     return report
 
 
-def check_packages() -> None:
-    """Import every optional package that a later step needs: none of them should fail after minutes of training.
+def _commands(
+    folder: Path, settings: DemoSettings, files: dict[str, Path], show: Callable[[str, int, int], None]
+) -> dict[str, tuple[list[str], list[str], Callable[[], dict[str, Any]]]]:
+    """By name of its step, each command: the steps that it builds on, its words, and what does it."""
+    baseline, control, start, tuned = (folder / "models" / name for name in LABELS)
+    train, images = folder / "data" / "train" / "train.json", folder / "data" / "train" / "images"
+    limit, tasks, picture = (
+        f"train.max_steps={settings.steps}",
+        folder / "tasks",
+        folder / "data" / "example.png",
+    )
+    steps = ["--data", train, "--images", images, "--recipe", "demo", "--set", limit, "--force"]
+    latency = ["--latency", "--dtype", "float32", "--new-tokens", 16, "--batch", BATCH]
+    latency += ["--plot", files["layers"], "--force"]
+    asked = ["--image", picture, "--prompt", QUESTION, "--max-new-tokens", 8]
+    drawn = ["-o", files["kept_patches"], "--html", files["visualize"], "--force"]
+    fine_tuned = ["finetune-pmod", "finetune-dense"]
+    table: dict[str, tuple[list[str], list[Any], Callable[[], dict[str, Any]]]] = {
+        "convert": (
+            ["baseline"],
+            ["convert", baseline, start, "--recipe", "demo", "--force"],
+            partial(_convert, baseline, start),
+        )
+    }
+    for name, need, model, output in (
+        ("finetune-pmod", "convert", start, tuned),
+        ("finetune-dense", "baseline", baseline, control),
+    ):
+        table[name] = (
+            ["data", need],
+            ["finetune", model, "--output", output, *steps],
+            partial(_finetune, model, output, train, images, limit, partial(show, name)),
+        )
+    table["profile"] = (
+        fine_tuned,
+        ["profile", tuned, "--baseline", control, *latency],
+        partial(_profile, tuned, control, files["layers"]),
+    )
+    for name, need, model_name, task in EVALUATIONS.values():
+        model, output = folder / "models" / model_name, folder / "eval" / name
+        given = ["--include-path", tasks, "--batch-size", BATCH, "--output", output]
+        table[name] = (
+            ["data", need],
+            ["eval", model, "--tasks", task, *given],
+            partial(_evaluate, model, task, tasks, output, lambda *at, name=name: show(name, *at[-2:])),
+        )
+    table["visualize"] = (
+        ["data", *fine_tuned],
+        ["visualize", tuned, "--baseline", control, *asked, *drawn],
+        partial(_visualize, tuned, control, picture, files),
+    )
+    return {name: (needs, list(map(str, words)), action) for name, (needs, words, action) in table.items()}
 
-    Raises:
-        MissingExtraError: One is not installed.
-        BrokenPackageError: One is installed and cannot be imported.
+
+def _convert(source: Path, output: Path) -> dict[str, Any]:
+    from pmod_cli.conversion.convert import convert
+    from pmod_cli.conversion.plan import plan_conversion
+    from pmod_cli.recipe import load_recipe
+
+    plan = plan_conversion(source, recipe=load_recipe("demo"))
+    return convert(plan, output, force=True) | {"pushed_to": None}
+
+
+def _finetune(
+    model: Path, output: Path, data: Path, images: Path, limit: str, show: Callable[[int, int], None]
+) -> dict[str, Any]:
+    from transformers.utils import logging
+
+    from pmod_cli.recipe import load_recipe
+    from pmod_cli.training.finetune import finetune
+
+    logging.disable_progress_bar()  # one bar is enough
+    recipe = load_recipe("demo", [limit])
+    return finetune(
+        str(model),
+        str(data),
+        images,
+        output,
+        recipe=recipe,
+        force=True,
+        progress=lambda done, total, _: show(done, total),
+    )
+
+
+def _profile(model: Path, control: Path, picture: Path) -> dict[str, Any]:
+    from pmod_cli.profiling.options import ProfileOptions
+    from pmod_cli.profiling.plots import plot_profile
+    from pmod_cli.profiling.profile import profile
+    from pmod_cli.profiling.subject import find_subject
+
+    options = ProfileOptions(latency=True, dtype="float32", new_tokens=16, batch=BATCH)
+    result = profile(find_subject(str(model), baseline=str(control)), options)
+    plot_profile(result, picture)
+    return result
+
+
+def _evaluate(
+    model: Path, task: str, tasks: Path, output: Path, progress: Callable[..., None]
+) -> dict[str, Any]:
+    from pmod_cli.evaluation.evaluate import evaluate
+    from pmod_cli.evaluation.options import EvalSettings
+
+    settings = EvalSettings(batch_size=BATCH)
+    result = evaluate(
+        str(model), [task], include_path=tasks, output=output, settings=settings, progress=progress
+    )
+    if result.failed_samples:
+        raise GateError(f"{result.failed_samples} samples failed", result.first_failure)
+    return result.to_dict() | {"missed": []}
+
+
+def _visualize(model: Path, control: Path, picture: Path, files: dict[str, Path]) -> dict[str, Any]:
+    from pmod_cli.visualize.options import VisualizeOptions
+    from pmod_cli.visualize.visualize import visualize
+
+    drawn: dict[str, Any] = {"output": files["kept_patches"], "html": files["visualize"], "force": True}
+    how: dict[str, Any] = {"baseline": str(control), "max_new_tokens": 8}
+    return visualize(VisualizeOptions(str(model), picture, QUESTION, **drawn, **how))
+
+
+class _Steps:
+    """The finished steps of a demo.
+
+    Each step has a file ``NAME.json`` with its result, its wall time and a digest of all that it depends on: its own
+    arguments, the steps it builds on, and the version of pmod.
+
+    Args:
+        folder: Where the files are.
+        announce: Called with a line of text before each step.
     """
-    from pmod_cli.evaluation.catalogue import import_lmms_eval
 
-    import_lmms_eval()
-    require("fvcore")
-    require("matplotlib")
-    require_if_installed("peft")  # transformers' Trainer imports it wherever it is
+    def __init__(self, folder: Path, announce: Callable[[str], None]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.announce = folder, announce
+        self.seconds: dict[str, float] = {}
+        self._digests: dict[str, str] = {}
+
+    def run(
+        self, name: str, key: Any, action: Callable[[], Any], needs: Sequence[str] = (), command: str = "demo"
+    ) -> Any:
+        """The result of a step, from its file if it is finished.
+
+        Args:
+            name: Of the step; a file name.
+            key: Its arguments, in what JSON can write: of a command, its words.
+            action: Does the work.
+            needs: Steps that it builds on, run before.
+            command: Whose result it is; `pmod report` reads it.
+        """
+        parts = [__version__, command, key, [self._digests[need] for need in needs]]
+        digest = self._digests[name] = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        path = self.folder / f"{name}.json"
+        try:
+            finished = read_json(path)
+        except PmodError:
+            finished = {}
+        if finished.get("digest") == digest:
+            self.announce(f"[dim]{name}: finished before, reused[/dim]")
+            self.seconds[name] = finished["seconds"]
+            return finished["result"]
+        if command != "demo":
+            self.announce(f"[bold cyan]$ pmod {shlex.join(key)}[/bold cyan]")
+        started = time.perf_counter()
+        result = action()
+        self.seconds[name] = time.perf_counter() - started
+        known = {"digest": digest, "seconds": self.seconds[name]}
+        write_json(path, tag(command) | known | {"result": result})
+        return result
 
 
-class _Demo:
-    """The steps of one run."""
-
-    def __init__(self, folder: Path, settings: DemoSettings, steps: Steps, progress: Progress) -> None:
-        self.folder, self.settings, self.steps, self.progress = folder, settings, steps, progress
-        self.models = folder / "models"
-        self.made: dict[str, Any] = {}
-
-    def make_data(self) -> None:
-        self.made = self.steps.run(
-            "data", vars(self.settings), lambda: _make_data(self.folder, self.settings)
-        )
-
-    def copy_baseline(self) -> None:
-        destination = self.models / "baseline"
-
-        def copy() -> dict[str, str]:
-            with data.replacing_folder(destination) as partial:
-                shutil.copytree(BASELINE, partial, dirs_exist_ok=True)
-            return {"model": str(destination)}
-
-        files = [(path.name, sha256(path.read_bytes()).hexdigest()) for path in sorted(BASELINE.iterdir())]
-        self.steps.run("baseline", files, copy)
-
-    def convert(self) -> None:
-        from pmod_cli.conversion.convert import convert
-        from pmod_cli.conversion.plan import plan_conversion
-        from pmod_cli.recipe import load_recipe
-
-        source, output = self.models / "baseline", self.models / "pmod-start"
-
-        def action() -> dict[str, Any]:
-            plan = plan_conversion(source, recipe=load_recipe("demo"))
-            return convert(plan, output, force=True) | {"pushed_to": None}
-
-        self.steps.command(
-            "convert", ["convert", source, output, "--recipe", "demo", "--force"], action, ["baseline"]
-        )
-
-    def finetune(self, step: str, source: str, output: str, need: str) -> None:
-        """Fine-tune one model into another; both are folders of ``models``."""
-        from transformers.utils import logging
-
-        from pmod_cli.recipe import load_recipe
-        from pmod_cli.training.finetune import finetune
-
-        logging.disable_progress_bar()  # one bar is enough
-        model, tuned = self.models / source, self.models / output
-        train, images = self.made["train"], self.made["images"]
-        limit = f"train.max_steps={self.settings.steps}"
-
-        def action() -> dict[str, Any]:
-            return finetune(
-                str(model),
-                train,
-                Path(images),
-                tuned,
-                recipe=load_recipe("demo", [limit]),
-                force=True,
-                progress=lambda done, total, _: self.progress(step, done, total),
-            )
-
-        words = ["finetune", model, "--data", train, "--images", images, "--output", tuned]
-        self.steps.command(
-            step, [*words, "--recipe", "demo", "--set", limit, "--force"], action, ["data", need]
-        )
-
-    def profile(self) -> dict[str, Any]:
-        from pmod_cli.profiling.options import ProfileOptions
-        from pmod_cli.profiling.profile import profile
-        from pmod_cli.profiling.subject import find_subject
-
-        model, control = self.models / "pmod", self.models / "dense-control"
-
-        def action() -> dict[str, Any]:
-            subject = find_subject(str(model), baseline=str(control))
-            options = ProfileOptions(latency=True, dtype="float32", new_tokens=16, batch=BATCH)
-            return profile(subject, options)
-
-        how = ["--latency", "--dtype", "float32", "--new-tokens", "16", "--batch", str(BATCH)]
-        return self.steps.command(
-            "profile",
-            ["profile", model, "--baseline", control, *how],
-            action,
-            ["finetune-pmod", "finetune-dense"],
-        )
-
-    def evaluate(self, step: str, name: str, need: str, task: str = TASK) -> dict[str, float]:
-        """Evaluate the model ``models/NAME``: accuracy in points, by kind of question and overall."""
-        from pmod_cli.demo.summary import accuracy
-        from pmod_cli.evaluation.evaluate import evaluate
-        from pmod_cli.evaluation.options import EvalSettings
-
-        model, output = self.models / name, self.folder / "eval" / step
-
-        def action() -> dict[str, Any]:
-            result = evaluate(
-                str(model),
-                [task],
-                include_path=self.made["tasks"],
-                output=output,
-                settings=EvalSettings(batch_size=BATCH),
-                progress=lambda _role, _task, done, total: self.progress(step, done, total),
-            )
-            if result.failed_samples:
-                raise GateError(f"{result.failed_samples} samples failed", result.first_failure)
-            return result.to_dict() | {"missed": []}
-
-        words = ["eval", model, "--tasks", task, "--include-path", self.made["tasks"]]
-        words += ["--batch-size", str(BATCH), "--output", output]
-        return accuracy(self.steps.command(step, words, action, ["data", need]))
-
-    def visualize(self) -> dict[str, Any]:
-        from pmod_cli.visualize.options import VisualizeOptions
-        from pmod_cli.visualize.visualize import visualize
-
-        model, control = self.models / "pmod", self.models / "dense-control"
-        files: dict[str, Any] = {
-            "output": self.folder / "kept_patches.png",
-            "html": self.folder / "visualize.html",
-        }
-        picture = self.made["picture"]
-
-        def action() -> dict[str, Any]:
-            how: dict[str, Any] = {"baseline": str(control), "max_new_tokens": 8, "force": True}
-            return visualize(VisualizeOptions(str(model), Path(picture), QUESTION, **files, **how))
-
-        words = ["visualize", model, "--image", picture, "--prompt", QUESTION, "--baseline", control]
-        words += ["-o", files["output"], "--html", files["html"], "--max-new-tokens", "8", "--force"]
-        return self.steps.command("visualize", words, action, ["data", "finetune-pmod", "finetune-dense"])
+def _copy_baseline(destination: Path) -> dict[str, str]:
+    with data.replacing_folder(destination) as partial:
+        shutil.copytree(BASELINE, partial, dirs_exist_ok=True)
+    return {"model": str(destination)}
 
 
 def _make_data(folder: Path, settings: DemoSettings) -> dict[str, Any]:
-    """Draw the pictures and write them in both forms; returns where they are."""
+    """Draw the pictures and write them in both forms."""
     from pmod_cli.evaluation.tasks import write_task
 
-    train, images = data.write_training_data(folder / "data" / "train", settings.train_images)
-    tasks = folder / "tasks"
+    train, _ = data.write_training_data(folder / "data" / "train", settings.train_images)
     for name in (TASK, SHUFFLED):
-        questions = data.write_heldout(
-            folder / "data" / name, settings.heldout_images, shuffle=name == SHUFFLED
-        )
-        write_task(tasks, name, questions, world.KINDS)
+        place = folder / "data" / name
+        questions = data.write_heldout(place, settings.heldout_images, shuffle=name == SHUFFLED)
+        write_task(folder / "tasks", name, questions, world.KINDS)
     heldout = data.heldout_samples(settings.heldout_images)
-    picture = folder / "data" / "example.png"
     # A picture of two shapes shows more than one of one.
     example = next((question for question in heldout if question.answer == "two"), heldout[0])
-    example.image.save(picture)
-    return {
-        "train": str(train),
-        "images": str(images),
-        "tasks": str(tasks),
-        "picture": str(picture),
-        "guessing": _guessing_level(train, heldout),
-    }
+    example.image.save(folder / "data" / "example.png")
+    return {"guessing": _guessing_level(train, heldout)}
 
 
 def _guessing_level(train: Path, heldout: list[data.HeldoutQuestion]) -> float:

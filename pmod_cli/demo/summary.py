@@ -1,19 +1,14 @@
-"""What the demo found: the table's rows, the targets, and the picture of costs by layer."""
+"""What the demo found: the table's rows, and the targets."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from pmod_cli import plots
 from pmod_cli.demo import world
 from pmod_cli.modeling.schedule import kept_tokens, mean_retention
 
 GUESSING_MARGIN = 5.0
 """Points above text-only guessing that the shuffled baseline may score: two standard errors of the sample."""
-
-_BASELINE, _SHUFFLED = "baseline", "baseline, images shuffled"
-_CONTROL, _TUNED = "dense, fine-tuned (control)", "p-MoD, fine-tuned"
 
 
 def accuracy(evaluated: dict[str, Any]) -> dict[str, float]:
@@ -25,11 +20,7 @@ def accuracy(evaluated: dict[str, Any]) -> dict[str, float]:
 
 
 def retention(seen: dict[str, Any]) -> dict[str, Any]:
-    """What each layer really kept of one picture, and what its schedule says.
-
-    Args:
-        seen: What `visualize` returns of the fine-tuned model.
-    """
+    """What each layer really kept of one picture, by `visualize`, and what its schedule says."""
     number = seen["vision_tokens"]
     ratios = [layer["ratio"] for layer in seen["layers"]]
     return {
@@ -87,53 +78,16 @@ def _cost(profiled: dict[str, Any], role: str, batch: int) -> dict[str, Any]:
 
 def _targets(overall: dict[str, float], kept: dict[str, Any], guessing: float) -> list[dict[str, Any]]:
     """What the example has to reach: accuracies in points, and the schedule's retention."""
-    difference = overall[_TUNED] - overall[_CONTROL]
-    tokens = kept["vision_tokens"] * len(kept["kept"])
+    baseline, shuffled, control, _, tuned = overall.values()
     most = guessing + GUESSING_MARGIN
+    tokens = kept["vision_tokens"] * len(kept["kept"])
+    measured, scheduled = (100 * sum(kept[key]) / tokens for key in ("kept", "scheduled"))
+    upper = f"at most {most:.1f} (guessing {guessing:.1f})"
+    same = kept["kept"] == kept["scheduled"]
     rows = [
-        ("baseline on held-out pictures", overall[_BASELINE], "at least 90", overall[_BASELINE] >= 90),
-        (
-            "baseline with shuffled pictures",
-            overall[_SHUFFLED],
-            f"at most {most:.1f} (guessing {guessing:.1f})",
-            overall[_SHUFFLED] <= most,
-        ),
-        ("p-MoD against the dense control", difference, "at least -2", difference >= -2),
-        (
-            "mean vision-token retention, %",
-            100 * sum(kept["kept"]) / tokens,
-            f"the schedule's {100 * sum(kept['scheduled']) / tokens:.2f}",
-            kept["kept"] == kept["scheduled"],
-        ),
+        ("baseline on held-out pictures", baseline, "at least 90", baseline >= 90),
+        ("baseline with shuffled pictures", shuffled, upper, shuffled <= most),
+        ("p-MoD against the dense control", tuned - control, "at least -2", tuned - control >= -2),
+        ("mean vision-token retention, %", measured, f"the schedule's {scheduled:.2f}", same),
     ]
     return [dict(zip(("name", "value", "wanted", "met"), row, strict=True)) for row in rows]
-
-
-@plots.look()
-def draw_layers(path: Path, profiled: dict[str, Any], kept: dict[str, Any], batch: int) -> None:
-    """Draw retention by layer above prefill FLOPs by layer, dense beside p-MoD.
-
-    Args:
-        path: The PNG to write.
-        profiled: See `summarize`.
-        kept: See `retention`.
-        batch: Samples of the batch that was profiled.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    ratios = kept["ratios"]
-    figure, axes = plots.figure(2, 1, (6, 4.6), sharex=True)
-    above, below = axes[:, 0]
-    layers = range(len(ratios))
-    colours = [plots.DENSE if ratio is None else plots.PMOD for ratio in ratios]
-    above.bar(layers, [100 if ratio is None else 100 * ratio for ratio in ratios], 0.72, color=colours)
-    above.set(ylabel="vision tokens kept, %", ylim=(0, 105))
-    width = 0.38
-    for offset, role in ((-width / 2, "dense"), (width / 2, "pmod")):
-        heights = [layer["flops"] / batch / 1e6 for layer in profiled[role]["prefill"]["layers"]]
-        centres = [layer + offset for layer in layers]
-        below.bar(centres, heights, width, color=plots.COLOURS[role], label=plots.NAMES[role])
-    below.set(xlabel="decoder layer", ylabel="prefill MFLOPs per sample", xticks=layers)
-    below.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
-    plots.save(figure, path, title="Retention and prefill FLOPs by layer")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,11 +34,11 @@ SHAPES = ("circle", "square", "triangle", "cross")
 PLACES: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1)}
 NUMBERS = ("zero", "one", "two")
 KINDS = ("colour", "shape", "place", "exists", "count")
-"""Kinds of question with a one-word answer. A further kind, `list`, is for training only."""
+"""Kinds of question; every answer is one word."""
 
 Split = Literal["train", "heldout"]
 
-_PHRASES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
+PHRASES = {"left": "on the left", "right": "on the right", "top": "at the top", "bottom": "at the bottom"}
 _AXES = (("left", "right"), ("top", "bottom"))
 _OVERSAMPLE = 2
 _HELDOUT_SHARE = 8  # one scene in so many is a held-out one
@@ -81,13 +80,7 @@ class Question:
 
 
 def draw_scene(rng: random.Random, split: Split, n_items: int | None = None) -> Scene:
-    """Draw a scene of a split.
-
-    Args:
-        rng: The source of chance.
-        split: Which split the scene has to belong to.
-        n_items: How many shapes, 1 or 2; None lets chance decide, evenly.
-    """
+    """Draw a scene of a split, with one or two shapes; with None, chance decides evenly."""
     while True:
         count = n_items if n_items is not None else rng.choice((1, 2))
         places = [rng.choice(list(PLACES))] if count == 1 else list(rng.choice(_AXES))
@@ -117,57 +110,36 @@ def render(scene: Scene) -> Image.Image:
     for item in scene.items:
         red, green, blue = (min(255, max(0, level + item.shade)) for level in COLOURS[item.colour])
         x, y, r = (value * _OVERSAMPLE for value in (item.x, item.y, item.radius))
-        _PAINTERS[item.shape](canvas, x, y, r, (red, green, blue))
+        _paint(canvas, item.shape, x, y, r, (red, green, blue))
     return image.reduce(_OVERSAMPLE)
 
 
-def _circle(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
-    canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-
-
-def _square(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
-    half = round(r * 0.88)
-    canvas.rectangle((x - half, y - half, x + half, y + half), fill=fill)
-
-
-def _triangle(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
-    angles, reach = (0.0, math.tau / 3, -math.tau / 3), 1.15 * r
-    canvas.polygon([(x + reach * math.sin(a), y - reach * math.cos(a)) for a in angles], fill=fill)
-
-
-def _cross(canvas: ImageDraw.ImageDraw, x: int, y: int, r: int, fill: tuple[int, int, int]) -> None:
-    arm = round(r * 0.36)
-    canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
-    canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
-
-
-_PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, int, int, int, tuple[int, int, int]], None]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
-}
+def _paint(
+    canvas: ImageDraw.ImageDraw, shape: str, x: int, y: int, r: int, fill: tuple[int, int, int]
+) -> None:
+    if shape == "circle":
+        canvas.ellipse((x - r, y - r, x + r, y + r), fill=fill)
+    elif shape == "square":
+        half = round(r * 0.88)
+        canvas.rectangle((x - half, y - half, x + half, y + half), fill=fill)
+    elif shape == "triangle":
+        angles, reach = (0.0, math.tau / 3, -math.tau / 3), 1.15 * r
+        canvas.polygon([(x + reach * math.sin(a), y - reach * math.cos(a)) for a in angles], fill=fill)
+    else:
+        arm = round(r * 0.36)
+        canvas.rectangle((x - r, y - arm, x + r, y + arm), fill=fill)
+        canvas.rectangle((x - arm, y - r, x + arm, y + r), fill=fill)
 
 
 def ask(rng: random.Random, scene: Scene, kind: str) -> Question:
-    """Ask a question of one kind about a scene.
-
-    Args:
-        rng: The source of chance.
-        scene: The scene.
-        kind: One of `KINDS`, or `list`.
-
-    Raises:
-        ValueError: If there is no such kind.
-    """
-    if kind == "list":
-        return Question(kind, "List the shapes.", _list_items(rng, scene))
+    """Ask a question about a scene, of one of `KINDS`; any other kind is a `ValueError`."""
     item = rng.choice(scene.items)
+    place = PHRASES[item.place]
     if kind == "colour":
-        texts = (f"What colour is the shape {_PHRASES[item.place]}?", f"What colour is the {item.shape}?")
+        texts = (f"What colour is the shape {place}?", f"What colour is the {item.shape}?")
         return Question(kind, rng.choice(texts), item.colour)
     if kind == "shape":
-        texts = (f"What shape is {_PHRASES[item.place]}?", f"What shape is {item.colour}?")
+        texts = (f"What shape is {place}?", f"What shape is {item.colour}?")
         return Question(kind, rng.choice(texts), item.shape)
     if kind == "place":
         texts = (f"Where is the {item.shape}?", f"Where is the {item.colour} shape?")
@@ -176,7 +148,7 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> Question:
         return _ask_exists(rng, scene, item)
     if kind == "count":
         return Question(kind, "How many shapes are there?", NUMBERS[len(scene.items)])
-    raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join((*KINDS, 'list'))}")
+    raise ValueError(f"unknown kind of question {kind!r}: expected one of {', '.join(KINDS)}")
 
 
 def _ask_exists(rng: random.Random, scene: Scene, item: Item) -> Question:
@@ -192,25 +164,6 @@ def _ask_exists(rng: random.Random, scene: Scene, item: Item) -> Question:
     return Question("exists", f"Is there a {colour} {shape}?", "yes" if truth else "no")
 
 
-def _list_items(rng: random.Random, scene: Scene) -> str:
-    """All that the questions ask for, as in `left red circle, blue square right`, in a random order."""
-    items = rng.sample(scene.items, len(scene.items))
-    return ", ".join(" ".join(rng.sample((item.colour, item.shape, item.place), 3)) for item in items)
-
-
 def ask_each(rng: random.Random, scene: Scene, kinds: tuple[str, ...] = KINDS) -> list[Question]:
     """One question of each kind, in an order left to chance so that every kind also comes first."""
     return [ask(rng, scene, kind) for kind in rng.sample(kinds, len(kinds))]
-
-
-def vocabulary() -> Iterator[str]:
-    """Every question and answer of the world, one on each line, for a tokenizer to learn from."""
-    yield from ("How many shapes are there?", "Describe the picture.", "List the shapes.")
-    yield from ("yes", "no", *NUMBERS)
-    for place, phrase in _PHRASES.items():
-        yield from (f"What colour is the shape {phrase}?", f"What shape is {phrase}?", place)
-    for shape in SHAPES:
-        yield from (f"What colour is the {shape}?", f"Where is the {shape}?", f"a {shape} and a {shape}")
-        for colour in COLOURS:
-            yield from (f"What shape is {colour}?", f"Where is the {colour} shape?")
-            yield f"Is there a {colour} {shape}?"

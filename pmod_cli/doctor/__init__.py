@@ -1,8 +1,7 @@
 """What this machine can do: what ``pmod doctor`` finds out.
 
-- ``packages``: pmod's own requirements (`pmod_cli.extras` has the optional ones); ``commands``: what each verb needs.
-- ``checks``: the checks, one function each; ``attention``: the attention back end of a p-MoD model.
-- ``probe``: runs checks in child processes. ``examine``: everything put together.
+- ``packages``: what pmod itself requires (`pmod_cli.extras` has the rest); ``commands``: what each command needs.
+- ``checks``: the checks, one function each; ``probe``: runs them in child processes; ``examine``: all put together.
 
 The process that the user started imports no torch.
 """

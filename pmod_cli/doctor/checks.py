@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -11,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.doctor.attention import attention
 from pmod_cli.doctor.commands import COMMANDS, Command
-from pmod_cli.doctor.packages import PACKAGES, version_of
-from pmod_cli.extras import Package, import_for_real, installed, require_if_installed, starting
+from pmod_cli.doctor.packages import PACKAGES
+from pmod_cli.extras import Package, import_for_real, require_if_installed, starting
 from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
+from pmod_cli.output.versions import version_of
 
 
 def result(
@@ -28,17 +27,17 @@ def result(
 def check_package(package: Package) -> dict[str, Any]:
     """Import a package for real."""
     try:
-        import_for_real(package, package.extra)
+        import_for_real(package)
     except MissingExtraError as error:
         return result("missing", error=error.message, remedy=error.hint)
     except BrokenPackageError as error:
-        return result("broken", error=error.reason, remedy=error.hint, version=version_of(package.root))
-    module = importlib.import_module(package.root)
-    return result("works", version=getattr(module, "__version__", None) or version_of(package.root))
+        return result("broken", error=error.reason, remedy=error.hint)
+    version = getattr(importlib.import_module(package.root), "__version__", None)
+    return result("works", version=version or version_of(package.name))
 
 
 def check_command(command: Command) -> dict[str, Any]:
-    """Import what a verb imports."""
+    """Import what a command imports."""
     try:
         with starting(command.name):
             require_if_installed(*command.uses)
@@ -55,19 +54,18 @@ def check_gpus() -> dict[str, Any]:
 
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        available = torch.cuda.is_available()
-    facts: dict[str, Any] = {"driver": _driver(), "cuda": torch.version.cuda, "gpus": [], "why_none": None}
-    if not available:
-        if warned:  # e.g. that the driver is too old for this build of torch
-            facts["why_none"] = " ".join(str(warned[0].message).split())[:300]
-        elif facts["driver"]:
-            facts["why_none"] = f"the driver is there, and torch {torch.__version__} does not use it"
-        return result("works", **facts)
-    for index in range(torch.cuda.device_count()):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    driver, why = _driver(), None
+    if not count and warned:  # e.g. that the driver is too old for this build of torch
+        why = " ".join(str(warned[0].message).split())[:300]
+    elif not count and driver:
+        why = f"the driver is there, and torch {torch.__version__} does not use it"
+    gpus = []
+    for index in range(count):
         properties = torch.cuda.get_device_properties(index)
         with torch.cuda.device(index):
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        facts["gpus"].append(
+        gpus.append(
             {
                 "name": properties.name,
                 "memory_bytes": properties.total_memory,
@@ -75,7 +73,7 @@ def check_gpus() -> dict[str, Any]:
                 "bf16": bf16,
             }
         )
-    return result("works", **facts)
+    return result("works", driver=driver, cuda=torch.version.cuda, gpus=gpus, why_none=why)
 
 
 def _driver() -> str | None:
@@ -88,43 +86,61 @@ def _driver() -> str | None:
     return next(iter(output.splitlines()), "").strip() or None
 
 
+def attention() -> dict[str, Any]:
+    """The attention back end of a p-MoD model for which none is asked: asked of transformers, not guessed.
+
+    Returns:
+        ``implementation`` as transformers names it, ``why``, and ``installed``: others that can be asked for.
+    """
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    from pmod_cli.families.llava import PmodLlavaConfig, PmodLlavaForConditionalGeneration
+
+    tiny = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = PmodLlavaConfig(
+        text_config={"model_type": "llama", "vocab_size": 8, "num_key_value_heads": 1, **tiny},
+        vision_config={"model_type": "clip_vision_model", "image_size": 8, "patch_size": 8, **tiny},
+    )
+    with torch.device("meta"):
+        model: Any = PmodLlavaForConditionalGeneration(config)
+    chosen = model.config.text_config._attn_implementation
+    kernel = "; PyTorch picks the kernel" if chosen == "sdpa" else ", as SDPA is not available here"
+    others = ["flash_attention_2"] if is_flash_attn_2_available() else []
+    more = (
+        "installed: ask for it with attn_implementation=flash_attention_2" if others else "not to be had here"
+    )
+    why = f"transformers' choice for p-MoD models{kernel}; flash-attn is {more}"
+    return {"implementation": chosen, "why": why, "installed": others}
+
+
 def check_places() -> dict[str, Any]:
-    """Where things are kept, and whether the hub may be asked."""
+    """Where things are kept, bytes free there, and whether the hub may be asked."""
     from huggingface_hub import constants
 
+    from pmod_cli.checkpoints.write import free_space
     from pmod_cli.evaluation.folder import answers_cache
 
-    places: dict[str, str | None] = {"models": constants.HF_HUB_CACHE, "data sets": _data_sets()}
-    places["answers"] = str(answers_cache())
-    caches = [{"what": what, "path": path, "free_bytes": _free(path)} for what, path in places.items()]
+    places = {"models": Path(constants.HF_HUB_CACHE), "data sets": _data_sets(), "answers": answers_cache()}
+    caches = [
+        {"what": what, "path": path and str(path), "free_bytes": path and free_space(path / "new")}
+        for what, path in places.items()
+    ]
     return result("works", caches=caches, offline=bool(constants.HF_HUB_OFFLINE))
 
 
-def _data_sets() -> str | None:
+def _data_sets() -> Path | None:
     """Where evaluations keep their data, else where training does; None if neither can be installed here."""
-    if _works("lmms_eval"):
+    works = {root for root in ("lmms_eval", "datasets") if check_package(PACKAGES[root])["status"] == "works"}
+    if "lmms_eval" in works:
         from pmod_cli.evaluation.requirements import cache_folder
 
-        return str(cache_folder())
-    if _works("datasets"):
+        return cache_folder()
+    if "datasets" in works:
         import datasets
 
-        return str(datasets.config.HF_DATASETS_CACHE)
+        return Path(datasets.config.HF_DATASETS_CACHE)
     return None
-
-
-def _works(root: str) -> bool:
-    return installed(root) and check_package(PACKAGES[root])["status"] == "works"
-
-
-def _free(path: str | None) -> int | None:
-    """Bytes that are free where a folder is, or would be made."""
-    if path is None:
-        return None
-    folder = Path(path).expanduser().absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 CHECKS: dict[str, Callable[[], dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""What each verb imports, and whether it works here."""
+"""What each command imports, and whether it works here."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pmod_cli.bounds import install_command
 from pmod_cli.doctor.packages import PACKAGES, REQUIRED
+from pmod_cli.extras import install_command
 
 
 @dataclass(frozen=True)
 class Command:
-    """A verb and the packages that it takes.
+    """A command and the packages that it takes.
 
     Attributes:
-        name: The verb.
+        name: As it is typed.
         modules: What it imports of pmod.
         needs: Optional packages without which it does not run.
         uses: Optional packages that it imports if they are there, asked or not.
-        without: Optional package -> what the verb does, or cannot do, without it.
-        extras: Optional package -> the extra to install for this verb, where it is not the package's first.
+        without: Optional package -> what it does, or cannot do, without it.
+        extras: Optional package -> the extra to install for this command, where it is not the package's first.
     """
 
     name: str
@@ -31,6 +31,8 @@ class Command:
     extras: Mapping[str, str] = field(default_factory=dict)
 
 
+_FINETUNE, _VISUALIZE = "pmod_cli.training.finetune", "pmod_cli.visualize.visualize"
+_PROFILE = ("pmod_cli.profiling.profile", "pmod_cli.profiling.latency")
 _TRAINING = {
     "peft": "no LoRA",
     "datasets": "no parquet or hub data, only JSON",
@@ -44,26 +46,15 @@ COMMANDS = {
     command.name: command
     for command in (
         Command("convert", ("pmod_cli.conversion.convert",)),
-        Command(
-            "finetune",
-            ("pmod_cli.training.finetune",),
-            uses=("peft",),
-            without=_TRAINING,
-            extras={"datasets": "train"},
-        ),
-        Command(
-            "profile",
-            ("pmod_cli.profiling.profile", "pmod_cli.profiling.latency"),
-            uses=("fvcore",),
-            without=_PROFILING,
-        ),
-        Command("eval", ("pmod_cli.evaluation.evaluate",), needs=("lmms_eval", "datasets")),
+        Command("finetune", (_FINETUNE,), (), ("peft",), _TRAINING, {"datasets": "train"}),
+        Command("profile", _PROFILE, (), ("fvcore",), _PROFILING),
+        Command("eval", ("pmod_cli.evaluation.evaluate",), ("lmms_eval", "datasets")),
         Command("generate", ("pmod_cli.generation",)),
-        Command("visualize", ("pmod_cli.visualize.visualize",), without={"matplotlib": "only --html"}),
-        Command("report", ("pmod_cli.report.write",), needs=("matplotlib",)),
+        Command("visualize", (_VISUALIZE,), without={"matplotlib": "only --html"}),
+        Command("report", ("pmod_cli.report.write",), ("matplotlib",)),
         Command(
             "demo",
-            ("pmod_cli.demo.job", "pmod_cli.training.finetune", "pmod_cli.visualize.visualize"),
+            ("pmod_cli.demo.job", _FINETUNE, _VISUALIZE),
             needs=_DEMO,
             uses=("peft",),
             extras=dict.fromkeys(_DEMO, "all"),
@@ -73,54 +64,35 @@ COMMANDS = {
 
 
 def verdict(command: Command, found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Whether a verb works here.
-
-    Args:
-        command: The verb.
-        found: Results of the checks, by their names (see `pmod_cli.doctor.checks`).
+    """Whether a command works here, from the results of all checks by their names (see `pmod_cli.doctor.checks`).
 
     Returns:
         ``command``, ``works``; ``reason`` and ``remedy`` where it does not; ``limits``: what it cannot do although
         it works, each with ``what`` and ``remedy``.
     """
-    reason, remedy = _obstacle(command, found)
-    limits = []
-    for root, what in command.without.items() if reason is None else ():
-        if problem := _problem(root, found):
-            limits.append({"what": f"{what} ({problem})", "remedy": _remedy(command, root, found)})
+    # Optional package -> what is wrong with it, and its remedy.
+    problems = {}
+    for root, package in PACKAGES.items():
+        result = found[f"package {root}"]
+        how = {"missing": "is not installed", "broken": "is broken"}.get(result["status"])
+        if how:
+            other = command.extras.get(root) if result["status"] == "missing" else None
+            problems[root] = f"{package.name} {how}", install_command(other) if other else result["remedy"]
+    broken = [root for root in command.uses if found[f"package {root}"]["status"] == "broken"]
+    own = found[f"command {command.name}"]
+    obstacles = [problems[root] for root in (*REQUIRED, *command.needs, *broken) if root in problems]
+    if own["status"] != "works":
+        obstacles.append((own["error"], own["remedy"]))
+    reason, remedy = obstacles[0] if obstacles else (None, None)
+    limits = [
+        {"what": f"{what} ({problems[root][0]})", "remedy": problems[root][1]}
+        for root, what in command.without.items()
+        if root in problems and not obstacles
+    ]
     return {
         "command": command.name,
-        "works": reason is None,
+        "works": not obstacles,
         "reason": reason,
         "remedy": remedy,
         "limits": limits,
     }
-
-
-def _obstacle(command: Command, found: Mapping[str, Mapping[str, Any]]) -> tuple[str | None, str | None]:
-    """The first reason why a verb does not work, and its remedy."""
-    for root in (*REQUIRED, *command.needs, *command.uses):
-        optional = root not in REQUIRED and root not in command.needs
-        if optional and found[f"package {root}"]["status"] == "missing":
-            continue
-        if problem := _problem(root, found):
-            return problem, _remedy(command, root, found)
-    own = found[f"command {command.name}"]
-    return (None, None) if own["status"] == "works" else (own["error"], own["remedy"])
-
-
-def _problem(root: str, found: Mapping[str, Mapping[str, Any]]) -> str | None:
-    status = found[f"package {root}"]["status"]
-    problems = {
-        "missing": f"{PACKAGES[root].name} is not installed",
-        "broken": f"{PACKAGES[root].name} is broken",
-    }
-    return problems.get(status)
-
-
-def _remedy(command: Command, root: str, found: Mapping[str, Mapping[str, Any]]) -> str | None:
-    result = found[f"package {root}"]
-    if result["status"] == "missing" and root in command.extras:
-        return install_command(command.extras[root])
-    remedy: str | None = result["remedy"]
-    return remedy

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 import time
-from dataclasses import asdict
 from typing import Any
 
-from pmod_cli import __version__, bounds
+from pmod_cli import __version__
 from pmod_cli.doctor.commands import COMMANDS, verdict
-from pmod_cli.doctor.packages import PACKAGES, REQUIRED, version_of
+from pmod_cli.doctor.packages import PACKAGES, REQUIRED
 from pmod_cli.doctor.probe import LIMIT, run_chains
-from pmod_cli.extras import import_remedy
+from pmod_cli.extras import import_remedy, outside
+from pmod_cli.output.versions import version_of
 
 _EVALUATION = ("lmms_eval", "datasets", "tensorboard", "fvcore")
 _CHAINS = (
@@ -27,33 +27,41 @@ _CHAINS = (
 
 
 def examine(limit: float = LIMIT) -> dict[str, Any]:
-    """Find out what this machine can do; the network is not asked.
+    """Find out what this machine can do, as ``pmod doctor --json`` prints it; the network is not asked.
 
     Args:
         limit: Seconds that the import of one package may take.
-
-    Returns:
-        What ``pmod doctor --json`` prints (see ``docs/json.md``).
     """
     started = time.perf_counter()
     found = run_chains(_CHAINS, limit)
-    packages = [_package(root, found[f"package {root}"]) for root in PACKAGES]
+    packages = []
+    for root, package in PACKAGES.items():
+        check = found[f"package {root}"]
+        broken = check["status"] == "broken"
+        if broken and check["remedy"] is None:  # its process did not live to say
+            check["remedy"] = import_remedy(package, package.extra)
+        packages.append(
+            {
+                "name": package.name,
+                "version": check["facts"].get("version") or version_of(package.name),
+                "status": check["status"],
+                "optional": root not in REQUIRED,
+                "error": check["error"] if broken else None,
+                "remedy": check["remedy"],
+            }
+        )
     gpus, attention, places = (found[name]["facts"] for name in ("gpus", "attention", "places"))
-    other = {
-        name: found[name]["error"]
-        for name in ("gpus", "attention", "places")
-        if found[name]["status"] == "broken"
-    }
+    must_work = {f"package {root}" for root in REQUIRED} | {f"command {name}" for name in COMMANDS}
     return {
-        "ok": not other
-        and all(package["status"] != "broken" for package in packages)
-        and all(found[f"package {root}"]["status"] == "works" for root in REQUIRED)
-        and all(found[f"command {name}"]["status"] == "works" for name in COMMANDS),
+        "ok": all(
+            check["status"] == "works" or (check["status"] == "missing" and name not in must_work)
+            for name, check in found.items()
+        ),
         "pmod": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
-        "bounds": [asdict(outside) for outside in bounds.outside()],
+        "bounds": [unfit._asdict() for unfit in outside()],
         "gpus": gpus.get("gpus", []),
         "driver": gpus.get("driver"),
         "cuda": gpus.get("cuda"),
@@ -61,22 +69,11 @@ def examine(limit: float = LIMIT) -> dict[str, Any]:
         "attention": attention or None,
         "caches": places.get("caches", []),
         "offline": places.get("offline"),
-        "not_found_out": other,
+        "not_found_out": {
+            name: found[name]["error"]
+            for name in ("gpus", "attention", "places")
+            if found[name]["status"] == "broken"
+        },
         "commands": [verdict(command, found) for command in COMMANDS.values()],
         "seconds": round(time.perf_counter() - started, 2),
-    }
-
-
-def _package(root: str, found: dict[str, Any]) -> dict[str, Any]:
-    package = PACKAGES[root]
-    remedy = found["remedy"]
-    if found["status"] == "broken" and remedy is None:  # its process did not live to say
-        remedy = found["remedy"] = import_remedy(package)
-    return {
-        "name": package.name,
-        "version": found["facts"].get("version") or version_of(root),
-        "status": found["status"],
-        "optional": root not in REQUIRED,
-        "error": found["error"] if found["status"] == "broken" else None,
-        "remedy": remedy,
     }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires
 
 from pmod_cli.extras import OPTIONAL, Package
+from pmod_cli.output.versions import version_of
 
 
 def pair_problem() -> str | None:
@@ -17,12 +18,10 @@ def pair_problem() -> str | None:
     from packaging.requirements import Requirement
 
     found = f"torchvision {torchvision.__version__} does not go with torch {torch.__version__}"
-    for line in requires("torchvision") or []:
-        requirement = Requirement(line)
-        if requirement.name == "torch" and not requirement.specifier.contains(
-            torch.__version__, prereleases=True
-        ):
-            return f"{found}: it wants torch {requirement.specifier}"
+    for requirement in map(Requirement, requires("torchvision") or []):
+        wanted = requirement.specifier
+        if requirement.name == "torch" and not wanted.contains(torch.__version__, prereleases=True):
+            return f"{found}: it wants torch {wanted}"
     builds = torchvision.version.cuda, torch.version.cuda  # torchvision's is a number: 13000 for 13.0
     if builds[0] and builds[1] and int(builds[0]) // 1000 != int(builds[1].split(".")[0]):
         return f"{found}: one was built for CUDA {int(builds[0]) // 1000}, the other for CUDA {builds[1]}"
@@ -34,19 +33,17 @@ def _use_operators() -> None:
     import torch
     import torchvision
 
-    problem = pair_problem()
-    if problem:
+    if problem := pair_problem():
         raise RuntimeError(problem)
     torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 
 
 def pair_remedy() -> str | None:
     """The command that installs a torchvision for the installed torch; None if there is no torch."""
-    try:
-        torch = version("torch").split("+")[0]
-    except PackageNotFoundError:
+    if not (torch := version_of("torch")):
         return None
-    return f"pip install --force-reinstall 'torch=={torch}' torchvision, both from the index that torch came from"
+    wanted = f"'torch=={torch.split('+')[0]}' torchvision"
+    return f"pip install --force-reinstall {wanted}, both from the index that torch came from"
 
 
 REQUIRED = {
@@ -63,11 +60,3 @@ REQUIRED = {
 
 PACKAGES = REQUIRED | OPTIONAL
 """All that are checked, by top-level module, in the order in which they are shown."""
-
-
-def version_of(root: str) -> str | None:
-    """The installed version by the package's metadata; None if there is none."""
-    try:
-        return version(PACKAGES[root].name)
-    except PackageNotFoundError:
-        return None

@@ -19,6 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.doctor.checks import CHECKS, result
+from pmod_cli.extras import reason
+
 LIMIT = 30.0
 """Seconds that one check may take; on a network file system the first import of torch takes many."""
 
@@ -38,11 +41,7 @@ run_checks(given["checks"])
 
 
 def run_chains(chains: Sequence[Sequence[str]], limit: float = LIMIT) -> dict[str, dict[str, Any]]:
-    """Run chains of checks side by side.
-
-    Args:
-        chains: Names of `pmod_cli.doctor.checks.CHECKS`.
-        limit: Seconds that one check may take.
+    """Run chains of checks (see `CHECKS`) side by side, each check for at most ``limit`` seconds.
 
     Returns:
         By name what `pmod_cli.doctor.checks.result` makes; ``broken`` too for a check that did not come back.
@@ -54,21 +53,14 @@ def run_chains(chains: Sequence[Sequence[str]], limit: float = LIMIT) -> dict[st
             results = [run.result() for run in runs]
         finally:
             interrupted.set()  # Ctrl-C: no child outlives this process
-    return {name: found for result in results for name, found in result.items()}
+    return {name: found for part in results for name, found in part.items()}
 
 
 def run_checks(names: Sequence[str]) -> None:
-    """Run checks and end the process: the child's side.
-
-    Args:
-        names: Of `pmod_cli.doctor.checks.CHECKS`.
-    """
+    """Run checks (see `CHECKS`) and end the process: the child's side."""
     # What an import prints, from C too, must not get among the results.
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    from pmod_cli.doctor.checks import CHECKS, result
-    from pmod_cli.extras import reason
-
     print(file=results, flush=True)  # ready: the first check's time counts from here
     for name in names:
         sys.stderr.flush()
@@ -89,13 +81,12 @@ def _run_chain(names: Sequence[str], limit: float, interrupted: threading.Event)
         results, problem = _run_child(left, limit, interrupted)
         found |= zip(left, results, strict=False)
         left = left[len(results) :]
-        if not left:
-            break
-        broke, *left = left
-        found[broke] = _broken(problem)
-        if broke in _FATAL:
-            found |= {name: _broken(f"not tried: {broke.split()[-1]} {problem}") for name in left}
-            left = []
+        if left:
+            broke, *left = left
+            found[broke] = result("broken", error=problem)
+            if broke in _FATAL:
+                untried = f"not tried: {broke.split()[-1]} {problem}"
+                return found | {name: result("broken", error=untried) for name in left}
     return found
 
 
@@ -129,7 +120,9 @@ def _run_child(
                     lines, since = now, time.monotonic()
             ended = child.returncode
         finally:
-            _kill(child)
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # and what it may have started
+                child.wait()
         whole = output.read_bytes().rpartition(b"\n")[0]
         results = [json.loads(line) for line in whole.splitlines() if line]
         if ended is None:
@@ -137,17 +130,3 @@ def _run_child(
         how = f"died of signal {-ended}" if ended < 0 else f"exited with code {ended}"
         last = log.read_bytes().rpartition(_MARK)[2].decode(errors="replace").strip().splitlines()
         return results, f"the process {how}" + (f": {last[-1][:200]}" if last else "")
-
-
-def _kill(child: subprocess.Popen[bytes]) -> None:
-    """End a child that still runs, and what it may have started."""
-    if child.poll() is None:
-        if hasattr(os, "killpg"):
-            os.killpg(child.pid, signal.SIGKILL)
-        else:
-            child.kill()
-        child.wait()
-
-
-def _broken(error: str) -> dict[str, Any]:
-    return {"status": "broken", "error": error, "remedy": None, "facts": {}}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -15,23 +13,30 @@ from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
 
 logger = logging.getLogger(__name__)
 
-BatchSetting = int | Literal["auto"]
 Outcome = Answer | Exception
 
 _WINDOW = 8  # batches whose pictures are in memory at once, to be sorted by their real length
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt that is still to be made: pictures are decoded only when their turn comes.
-
-    Attributes:
-        text: Its text, for sorting.
-        make: Makes the prompt; may raise.
-    """
+class Question(NamedTuple):
+    """A prompt that is still to be made: pictures are decoded only when their turn comes, and may raise."""
 
     text: str
     make: Callable[[], Prompt]
+
+
+def parse_batch_size(value: str | int) -> int | Literal["auto"]:
+    """Read a batch size as it comes from a command line.
+
+    Raises:
+        ValueError: If it is neither a positive number nor ``auto``.
+    """
+    if value == "auto":
+        return "auto"
+    size = int(value)
+    if size < 1:
+        raise ValueError(f"a batch needs at least 1 sample, not {size}")
+    return size
 
 
 class BatchSizer:
@@ -49,42 +54,29 @@ class BatchSizer:
         size: The next batch's size.
         largest: Of the batches that went through.
         out_of_memory: How often a batch did not fit.
-        widest: The prompts and settings of the largest batch that went through; kept with ``auto``.
     """
 
-    def __init__(self, setting: BatchSetting, device: torch.device | str = "cpu") -> None:
-        if setting != "auto" and setting < 1:
-            raise ValueError(f"a batch needs at least 1 sample, not {setting}")
-        self.auto = setting == "auto"
-        self.size: int = 4 if setting == "auto" else setting
-        self.largest = 0
-        self.out_of_memory = 0
-        self.widest: tuple[Sequence[Prompt], Mapping[str, Any]] = ((), {})
-        self._ceiling = (
-            (128 if torch.device(device).type == "cuda" else 16) if setting == "auto" else self.size
-        )
+    def __init__(self, setting: str | int, device: torch.device | str = "cpu") -> None:
+        given = parse_batch_size(setting)
+        self._auto = given == "auto"
+        self.size, self._ceiling = (4, 16) if given == "auto" else (given, given)
+        if self._auto and torch.device(device).type == "cuda":
+            self._ceiling = 128
+        self.largest = self.out_of_memory = 0
         self._too_large: int | None = None
 
-    def fitted(self, prompts: Sequence[Prompt], settings: Mapping[str, Any]) -> None:
-        """A batch went through: try a larger one if ``auto`` has room."""
-        size = len(prompts)
-        if size > self.largest:
-            self.largest = size
-            if self.auto:
-                self.widest = (prompts, settings)
+    def fitted(self, size: int) -> None:
+        """A batch of ``size`` went through: try a larger one if ``auto`` has room."""
+        self.largest = max(self.largest, size)
         if size < self.size:
             return
         if self._too_large is None:
             self.size = min(self.size * 2, self._ceiling)
-        elif self.auto and self._too_large - self.size > max(1, self.size // 8):
+        elif self._auto and self._too_large - self.size > max(1, self.size // 8):
             self.size = (self.size + self._too_large) // 2
 
     def overflowed(self, size: int) -> bool:
-        """A batch of ``size`` ran out of memory: step down.
-
-        Returns:
-            False if there is no smaller batch.
-        """
+        """A batch of ``size`` ran out of memory: step down. False if there is no smaller batch."""
         self.out_of_memory += 1
         if size == 1:
             return False
@@ -95,85 +87,10 @@ class BatchSizer:
         return True
 
 
-@dataclass(frozen=True)
-class Gain:
-    """What batches are worth, measured on a batch's own samples.
-
-    Attributes:
-        batch: Samples in the batch.
-        batched: Samples a second, all together.
-        alone: Samples a second, one at a time.
-        timed_alone: How many of them were timed alone.
-    """
-
-    batch: int
-    batched: float
-    alone: float
-    timed_alone: int
-
-    @property
-    def factor(self) -> float:
-        """How many times as fast the batch is."""
-        return self.batched / self.alone
-
-
-def measure_gain(model: VisionLanguageModel, sizer: BatchSizer, alone: int = 4) -> Gain | None:
-    """Answer the largest batch once more, and some of its samples one at a time.
-
-    Args:
-        model: The model, warm.
-        sizer: Knows the largest batch.
-        alone: How many to answer alone; they are spread evenly over the batch, which is sorted by length.
-
-    Returns:
-        None if there was no batch of two.
-    """
-    prompts, settings = sizer.widest
-    if len(prompts) < 2:
-        return None
-    picked = (
-        [prompts[index * len(prompts) // alone] for index in range(alone)]
-        if alone < len(prompts)
-        else prompts
-    )
-    together = _seconds(model, [prompts], settings)
-    apart = _seconds(model, [[prompt] for prompt in picked], settings)
-    return Gain(len(prompts), len(prompts) / together, len(picked) / apart, len(picked))
-
-
-def _seconds(
-    model: VisionLanguageModel, batches: Sequence[Sequence[Prompt]], settings: Mapping[str, Any]
-) -> float:
-    started = time.perf_counter()
-    for batch in batches:
-        model.generate(batch, **settings)  # ends with its answers as text, so a GPU has nothing left to do
-    return time.perf_counter() - started
-
-
-def parse_batch_size(value: str | int) -> BatchSetting:
-    """Read a batch size as it comes from a command line.
-
-    Raises:
-        ValueError: If it is neither a positive number nor ``auto``.
-    """
-    if str(value) == "auto":
-        return "auto"
-    size = int(value)
-    if size < 1:
-        raise ValueError(f"a batch needs at least 1 sample, not {size}")
-    return size
-
-
 def answer_all(
     model: VisionLanguageModel, questions: Sequence[Question], settings: Mapping[str, Any], sizer: BatchSizer
 ) -> Iterator[dict[int, Outcome]]:
-    """Answer questions in an order and in batches that waste little.
-
-    Args:
-        model: The model.
-        questions: The questions.
-        settings: Generation settings.
-        sizer: The batch size, kept from call to call.
+    """Answer questions in an order and in batches that waste little; ``sizer`` is kept from call to call.
 
     Yields:
         After each batch, what came of it by the question's index: an answer, or what it raised. Every index appears
@@ -183,25 +100,23 @@ def answer_all(
     waiting = sorted(range(len(questions)), key=lambda index: -len(questions[index].text))
     while waiting:
         window, waiting = waiting[: sizer.size * _WINDOW], waiting[sizer.size * _WINDOW :]
-        prompts: dict[int, Prompt] = {}
-        lengths: dict[int, int] = {}
+        ready: list[tuple[int, int, Prompt]] = []
         failed: dict[int, Outcome] = {}
         for index in window:
             try:
                 prompt = questions[index].make()
-                lengths[index] = model.length(prompt)
-                prompts[index] = prompt
+                ready.append((model.length(prompt), index, prompt))
             except Exception as error:
                 failed[index] = error
         if failed:
             yield failed
-        ready = sorted(prompts, key=lambda index: -lengths[index])
+        ready.sort(key=lambda entry: -entry[0])
         while ready:
             batch = ready[: sizer.size]
-            outcomes = _answer_batch(model, [prompts[index] for index in batch], settings, sizer)
+            outcomes = _answer_batch(model, [prompt for _, _, prompt in batch], settings, sizer)
             if outcomes is not None:
                 ready = ready[len(batch) :]
-                yield dict(zip(batch, outcomes, strict=True))
+                yield {index: outcome for (_, index, _), outcome in zip(batch, outcomes, strict=True)}
 
 
 def _answer_batch(
@@ -210,29 +125,22 @@ def _answer_batch(
     """Answer one batch; None if it has to be tried again with the sizer's new size."""
     try:
         answers = model.generate(prompts, **settings)
+        sizer.fitted(len(prompts))
+        return answers
     except Exception as error:
         if not _is_out_of_memory(error):
             if len(prompts) == 1:
                 return [error]
             # One of them is to blame: find out which, and let the others have their answers.
-            return [_answer_alone(model, prompt, settings) for prompt in prompts]
+            alone = (_answer_batch(model, [prompt], settings, sizer) for prompt in prompts)
+            return [outcome for outcomes in alone for outcome in outcomes or ()]
         if not sizer.overflowed(len(prompts)):
             return [error]
-    else:
-        sizer.fitted(prompts, settings)
-        return answers
     # Outside of the handler, where the failed batch's tensors are no longer held by the traceback.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
-
-
-def _answer_alone(model: VisionLanguageModel, prompt: Prompt, settings: Mapping[str, Any]) -> Outcome:
-    try:
-        return model.generate([prompt], **settings)[0]
-    except Exception as error:
-        return error
 
 
 def _is_out_of_memory(error: Exception) -> bool:

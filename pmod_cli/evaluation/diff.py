@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.output.errors import PmodError
@@ -15,16 +16,8 @@ Answers = dict[int, dict[str, Any]]
 """One model's answers to a task. By document: ``prompt``, ``target``, ``answer``, ``score`` and more."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """A document whose score differs.
-
-    Attributes:
-        task: Name of the task.
-        doc_id: Which document.
-        before: The entry of `Answers` in the first evaluation.
-        after: The same in the second.
-    """
+class Change(NamedTuple):
+    """A document whose score differs, with its entries of `Answers` in the first evaluation and in the second."""
 
     task: str
     doc_id: int
@@ -39,14 +32,10 @@ class Change:
 
 @dataclass
 class Comparison:
-    """What differs between two models.
+    """What differs between two models: documents with a lower score and with a higher one, by task and document.
 
-    Attributes:
-        compared: Number of documents that both have a score for.
-        left_out: Number of documents of shared tasks that failed, do not count for the score, were asked with another
-            prompt, or are on one side alone.
-        worse: Documents with a lower score, by task and document.
-        better: Documents with a higher score, likewise.
+    Those of shared tasks are left out that failed, do not count for the score, were asked with another prompt, or are
+    on one side alone.
     """
 
     compared: int = 0
@@ -98,25 +87,33 @@ def differences(first: Path, second: Path) -> dict[str, Any]:
         raise PmodError(f"{first} and {second} have no task in common")
     found = compare_answers(before, after)
     changed = [*found.worse, *found.better]
-    pictures = _write_pictures([(change.task, change.doc_id) for change in changed], second)
+    pictures = pictures_of([(change.task, change.doc_id) for change in changed], second)
+    entries = []
+    for task, doc_id, old, new in changed:
+        paths = []
+        for index, picture in enumerate(pictures.get((task, doc_id), [])):
+            path = second / "pictures" / task / f"{doc_id}-{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+            paths.append(str(path))
+        entries.append(
+            {
+                "task": task,
+                "doc_id": doc_id,
+                "prompt": new["prompt"],
+                "target": new["target"],
+                "before": {key: old[key] for key in ("answer", "score")},
+                "after": {key: new[key] for key in ("answer", "score")},
+                "pictures": paths,
+            }
+        )
     return {
         "tasks": shared,
         "compared": found.compared,
         "left_out": found.left_out,
         "better": len(found.better),
         "worse": len(found.worse),
-        "changed": [
-            {
-                "task": change.task,
-                "doc_id": change.doc_id,
-                "prompt": change.after["prompt"],
-                "target": change.after["target"],
-                "before": {key: change.before[key] for key in ("answer", "score")},
-                "after": {key: change.after[key] for key in ("answer", "score")},
-                "pictures": pictures.get((change.task, change.doc_id), []),
-            }
-            for change in changed
-        ],
+        "changed": entries,
     }
 
 
@@ -130,38 +127,17 @@ def _all_answers(folder: Path) -> dict[str, Answers]:
 
 
 def pictures_of(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[str, int], list[Any]]:
-    """Take the pictures of documents from the tasks' data.
-
-    Args:
-        wanted: Task and document each.
-        folder: Of the evaluation.
-
-    Returns:
-        PIL images by task and document; of tasks whose data are gone there are none.
-    """
+    """PIL images of documents, by task and number, from the tasks' data; none where these are gone."""
     if not wanted:
         return {}
-    settings = read_json(folder / "results.json")["settings"]
     names = sorted({task for task, _ in wanted})
-    catalogue = Tasks(names, settings.get("include_path") or [])
-    found: dict[tuple[str, int], list[Any]] = {}
+    catalogue = Tasks(names, read_json(folder / "results.json")["settings"].get("include_path"))
+    loaded = {}
     for name in names:
-        try:
-            task = catalogue.load(name)
-        except PmodError:
-            continue
-        for doc_id in (doc_id for task_name, doc_id in wanted if task_name == name):
-            found[name, doc_id] = list(task.doc_to_visual(task.eval_docs[doc_id]) or [])
-    return found
-
-
-def _write_pictures(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[str, int], list[str]]:
-    written: dict[tuple[str, int], list[str]] = {}
-    for (name, doc_id), pictures in pictures_of(wanted, folder).items():
-        target = folder / "pictures" / name
-        target.mkdir(parents=True, exist_ok=True)
-        for index, picture in enumerate(pictures):
-            path = target / f"{doc_id}-{index}.png"
-            picture.save(path)
-            written.setdefault((name, doc_id), []).append(str(path))
-    return written
+        with contextlib.suppress(PmodError):
+            loaded[name] = catalogue.load(name)
+    return {
+        (name, doc_id): list(loaded[name].doc_to_visual(loaded[name].eval_docs[doc_id]) or [])
+        for name, doc_id in wanted
+        if name in loaded
+    }

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pmod_cli.evaluation import paper, requirements
+from pmod_cli.checkpoints.source import open_source
+from pmod_cli.devices import gather, is_main_process, join, one_first, rank, world_size
+from pmod_cli.evaluation import folder, identity, paper, requirements
 from pmod_cli.evaluation.catalogue import Tasks, import_lmms_eval
-from pmod_cli.evaluation.folder import OutputFolder, answers_cache
-from pmod_cli.evaluation.identity import checkpoint_folder
-from pmod_cli.evaluation.options import EvalSettings, Progress
-from pmod_cli.evaluation.processes import join, one_first
-from pmod_cli.evaluation.results import EvalResult
-from pmod_cli.evaluation.session import Evaluation
-from pmod_cli.output.errors import PmodError
+from pmod_cli.evaluation.folder import AnswerStore
+from pmod_cli.evaluation.harness import SEEDS, TaskRun, run_task
+from pmod_cli.evaluation.options import EvalSettings, Progress, document_limit
+from pmod_cli.evaluation.results import EvalResult, TaskResult
 
 if TYPE_CHECKING:
+    from pmod_cli.evaluation.adapter import PmodLmms
     from pmod_cli.generation import VisionLanguageModel
 
 
@@ -60,33 +62,27 @@ def evaluate(
     import_lmms_eval()
     settings = settings or EvalSettings()
     settings.check()
-    paths = [include_path] if isinstance(include_path, (str, Path)) else list(include_path or ())
-    names = _expand(tasks)
+    names = paper.expand(tasks)
     sources = {"baseline": baseline, "model": model} if baseline is not None else {"model": model}
     with ExitStack() as stack:
         stack.enter_context(requirements.offline_mode(offline))
-        catalogue = Tasks(names, paths)
+        catalogue = Tasks(names, include_path)
         checkpoints = [source for source in sources.values() if isinstance(source, (str, Path))]
         leaves = requirements.check(catalogue, names, checkpoints=checkpoints, offline=offline)
         join(settings.device)
-        if output is None:
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            folder = OutputFolder(place, answers_cache())
-        else:
-            folder = OutputFolder(Path(output))
+        place = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
+        place.mkdir(parents=True, exist_ok=True)
         with one_first():
             # Before a model is loaded: gqa's code starts processes for it, and data may turn out to be broken.
             loaded = {leaf: catalogue.load(leaf) for group in leaves.values() for leaf in group}
-        evaluation = Evaluation(
-            sources, leaves, catalogue, loaded, settings, folder, keep=output is not None, progress=progress
-        )
-        return evaluation.run(force)
+        keep = output is not None
+        return Evaluation(sources, leaves, catalogue, loaded, settings, place, keep, force, progress).run()
 
 
 def prepare(
     tasks: Sequence[str],
-    include_path: Sequence[str | Path] = (),
-    checkpoints: Iterable[str | Path] = (),
+    include_path: str | Path | Sequence[str | Path] | None = None,
+    checkpoints: Sequence[str | Path] = (),
 ) -> dict[str, int]:
     """Download ahead of time what an evaluation needs: the data of its tasks, and checkpoints from the hub.
 
@@ -94,23 +90,137 @@ def prepare(
         Number of documents by task.
 
     Raises:
-        PreflightError: Unknown task, no login, no room on the disk, ...
-        PmodError: Data that cannot be had.
+        PmodError: Unknown task, no login, no room on the disk, data that cannot be had ...
     """
-    names = _expand(tasks)
+    names = paper.expand(tasks)
     catalogue = Tasks(names, include_path)
-    checkpoints = list(checkpoints)
     leaves = requirements.check(catalogue, names, checkpoints=checkpoints, preparing=True)
     for source in checkpoints:
-        checkpoint_folder(source)
-    return {
-        leaf: len(catalogue.load(leaf).eval_docs)
-        for leaf in dict.fromkeys(leaf for group in leaves.values() for leaf in group)
-    }
+        open_source(source)
+    wanted = dict.fromkeys(leaf for group in leaves.values() for leaf in group)
+    return {leaf: len(catalogue.load(leaf).eval_docs) for leaf in wanted}
 
 
-def _expand(tasks: Sequence[str]) -> list[str]:
-    names = paper.expand(list(tasks))
-    if not names:
-        raise PmodError("no task to evaluate", "e.g. --tasks gqa,pope_full")
-    return names
+@dataclass
+class Evaluation:
+    """One call of `evaluate` at work: every task with every model, and what is known after each.
+
+    ``sources``, ``models`` and ``runs`` are by role, ``baseline`` (if any) first. ``leaves`` are the tasks behind each
+    requested name, ``loaded`` lmms-eval's task objects with their data. Results are written into ``place`` only with
+    ``keep``; without it answers alone are kept, in the user's cache.
+    """
+
+    sources: dict[str, str | Path | VisionLanguageModel]
+    leaves: dict[str, list[str]]
+    catalogue: Tasks
+    loaded: dict[str, Any]
+    settings: EvalSettings
+    place: Path
+    keep: bool
+    force: bool
+    progress: Progress | None
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    runs: dict[str, dict[str, TaskRun]] = field(default_factory=dict)
+    scored: dict[str, TaskResult] = field(default_factory=dict)
+    started: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+
+    def run(self) -> EvalResult:
+        """All tasks with the baseline, then all with the model: one of them is in memory at a time."""
+        from pmod_cli.evaluation.adapter import PmodLmms
+
+        for role, source in self.sources.items():
+            self.models[role] = gather(identity.describe(source) if is_main_process() else {})[0]
+            self.runs[role] = {}
+        if self.keep and not self.force:
+            folder.claim(self.place, self.models)
+        for role, source in self.sources.items():
+            lm = PmodLmms(
+                str(open_source(source).folder) if isinstance(source, (str, Path)) else source,
+                **{name: value for name, value in vars(self.settings).items() if name != "limit"},
+                raise_failures=False,
+            )
+            for leaf, task in self.loaded.items():
+                self._run_task(lm, role, leaf, task)
+            del lm
+        result = self.result()
+        if self.keep and is_main_process():
+            folder.write_results(self.place, result)
+        return result
+
+    def _run_task(self, lm: PmodLmms, role: str, leaf: str, task: Any) -> None:
+        total = len(task.eval_docs)
+        limit = document_limit(leaf, self.settings.limit, total)
+        before = lm.generated + lm.recalled
+
+        def answered(number: int) -> None:  # it must not hold the model
+            if self.progress:
+                self.progress(f"{role}: {leaf}", number - before, -(-(limit or total) // world_size()))
+
+        lm.on_answers = answered
+        lm.store = self._store(lm, role, leaf, task)
+        run = run_task(lm, self.catalogue, task, limit=limit, output=self.place)
+        generated, recalled, seconds = zip(*gather((lm.generated, lm.recalled, lm.seconds)), strict=True)
+        self.models[role] |= lm.conditions() | {
+            "batch": {"largest": lm.sizer.largest, "out_of_memory": lm.sizer.out_of_memory},
+            "answers": {
+                "generated": sum(generated),
+                "recalled": sum(recalled),
+                "seconds": round(max(seconds), 3),
+                "per_second": round(sum(generated) / max(seconds), 3) if sum(generated) else None,
+            },
+        }
+        if run is None:
+            return
+        self.runs[role][leaf] = run
+        if self.keep:
+            samples = {side: runs[leaf].samples for side, runs in self.runs.items() if leaf in runs}
+            folder.write_samples(self.place, leaf, samples)
+            folder.write_results(self.place, self.result())
+
+    def _store(self, lm: PmodLmms, role: str, leaf: str, task: Any) -> AnswerStore | None:
+        """Where this model's answers to this task are kept; a model in memory has no fingerprint to keep them by."""
+        fingerprint = self.models[role]["fingerprint"]
+        if not fingerprint:
+            return None
+        conditions = {
+            "checkpoint": fingerprint,
+            "task": identity.describe_task(task),
+            "max_new_tokens": self.settings.max_new_tokens,
+            "packages": identity.environment(),
+        }
+        key = identity.digest([conditions, lm.conditions()])
+        answers = self.place / "answers" if self.keep else folder.answers_cache()
+        try:
+            return AnswerStore(answers / key[:16] / leaf, rank(), self.force, world_size())
+        except OSError:
+            if self.keep:
+                raise
+            return None  # a cache that cannot be written is no reason not to evaluate
+
+    def result(self) -> EvalResult:
+        """What is known by now."""
+        model, baseline = self.runs["model"], self.runs.get("baseline", {})
+        for name, group in self.leaves.items():
+            if name not in self.scored and all(leaf in model for leaf in group):
+                base = [baseline[leaf] for leaf in group] if baseline else []
+                self.scored[name] = TaskResult.of(name, [model[leaf] for leaf in group], base)
+        failures, broken_metrics = (
+            {
+                role: {leaf: errors for leaf, run in done.items() if (errors := getattr(run, kind))}
+                for role, done in self.runs.items()
+            }
+            for kind in ("failures", "broken_metrics")
+        )
+        return EvalResult(
+            tasks=[self.scored[name] for name in self.leaves if name in self.scored],
+            complete=self.scored.keys() == self.leaves.keys(),
+            model=self.models["model"],
+            baseline=self.models.get("baseline"),
+            environment=identity.environment() | {"seeds": SEEDS, "processes": world_size()},
+            settings=vars(self.settings) | {"include_path": self.catalogue.folders},
+            task_info={leaf: identity.describe_task(task) for leaf, task in self.loaded.items()},
+            failures=failures,
+            broken_metrics=broken_metrics,
+            started=self.started.isoformat(timespec="seconds"),
+            seconds=(datetime.now(timezone.utc) - self.started).total_seconds(),
+        )

@@ -10,92 +10,116 @@ Without an output folder the answers alone are kept, in the user's cache (`answe
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.evaluation.results import EvalResult
-from pmod_cli.evaluation.store import AnswerStore
 from pmod_cli.evaluation.tables import markdown
+from pmod_cli.generation import Answer
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import read_json, tag, write_file, write_json
+from pmod_cli.output.files import read_json, read_json_lines, tag, write_file, write_json
 
 
 def answers_cache() -> Path:
     """Where answers are kept if there is no output folder: below ``PMOD_CACHE``, or the user's cache."""
-    named = os.environ.get("PMOD_CACHE")
-    if named:
-        return Path(named).expanduser() / "answers"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pmod" / "answers"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PMOD_CACHE") or Path(cache, "pmod")).expanduser() / "answers"
 
 
-class OutputFolder:
-    """One evaluation's folder; made if missing.
+def claim(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse an output folder with the results of other models than these, described by role with a ``fingerprint``."""
+    path = folder / "results.json"
+    previous = read_json(path) if path.is_file() else {}
+    for role, described in models.items():
+        before, now = (previous.get(role) or {}).get("fingerprint"), described["fingerprint"]
+        if before and now and before != now:
+            raise PmodError(
+                f"{folder} holds the results of another {role}", "choose another --output, or --force"
+            )
+
+
+def write_samples(folder: Path, task: str, samples: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+    """Write a task's samples, by role, one line per document; all roles have the same documents."""
+    lines = []
+    for sides in zip(*samples.values(), strict=True):
+        shared = {key: sides[0][key] for key in ("doc_id", "prompt", "target", "doc")}
+        own = {
+            role: {key: side[key] for key in ("answer", "score", "error", "tokens")}
+            for role, side in zip(samples, sides, strict=True)
+        }
+        lines.append(json.dumps(shared | own, default=str) + "\n")
+    place = folder / "samples"
+    place.mkdir(exist_ok=True)
+    write_file(place / f"{task}.jsonl", "".join(lines))
+
+
+def write_results(folder: Path, result: EvalResult) -> None:
+    """Write ``results.json`` and ``report.md``."""
+    write_json(folder / "results.json", tag("eval") | result.to_dict())
+    write_file(folder / "report.md", markdown(result))
+
+
+class AnswerStore:
+    """The answers of one model to one task, as JSON lines; every process writes its own file and reads all.
+
+    Batch by batch, so that a killed evaluation goes on where it stopped. Whoever makes the folder's name has to put
+    into it all that an answer depends on but the prompt (checkpoint, task version, generation settings, data).
 
     Args:
-        path: The folder.
-        answers: Where answers are kept; in the folder itself if not given.
+        folder: Where the files are; made if missing.
+        rank: This process's rank.
+        fresh: Forget what was kept.
+        processes: How many there are; when something is forgotten, each sees to the files of a share of the ranks,
+            because there may have been more processes before.
     """
 
-    def __init__(self, path: Path, answers: Path | None = None) -> None:
-        self.path = path
-        self.answers = answers or path / "answers"
-        (path / "samples").mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, rank: int = 0, fresh: bool = False, processes: int = 1) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._answers: dict[tuple[int, str], Answer] = {}
+        self._path = folder / f"rank{rank}.jsonl"
+        for path in sorted(folder.glob("rank*.jsonl")):
+            if not fresh:
+                self._read(path)
+            elif int(path.stem.removeprefix("rank")) % processes == rank:
+                path.unlink()
 
-    def claim(self, models: Mapping[str, Mapping[str, Any]]) -> None:
-        """Make sure that the folder does not hold the results of other models.
+    def __len__(self) -> int:
+        return len(self._answers)
 
-        Args:
-            models: Description by role, each with a ``fingerprint``.
+    def get(self, doc_id: int, prompt: str) -> Answer | None:
+        """The stored answer to a document's prompt, or None."""
+        return self._answers.get((doc_id, _digest(prompt)))
 
-        Raises:
-            PmodError: If it does.
-        """
-        try:
-            previous = read_json(self.path / "results.json")
-        except PmodError:
-            return
-        for role in ("model", "baseline"):
-            before = (previous.get(role) or {}).get("fingerprint")
-            now = models.get(role, {}).get("fingerprint")
-            if before and now and before != now:
-                raise PmodError(
-                    f"{self.path} holds the results of another {role}", "choose another --output, or --force"
-                )
-
-    def store(self, key: str, task: str, rank: int, fresh: bool = False, processes: int = 1) -> AnswerStore:
-        """The answers kept under a key.
-
-        Args:
-            key: Digest of all that an answer depends on.
-            task: Name of the task.
-            rank: This process's rank; each writes a file of its own.
-            fresh: Forget what was kept.
-            processes: How many there are.
-        """
-        folder = self.answers / key[:16] / task
-        return AnswerStore(folder, rank, fresh, processes)
-
-    def write_samples(self, task: str, runs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
-        """Write a task's samples, one line per document.
-
-        Args:
-            task: Name of the task.
-            runs: By role, the samples with their scores; a document of one role has its like in the others.
-        """
+    def add(self, answers: Iterable[tuple[int, str, Answer]]) -> None:
+        """Store a batch's answers, each with its document and prompt; when this returns they are on the disk."""
         lines = []
-        for samples in zip(*runs.values(), strict=True):
-            shared = {key: samples[0][key] for key in ("doc_id", "prompt", "target", "doc")}
-            own = {
-                role: {key: sample[key] for key in ("answer", "score", "error", "tokens")}
-                for role, sample in zip(runs, samples, strict=True)
-            }
-            lines.append(json.dumps(shared | own, default=str))
-        write_file(self.path / "samples" / f"{task}.jsonl", "\n".join(lines) + "\n")
+        for doc_id, prompt, answer in answers:
+            key = (doc_id, _digest(prompt))
+            self._answers[key] = answer
+            line = {"doc_id": doc_id, "prompt": key[1], "answer": answer.text}
+            line |= {"prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens}
+            lines.append(json.dumps(line) + "\n")
+        if not lines:
+            return
+        with self._path.open("a+b") as file:
+            size = file.tell()
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":  # a kill cut the last line off
+                file.write(b"\n")
+            file.write("".join(lines).encode())
+            file.flush()
+            os.fsync(file.fileno())
 
-    def write_results(self, result: EvalResult) -> None:
-        """Write ``results.json`` and ``report.md``."""
-        write_json(self.path / "results.json", tag("eval") | result.to_dict())
-        write_file(self.path / "report.md", markdown(result))
+    def _read(self, path: Path) -> None:
+        for entry in read_json_lines(path):
+            with contextlib.suppress(KeyError, TypeError):  # a line that is not ours
+                answer = Answer(entry["answer"], entry["prompt_tokens"], entry["new_tokens"])
+                self._answers[entry["doc_id"], entry["prompt"]] = answer
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -9,21 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pmod_cli.devices import gather
 from pmod_cli.evaluation.catalogue import Tasks
+from pmod_cli.evaluation.metrics import Metric, metric_of, sample_score
 from pmod_cli.evaluation.patches import SCORING_ERROR, guarded
-from pmod_cli.evaluation.processes import gather
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.adapter import PmodLmms
 
 SEEDS = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
 """lmms-eval's defaults, written down because a report has to name them."""
-
-_NOT_METRICS = {
-    *("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash"),
-    *("input_media", SCORING_ERROR),
-}
-"""Of a sample that lmms-eval logged."""
 
 
 @dataclass
@@ -32,32 +27,35 @@ class TaskRun:
 
     Attributes:
         task: Name of the task.
+        metric: How it is scored; None if it has no number at all.
         metrics: ``metric,filter`` to aggregated value, as lmms-eval names them; only numbers.
         samples: One dictionary per document, in order: ``doc_id``, ``doc`` (no pictures), ``target``, ``prompt``,
-            ``answer``, ``tokens``, ``metrics``, and ``error`` (None unless it failed).
-        failures: Errors by document.
+            ``answer``, ``tokens``, ``metrics``, ``score``, and ``error`` (None unless it failed).
         broken_metrics: Errors by metric whose aggregation raised; not always one that matters.
     """
 
     task: str
+    metric: Metric | None
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
-    failures: dict[int, str] = field(default_factory=dict)
     broken_metrics: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def points(self) -> float | None:
+        """Its score, as lmms-eval aggregated it; None if there is none."""
+        number = self.metrics.get(self.metric.key) if self.metric else None
+        return None if self.metric is None or number is None else number * self.metric.scale
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Errors by document."""
+        return {str(sample["doc_id"]): sample["error"] for sample in self.samples if sample["error"]}
 
 
 def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output: Path) -> TaskRun | None:
-    """Evaluate a model on one loaded task.
+    """Evaluate a model on a task that is loaded; None on other ranks than 0.
 
-    Args:
-        lm: The model; its ``failures`` say which samples raised.
-        tasks: Where the task comes from.
-        task: The task.
-        limit: Only the first so many documents.
-        output: Folder for the submission files that some tasks write, and for what they print.
-
-    Returns:
-        The run on rank 0, None elsewhere.
+    Into the folder ``output`` go the submission files that some tasks write, and what they print.
     """
     from lmms_eval import evaluator
 
@@ -79,37 +77,28 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
             cli_args=Namespace(output_path=str(output), process_with_media=False, reasoning_tags=None),
             **SEEDS,
         )
-    own = {doc_id: error for (task_name, doc_id), error in lm.failures.items() if task_name == name}
-    failures: dict[int, str] = {}
-    for part in gather(own):
-        failures |= part
+    failures = {key: error for part in gather(lm.failures) for key, error in part.items()}
     if results is None:
         return None
-    samples = [_sample(entry, failures) for entry in results["samples"][name]]
-    samples.sort(key=lambda sample: sample["doc_id"])
-    failures |= {sample["doc_id"]: sample["error"] for sample in samples if sample["error"]}
     metrics = {
         key: float(value)
         for key, value in sorted(results["results"][name].items())  # lmms-eval's order is another each time
-        if "," in key and "_stderr" not in key and _is_number(value)
+        if "," in key and "_stderr" not in key and isinstance(value, numbers.Real) and value == value
     }
-    return TaskRun(name, metrics, samples, failures, broken_metrics)
-
-
-def _sample(entry: dict[str, Any], failures: dict[int, str]) -> dict[str, Any]:
-    error = failures.get(entry["doc_id"]) or entry.get(SCORING_ERROR)
-    answer = entry["resps"][0]
-    return {
-        "doc_id": entry["doc_id"],
-        "doc": entry["doc"],
-        "target": entry["target"],
-        "prompt": entry["arguments"][0],
-        "answer": None if error else answer[0] if isinstance(answer, list) else answer,
-        "tokens": entry["token_counts"][0],
-        "metrics": {key: entry[key] for key in entry.keys() - _NOT_METRICS},
-        "error": error,
-    }
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
+    metric = metric_of(name, tasks.config(name), metrics)
+    samples = []
+    for entry in sorted(results["samples"][name], key=lambda entry: entry["doc_id"]):
+        error = failures.get((name, entry["doc_id"])) or entry.get(SCORING_ERROR)
+        answer = entry["resps"][0]
+        sample = {
+            "doc_id": entry["doc_id"],
+            "doc": entry["doc"],
+            "target": entry["target"],
+            "prompt": entry["arguments"][0],
+            "answer": None if error else answer[0] if isinstance(answer, list) else answer,
+            "tokens": entry["token_counts"][0],
+            "metrics": {key: entry[key] for key in task.aggregation() if key in entry},
+            "error": error,
+        }
+        samples.append(sample | {"score": sample_score(metric, sample)})
+    return TaskRun(name, metric, metrics, samples, broken_metrics)

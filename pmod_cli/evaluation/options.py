@@ -10,22 +10,16 @@ from pathlib import Path
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.output.errors import PmodError
 
-Progress = Callable[[str, str, int, int], None]
-"""Called with the role, the task, how many of its samples are answered, and how many there are."""
+Progress = Callable[[str, int, int], None]
+"""Called with role and task, as in ``model: gqa``, how many of its samples are answered, and how many there are."""
 
 
 @dataclass(frozen=True)
 class EvalSettings:
     """How to evaluate; all that both models share.
 
-    Attributes:
-        batch_size: A number or ``auto``.
-        limit: Only the first so many documents of a task; below 1, that share of them.
-        max_new_tokens: Upper limit on the tasks' own.
-        dtype: See `VisionLanguageModel.load`.
-        device: See `VisionLanguageModel.load`.
-        image_backend: See `VisionLanguageModel.load`; the default is `pmod_cli.generation.IMAGE_BACKEND`.
-        attn_implementation: See `VisionLanguageModel.load`.
+    ``limit`` takes only the first so many documents of a task or, below 1, that share of them. ``max_new_tokens`` is an
+    upper limit on the tasks' own. For the last four see `VisionLanguageModel.load`.
     """
 
     batch_size: int | str = "auto"
@@ -37,11 +31,7 @@ class EvalSettings:
     attn_implementation: str | None = None
 
     def check(self) -> None:
-        """Refuse what cannot be meant.
-
-        Raises:
-            PmodError: Naming the option.
-        """
+        """Refuse what cannot be meant, with a `PmodError` that names the option."""
         from pmod_cli.evaluation.batching import parse_batch_size
 
         try:
@@ -77,17 +67,10 @@ class EvalOptions(EvalSettings):
 
 
 def document_limit(task: str, limit: float | None, total: int) -> int | None:
-    """How many documents of a task to take, or None for all.
+    """How many of a task's documents to take, or None for all; below 1, ``limit`` is a share of them.
 
-    MME counts questions in pairs that stand one after the other, so its limit is rounded up to an even number.
-
-    Args:
-        task: Name of the task.
-        limit: What the user asked for; below 1, a share of the documents.
-        total: How many there are.
-
-    Raises:
-        PmodError: If the limit is not positive, or neither a share nor whole.
+    MME counts questions in pairs that stand one after the other, so its limit is rounded up to an even number. A limit
+    that is not positive, or neither a share nor whole, is a `PmodError`.
     """
     if limit is None:
         return None

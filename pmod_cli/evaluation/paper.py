@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
-from pmod_cli.evaluation.results import EvalResult, PaperRow
+from pmod_cli.output.errors import PmodError
 from pmod_cli.published import COLUMNS, SCORES
 
+if TYPE_CHECKING:
+    from pmod_cli.evaluation.results import EvalResult
+
 JUDGED = "mmbench_en_dev"
+"""MMBench with a paid judge."""
+
 STATIC = "mmbench_en_dev_static"
+"""MMBench without one."""
 
 TASKS = (
     *("seedbench", "realworldqa", "mme", STATIC, "pope_full", "gqa", "ai2d"),
@@ -20,13 +27,22 @@ TABLES = (
 )
 """Title of a column and its task, in the paper's order."""
 
-
 Values = Mapping[str, float | None]
 """Scores by column."""
 
 
-def expand(names: list[str]) -> list[str]:
+class PaperRow(NamedTuple):
+    """One line of the paper's tables: whose scores, by column (None where there is none), and their `average`."""
+
+    label: str
+    values: dict[str, float | None]
+    average: float | None
+
+
+def expand(names: Sequence[str]) -> list[str]:
     """Replace ``paper`` by its 14 tasks, with the judged MMBench in place of the static one if it is named too."""
+    if not names:
+        raise PmodError("no task to evaluate", "e.g. --tasks gqa,pope_full")
     paper = [JUDGED if task == STATIC and JUDGED in names else task for task in TASKS]
     expanded = [task for name in names for task in (paper if name == "paper" else [name])]
     return list(dict.fromkeys(expanded))
@@ -56,54 +72,36 @@ def tables(result: EvalResult) -> list[list[PaperRow]]:
     Each has our baseline, our model and their difference as far as they were evaluated, then the published figures
     of the model's family and how far ours are from them.
     """
-    by_title = {}
-    scores = {task.name: task for task in result.tasks}
-    for title, task in (pair for columns in TABLES for pair in columns.items()):
-        score = scores.get(task) or (scores.get(JUDGED) if task == STATIC else None)
-        if score is None:
-            return []
-        by_title[title] = score
+    scores = {STATIC if task.name == JUDGED else task.name: task for task in result.tasks}
+    if not scores.keys() >= set(TASKS):
+        return []
     model_type = str(result.model.get("model_type", ""))
     sparse = model_type.startswith("pmod_")
     published = SCORES.get(model_type.removeprefix("pmod_"))
+    kind = "p-MoD" if sparse else "model"
     built = []
-    for columns in COLUMNS:
-        model = {title: by_title[title].model.value for title in columns}
-        sides = {title: by_title[title].baseline for title in columns}
-        baseline = {title: side.value if side else None for title, side in sides.items()}
-        rows = _ours(model, baseline if result.baseline else None, "p-MoD" if sparse else "model")
+    for columns in TABLES:
+        ours = {title: scores[task].model.value for title, task in columns.items()}
+        rows = [_row(f"our {kind}", ours)]
+        base: Values = {}
+        if result.baseline:
+            sides = {title: scores[task].baseline for title, task in columns.items()}
+            base = {title: side.value if side else None for title, side in sides.items()}
+            rows = [_row("our baseline", base), *rows, _difference("difference", ours, base)]
         if published:
-            rows += _theirs(published, model, baseline if result.baseline else None, sparse)
+            dense, pmod = (
+                {title: published[role][title] for title in ours} for role in ("baseline", "model")
+            )
+            rows += [
+                _row("paper: baseline", dense),
+                _row("paper: p-MoD", pmod),
+                _difference("paper: difference", pmod, dense),
+            ]
+            if base:
+                rows.append(_difference("ours - paper: baseline", base, dense))
+            rows.append(_difference(f"ours - paper: {kind}", ours, pmod if sparse else dense))
         built.append(rows)
     return built
-
-
-def _ours(model: Values, baseline: Values | None, name: str) -> list[PaperRow]:
-    if baseline is None:
-        return [_row(f"our {name}", model)]
-    return [
-        _row("our baseline", baseline),
-        _row(f"our {name}", model),
-        _difference("difference", model, baseline),
-    ]
-
-
-def _theirs(
-    published: Mapping[str, Values], model: Values, baseline: Values | None, sparse: bool
-) -> list[PaperRow]:
-    """The published rows, and what ours have more than the published model of the same kind."""
-    dense, pmod = ({title: published[role][title] for title in model} for role in ("baseline", "model"))
-    rows = [
-        _row("paper: baseline", dense),
-        _row("paper: p-MoD", pmod),
-        _difference("paper: difference", pmod, dense),
-    ]
-    if baseline:
-        rows.append(_difference("ours - paper: baseline", baseline, dense))
-    rows.append(
-        _difference(f"ours - paper: {'p-MoD' if sparse else 'model'}", model, pmod if sparse else dense)
-    )
-    return rows
 
 
 def _row(label: str, values: Values) -> PaperRow:
@@ -111,11 +109,8 @@ def _row(label: str, values: Values) -> PaperRow:
 
 
 def _difference(label: str, left: Values, right: Values) -> PaperRow:
-    values: dict[str, float | None] = {}
-    for title in left:
-        a, b = left[title], right[title]
-        values[title] = None if a is None or b is None else a - b
-    return _row(label, values)
+    pairs = {title: (left[title], right[title]) for title in left}
+    return _row(label, {title: None if a is None or b is None else a - b for title, (a, b) in pairs.items()})
 
 
 def average(values: Values) -> float | None:

@@ -29,9 +29,8 @@ def quiet() -> None:
     logger.remove()
     logger.add(sys.stderr, level="ERROR")
     # One progress bar is enough, and it is ours.
-    lmms_eval.evaluator.tqdm = lmms_eval.api.task.tqdm = lambda *args, **options: tqdm(
-        *args, **(options | {"disable": True})
-    )
+    silent = functools.partial(tqdm, disable=True)
+    lmms_eval.evaluator.tqdm = lmms_eval.api.task.tqdm = silent
     refuse_cut_pictures()
 
 
@@ -39,59 +38,43 @@ def quiet() -> None:
 def guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
     """Let no exception in a task's scoring end the run, and no guess depend on the order of the documents.
 
-    Args:
-        task: lmms-eval's task object.
-        broken_metrics: Receives the error of each metric whose aggregation raises.
+    ``broken_metrics`` receives the error of each metric whose aggregation raises.
     """
-    task.process_results = _guard_document(task)
-    aggregations = dict(task._aggregation_list)
-    for metric, function in aggregations.items():
-        task._aggregation_list[metric] = _guard_aggregation(metric, function, broken_metrics)
-    try:
-        with _no_random_letters(task.config.task):
-            yield
-    finally:
-        del task.process_results
-        task._aggregation_list.update(aggregations)
-
-
-def _guard_document(task: Any) -> Callable[..., dict[str, Any]]:
     # Without lmms-eval's retries: five attempts two seconds apart, at a function that will raise again.
     score = getattr(type(task).process_results, "__wrapped__", type(task).process_results)
 
     def process_results(doc: dict[str, Any], results: list[Any], **options: Any) -> dict[str, Any]:
         # MMMU guesses a letter if it finds none: give each document its own guess, whatever came before.
-        random.seed(
-            json.dumps({key: doc[key] for key in sorted(doc)}, default=lambda value: type(value).__name__)
-        )
+        random.seed(json.dumps(doc, sort_keys=True, default=lambda value: type(value).__name__))
         try:
             return score(task, doc, results, **options)
         except Exception as error:
             return {SCORING_ERROR: f"scoring raised {type(error).__name__}: {error}"}
 
-    return process_results
+    def guard(metric: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)  # lmms-eval looks at the signature
+        def aggregate(*args: Any, **options: Any) -> Any:
+            try:
+                return function(*args, **options)
+            except Exception as error:
+                broken_metrics[metric] = f"aggregation raised {type(error).__name__}: {error}"
 
+        return aggregate
 
-def _guard_aggregation(
-    metric: str, function: Callable[..., Any], broken_metrics: dict[str, str]
-) -> Callable[..., Any]:
-    @functools.wraps(function)  # lmms-eval looks at the signature
-    def aggregate(*args: Any, **options: Any) -> Any:
-        try:
-            return function(*args, **options)
-        except Exception as error:
-            broken_metrics[metric] = f"aggregation raised {type(error).__name__}: {error}"
-            return None
-
-    return aggregate
+    aggregations = dict(task._aggregation_list)
+    task.process_results = process_results
+    task._aggregation_list |= {metric: guard(metric, function) for metric, function in aggregations.items()}
+    try:
+        with _no_random_letters() if task.config.task.startswith("mmbench") else contextlib.nullcontext():
+            yield
+    finally:
+        del task.process_results
+        task._aggregation_list |= aggregations
 
 
 @contextlib.contextmanager
-def _no_random_letters(task: str) -> Iterator[None]:
+def _no_random_letters() -> Iterator[None]:
     """Where MMBench's paid judge gives no answer, lmms-eval draws a letter: let it raise instead."""
-    if not task.startswith("mmbench"):
-        yield
-        return
     from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
 
     original = MMBench_Evaluator.extract_answer_from_item

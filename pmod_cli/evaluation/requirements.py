@@ -5,34 +5,25 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pmod_cli.checkpoints.load import check_source
+from pmod_cli.checkpoints.write import free_space
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.output.errors import PmodError
 
-FURTHER_DATA = {"gqa": [("lmms-lab-encoder/GQA", "testdev_balanced_images")]}
-"""Data sets that a task's own code loads besides the one in its YAML (unless its ``process_docs`` is replaced)."""
+FURTHER_DATA = {"gqa": ("lmms-lab-encoder/GQA", "testdev_balanced_images")}
+"""Data set that a task's own code loads besides the one in its YAML (unless its ``process_docs`` is replaced)."""
 
 _PREPARE = "pmod eval --prepare --tasks"
-
-JUDGED = re.compile(r"mmbench_(en_dev|en_dev_lite|cn_dev|cn_dev_lite|cc|ko_dev|ru_dev)")
+_WITH_JUDGE = re.compile(r"mmbench_(en_dev|en_dev_lite|cn_dev|cn_dev_lite|cc|ko_dev|ru_dev)")
 """Tasks whose answers a paid judge reads where no option letter can be found."""
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something missing.
-
-    Attributes:
-        task: For which task.
-        what: What is missing.
-        remedy: The command that gets it.
-    """
+class Problem(NamedTuple):
+    """What is missing, for which task (or ``model``; ``all`` for the disk), and the command that gets it."""
 
     task: str
     what: str
@@ -46,9 +37,7 @@ class PreflightError(PmodError):
         self.problems = problems
         first = problems[0]
         more = f"; {len(problems) - 1} more like it" if len(problems) > 1 else ""
-        absent = dict.fromkeys(
-            problem.task for problem in problems if problem.remedy.startswith(f"{_PREPARE} ")
-        )
+        absent = dict.fromkeys(each.task for each in problems if each.remedy.startswith(_PREPARE))
         remedy = f"{_PREPARE} {','.join(absent)}" if first.task in absent else first.remedy
         super().__init__(f"{first.task}: {first.what}{more}", remedy)
 
@@ -64,8 +53,8 @@ def check(
     """Make sure that everything the tasks need is there or can be had.
 
     Args:
-        catalogue: The tasks.
-        names: Those to check: tasks, groups and tags.
+        catalogue: Where the tasks come from.
+        names: Tasks, groups and tags.
         checkpoints: Folders and hub ids that will be evaluated.
         offline: Do not ask the network.
         preparing: The data are about to be downloaded, so judges don't matter yet.
@@ -74,16 +63,16 @@ def check(
         The tasks behind each name.
 
     Raises:
-        PreflightError: If anything is missing.
+        PreflightError: Anything is missing.
     """
     hub = _Hub(offline, preparing)
-    problems = [problem for source in checkpoints if (problem := hub.checkpoint_problem(source))]
+    problems = [problem for source in checkpoints for problem in hub.checkpoint_problems(source)]
     leaves: dict[str, list[str]] = {}
     for name in names:
         try:
             leaves[name] = catalogue.leaves(name)
             for leaf in leaves[name]:
-                problems += _task_problems(leaf, catalogue.config(leaf), hub, preparing)
+                problems += _task_problems(leaf, catalogue.config(leaf), hub)
         except PmodError as error:
             problems.append(Problem(name, error.message, error.hint or "pmod eval --help"))
     problems += hub.disk_problems()
@@ -92,27 +81,25 @@ def check(
     return leaves
 
 
-def _task_problems(leaf: str, config: dict[str, Any], hub: _Hub, preparing: bool) -> Iterator[Problem]:
+def _task_problems(leaf: str, config: dict[str, Any], hub: _Hub) -> Iterator[Problem]:
     output_type = config.get("output_type", "generate_until")
     if output_type != "generate_until":
         yield Problem(leaf, f"is of type {output_type}; pmod answers generate_until tasks", "leave it out")
     variable = "AZURE_API_KEY" if os.environ.get("API_TYPE") == "azure" else "OPENAI_API_KEY"
-    if JUDGED.fullmatch(leaf) and not preparing and not os.environ.get(variable):
+    if _WITH_JUDGE.fullmatch(leaf) and not hub.preparing and not os.environ.get(variable):
         instead = " or take mmbench_en_dev_static, which needs none" if leaf == "mmbench_en_dev" else ""
         yield Problem(leaf, "asks a paid judge, and has no key", f"export {variable}=...{instead}")
-    for path, name in _data_sets(leaf, config):
-        problem = hub.problem(leaf, config, path, name)
-        if problem:
-            yield problem
-            return
+    data_sets = [(config.get("dataset_path"), config.get("dataset_name"))]
+    if config.get("process_docs") is not None and leaf in FURTHER_DATA:
+        data_sets.append(FURTHER_DATA[leaf])
+    for path, name in data_sets:
+        if path:
+            yield from hub.data_problems(leaf, config, path, name)
 
 
 @contextlib.contextmanager
 def offline_mode(wanted: bool) -> Iterator[None]:
-    """Inside of it, and if wanted, the hub's clients refuse to ask the network."""
-    if not wanted:
-        yield
-        return
+    """Within it, and if wanted, the hub's clients refuse to ask the network."""
     import datasets
     import huggingface_hub
 
@@ -122,81 +109,74 @@ def offline_mode(wanted: bool) -> Iterator[None]:
         (datasets.config, "HF_DATASETS_OFFLINE"),
     )
     before = [getattr(module, name) for module, name in switches]
-    for module, name in switches:
-        setattr(module, name, True)
     try:
+        for module, name in switches if wanted else ():
+            setattr(module, name, True)
         yield
     finally:
         for (module, name), value in zip(switches, before, strict=True):
             setattr(module, name, value)
 
 
-def _data_sets(leaf: str, config: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
-    if config.get("dataset_path"):
-        yield config["dataset_path"], config.get("dataset_name")
-    if config.get("process_docs") is not None:
-        yield from FURTHER_DATA.get(leaf, [])
-
-
 class _Hub:
-    """The hub as far as it can be seen from here; asked once a data set, and no more once it is out of reach."""
+    """The hub as far as it can be seen from here; asked once per data set, and no more once it is out of reach."""
 
     def __init__(self, offline: bool, preparing: bool) -> None:
         import huggingface_hub
 
         self.preparing = preparing
-
         self.offline = offline or huggingface_hub.constants.HF_HUB_OFFLINE
         self.token = huggingface_hub.get_token()
         self.reachable = True
         self.sizes: dict[str, int] = {}
         self.answers: dict[str, tuple[str, str] | None] = {}
 
-    def problem(self, leaf: str, config: dict[str, Any], path: str, name: str | None) -> Problem | None:
+    def data_problems(
+        self, leaf: str, config: dict[str, Any], path: str, name: str | None
+    ) -> Iterator[Problem]:
+        """What is wrong with a data set of a task."""
         options = config.get("dataset_kwargs") or {}
         if missing := _missing_files(path, options):
-            return Problem(leaf, f"has no data at {missing}", "check the task's dataset_path and data_files")
-        if "data_files" in options or Path(path).exists() or cached(path, name):
-            return None
-        if self.offline:
-            return Problem(
-                leaf,
-                f"its data ({path}) are not on this machine, and the network may not be asked",
-                "unset HF_HUB_OFFLINE" if self.preparing else f"{_PREPARE} {leaf}",
-            )
-        if options.get("token") and not self.token:
-            return Problem(leaf, f"its data ({path}) need a hub login", "hf auth login")
-        if path not in self.answers:
-            self.answers[path] = self._ask(path)
-        answer = self.answers[path]
-        return Problem(leaf, *answer) if answer else None
+            yield Problem(leaf, f"has no data at {missing}", "check the task's dataset_path and data_files")
+        elif "data_files" in options or Path(path).exists() or cached(path, name):
+            return
+        elif not self.offline and options.get("token") and not self.token:
+            yield Problem(leaf, f"its data ({path}) need a hub login", "hf auth login")
+        else:
+            remedy = "unset HF_HUB_OFFLINE" if self.preparing else f"{_PREPARE} {leaf}"
+            yield from self._remote_problems(leaf, path, "dataset", remedy)
 
-    def checkpoint_problem(self, source: str | Path) -> Problem | None:
+    def checkpoint_problems(self, source: str | Path) -> Iterator[Problem]:
         """What is wrong with a folder or hub id, as far as can be told without loading it."""
+        from huggingface_hub import try_to_load_from_cache
+
         try:
             check_source(source)
         except PmodError as error:
-            return Problem("model", error.message, error.hint or "give the folder of a checkpoint")
-        if Path(source).is_dir() or _in_hub_cache(str(source)):
-            return None
-        if self.offline:
-            what = f"{source} is not on this machine, and the network may not be asked"
-            return Problem("model", what, f"hf download {source}")
-        answer = self._ask(str(source), "model")
-        return Problem("model", *answer) if answer else None
+            yield Problem("model", error.message, error.hint or "give the folder of a checkpoint")
+            return
+        path = str(source)
+        if not Path(path).is_dir() and not isinstance(try_to_load_from_cache(path, "config.json"), str):
+            yield from self._remote_problems("model", path, "model", f"hf download {path}")
 
-    def _ask(self, path: str, kind: str = "dataset") -> tuple[str, str] | None:
+    def _remote_problems(self, who: str, path: str, kind: str, remedy: str) -> Iterator[Problem]:
+        """What is wrong with a repository that is not on this machine; ``remedy`` gets it where there is a network."""
+        if self.offline:
+            yield Problem(who, f"{path} is not on this machine, and the network may not be asked", remedy)
+            return
+        if path not in self.answers:
+            self.answers[path] = self._ask(path, kind)
+        if answer := self.answers[path]:
+            yield Problem(who, *answer)
+
+    def _ask(self, path: str, kind: str) -> tuple[str, str] | None:
+        """What is missing and its remedy, if the hub does not give a repository; else notes its size."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-        unreachable = (
-            "the hub cannot be reached",
-            "where it can: pmod eval --prepare --tasks ...; then copy the HF_HOME folder here",
-        )
-        if not self.reachable:
-            return unreachable
         try:
-            info = HfApi().repo_info(path, repo_type=kind, files_metadata=True, timeout=10)
+            if self.reachable:
+                info: Any = HfApi().repo_info(path, repo_type=kind, files_metadata=True, timeout=10)
         except GatedRepoError:
             place = path if kind == "model" else f"datasets/{path}"
             return f"access to {path} has to be asked for", f"at https://huggingface.co/{place}"
@@ -206,44 +186,37 @@ class _Hub:
             return f"the hub refuses {path}: {str(error).splitlines()[0]}", "try again later"
         except Exception:  # whatever the HTTP library of the day raises without a network
             self.reachable = False
-            return unreachable
-        files = [
-            file
-            for file in getattr(info, "siblings", None) or []
-            if kind == "dataset" or "/" not in file.rfilename
-        ]
-        self.sizes[path] = sum(file.size or 0 for file in files)
+        if not self.reachable:
+            elsewhere = "where it can: pmod eval --prepare --tasks ...; then copy the HF_HOME folder here"
+            return "the hub cannot be reached", elsewhere
+        self.sizes[path] = sum(
+            file.size or 0
+            for file in info.siblings or ()
+            if kind == "dataset" or "/" not in file.rfilename  # a model's folders are not loaded
+        )
         return None
 
-    def disk_problems(self) -> list[Problem]:
+    def disk_problems(self) -> Iterator[Problem]:
         """Too little room for what would be downloaded: at most the whole repositories."""
         needed = sum(self.sizes.values())
         place = cache_folder()
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
-        if needed <= free:
-            return []
-        gigabytes = f"up to {needed / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free on {place}"
-        return [Problem("all", gigabytes, "export HF_HOME=/a/larger/disk")]
+        free = free_space(place / "new")
+        if needed > free:
+            what = f"up to {needed / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free in {place}"
+            yield Problem("all", what, "export HF_HOME=/a/larger/disk")
 
 
 def cached(path: str, name: str | None) -> bool:
     """Whether ``datasets`` has its copy of a hub data set's configuration."""
+    import datasets
     from datasets.naming import camelcase_to_snakecase
 
-    owner, _, short = path.rpartition("/")
-    further = any((path, name) in pairs for pairs in FURTHER_DATA.values())
-    folder = (_own_cache_folder() if further else cache_folder()) / "___".join(
-        [*([owner] if owner else []), camelcase_to_snakecase(short)]
-    )
+    # What a task's own code loads is where `datasets` itself keeps it.
+    own = (path, name) in FURTHER_DATA.values()
+    cache = Path(datasets.config.HF_DATASETS_CACHE) if own else cache_folder()
+    *owner, short = path.rsplit("/", 1)
+    folder = cache / "___".join([*owner, camelcase_to_snakecase(short)])
     return any(folder.glob(f"{name or '*'}/*/*/dataset_info.json"))
-
-
-def _in_hub_cache(repo: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(repo, "config.json"), str)
 
 
 def cache_folder() -> Path:
@@ -253,21 +226,11 @@ def cache_folder() -> Path:
     return Path(_resolve_hf_datasets_cache_dir())
 
 
-def _own_cache_folder() -> Path:
-    """Where ``datasets`` keeps them, and with it what a task's own code loads."""
-    import datasets
-
-    return Path(datasets.config.HF_DATASETS_CACHE)
-
-
 def _missing_files(path: str, options: dict[str, Any]) -> str | None:
     """The first local file or folder that a task names and that is not there."""
-    if Path(path).is_absolute() and not Path(path).exists():
-        return path
     files = options.get("data_files") or []
-    named = files.values() if isinstance(files, dict) else [files]
-    for entry in named:
-        for file in [entry] if isinstance(entry, str) else entry:
-            if "://" not in file and "*" not in file and not Path(file).exists():
-                return file
-    return None
+    entries = files.values() if isinstance(files, dict) else [files]
+    named = [file for entry in entries for file in ([entry] if isinstance(entry, str) else entry)]
+    local = [file for file in named if "://" not in file and "*" not in file]
+    wanted = [path, *local] if Path(path).is_absolute() else local
+    return next((file for file in wanted if not Path(file).exists()), None)

@@ -1,14 +1,14 @@
 """How sure a score is: bootstrap over the samples, and paired for the difference between two models.
 
 A score here is a weighted sum of ratios, ``sum_s weight_s * sum(numerator) / sum(denominator)``, with one stratum
-``s`` for most tasks (a mean is a ratio whose denominators are 1), one a category for MME and one a part for POPE,
+``s`` for most tasks (a mean is a ratio whose denominators are 1), one per category for MME and one per part for POPE,
 whose F1 is such a ratio too. That covers the paper's 14 tasks exactly, so one bootstrap serves them all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,14 +19,8 @@ Ratio = tuple[float, float]
 """What one unit (a sample, or a group of them that only counts together) adds: numerator and denominator."""
 
 
-@dataclass(frozen=True)
-class Stratum:
-    """Units that are resampled among themselves.
-
-    Attributes:
-        weight: What the stratum's ratio is multiplied with in the score.
-        units: The ratio of each unit.
-    """
+class Stratum(NamedTuple):
+    """Units that are resampled among themselves; their ratio is multiplied with ``weight`` in the score."""
 
     weight: float
     units: Mapping[Hashable, Ratio]
@@ -35,15 +29,8 @@ class Stratum:
 Strata = Mapping[str, Stratum]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A model's score less the baseline's, in points.
-
-    Attributes:
-        points: The difference.
-        low: Lower end of the 95 % interval of a paired bootstrap.
-        high: Upper end.
-    """
+class Difference(NamedTuple):
+    """A model's score less the baseline's, in points, with the 95 % interval of a paired bootstrap."""
 
     points: float
     low: float
@@ -57,11 +44,11 @@ class Difference:
 
 def score(strata: Strata) -> float:
     """The score itself."""
-    return sum(
-        stratum.weight * _ratio(*map(sum, zip(*stratum.units.values(), strict=True)))
-        for stratum in strata.values()
-        if stratum.units
-    )
+    total = 0.0
+    for weight, units in strata.values():
+        numerator, denominator = (sum(unit[side] for unit in units.values()) for side in (0, 1))
+        total += weight * numerator / denominator if denominator else 0.0
+    return total
 
 
 def standard_error(strata: Strata, resamples: int = RESAMPLES) -> float | None:
@@ -72,30 +59,31 @@ def standard_error(strata: Strata, resamples: int = RESAMPLES) -> float | None:
 
 
 def difference(model: Strata, baseline: Strata, resamples: int = RESAMPLES) -> Difference | None:
-    """Compare two models on the units that both have, drawing the same units for both.
-
-    Returns:
-        None if they share no two units.
-    """
-    shared: tuple[dict[str, Stratum], dict[str, Stratum]] = ({}, {})
-    for name in model.keys() & baseline.keys():
-        keys = [key for key in model[name].units if key in baseline[name].units]
-        for side, strata in zip(shared, (model, baseline), strict=True):
-            side[name] = Stratum(strata[name].weight, {key: strata[name].units[key] for key in keys})
-    if max((len(stratum.units) for stratum in shared[0].values()), default=0) < 2:
+    """Compare two models on the units that both have, drawing the same units for both; None if there are no two."""
+    ours, theirs = _shared(model, baseline), _shared(baseline, model)
+    if max((len(stratum.units) for stratum in ours.values()), default=0) < 2:
         return None
-    drawn = _resample(shared, resamples)
+    drawn = _resample([ours, theirs], resamples)
     low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
-    return Difference(score(shared[0]) - score(shared[1]), float(low), float(high))
+    return Difference(score(ours) - score(theirs), float(low), float(high))
 
 
-def _resample(sides: tuple[Strata, ...] | list[Strata], resamples: int) -> np.ndarray:
+def _shared(strata: Strata, other: Strata) -> Strata:
+    """Those units of the strata that the other has too."""
+    return {
+        name: Stratum(weight, {key: units[key] for key in units if key in other[name].units})
+        for name, (weight, units) in strata.items()
+        if name in other
+    }
+
+
+def _resample(sides: Sequence[Strata], resamples: int) -> np.ndarray:
     """Scores of bootstrap resamples: [sides, resamples]."""
     generator = np.random.default_rng(SEED)
     totals = np.zeros((len(sides), resamples))
     for name in sorted(sides[0]):
         strata = [side[name] for side in sides]
-        rows = np.array([[*sum((stratum.units[key] for stratum in strata), ())] for key in strata[0].units])
+        rows = np.array([sum((stratum.units[key] for stratum in strata), ()) for key in strata[0].units])
         if not len(rows):
             continue
         # Units with the same contribution are exchangeable: drawing how often each kind comes up is the same as
@@ -107,7 +95,3 @@ def _resample(sides: tuple[Strata, ...] | list[Strata], resamples: int) -> np.nd
             ratio = np.divide(numerator, denominator, out=np.zeros(resamples), where=denominator != 0)
             totals[side] += stratum.weight * ratio
     return totals
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    return numerator / denominator if denominator else 0.0

@@ -6,30 +6,28 @@ from collections.abc import Iterator
 from typing import Any
 
 from pmod_cli.evaluation import paper
-from pmod_cli.evaluation.results import EvalResult, PaperRow, Score, TaskResult
+from pmod_cli.evaluation.results import EvalResult, Score, TaskResult
 from pmod_cli.evaluation.stats import RESAMPLES
 from pmod_cli.output.tables import Table
 
 
 def tables(result: EvalResult, errors: bool) -> Iterator[Table]:
-    """All tables of an evaluation.
-
-    Args:
-        result: The evaluation.
-        errors: Whether standard errors stand beside scores; with a baseline they would not fit a terminal.
-    """
+    """All tables of an evaluation, with standard errors or, where they would not fit beside a baseline, without."""
     sides = ["baseline", "model"] if result.baseline else ["model"]
     header = ["task", "samples", *sides, *(["difference"] if result.baseline else [])]
     rows: list[list[str]] = []
     for task in result.tasks:
         scores = [_score(getattr(task, side), errors) for side in sides]
-        difference = [_difference(task)] if result.baseline else []
-        rows.append([task.name, str(task.model.samples), *scores, *difference])
-        rows += _parts(task, sides, len(header))
+        rows.append([task.name, str(task.model.samples), *scores, _difference(task)][: len(header)])
+        rows += ([*cells, *[""] * len(header)][: len(header)] for cells in _parts(task, sides))
     yield Table("Scores in points", header, rows)
-    for number, lines in enumerate(result.paper, start=1):
-        columns = ["", *lines[0].values, "average"]
-        yield Table(f"The paper's table {number}", columns, [_paper_row(line) for line in lines])
+    for number, lines in enumerate(paper.tables(result), start=1):
+        rows = []
+        for label, values, average in lines:
+            sign = "+" if "difference" in label else ""
+            points = [*values.values(), average]
+            rows.append([label, *("" if value is None else f"{value:{sign}.1f}" for value in points)])
+        yield Table(f"The paper's table {number}", ["", *lines[0].values, "average"], rows)
 
 
 def notes(result: EvalResult) -> list[str]:
@@ -39,38 +37,26 @@ def notes(result: EvalResult) -> list[str]:
         lines.append(
             "Difference: model less baseline, with the 95 % interval of a paired bootstrap; * where it excludes 0."
         )
-    if result.paper:
+    if paper.tables(result):
         lines += paper.notes(result)
-    for role in ("baseline", "model"):
-        lines += _how(role, getattr(result, role) or {})
-    differing = _differing_preparation(result)
-    if differing:
-        lines.append(f"Model and baseline do not run alike ({differing}): scores may differ for that reason.")
-    return lines
-
-
-def _how(role: str, described: dict[str, Any]) -> Iterator[str]:
-    """How a model's answers came about."""
-    if gain := described.get("batch", {}).get("gain"):
-        yield (
-            f"{role}: {gain['batched']:.3g} samples/s in a batch of {gain['batch']}, "
-            f"{gain['alone']:.3g} one at a time ({gain['timed_alone']} timed): {gain['factor']:.1f} times as fast."
+    for role, side in (("baseline", result.baseline), ("model", result.model)):
+        if recalled := (side or {}).get("answers", {}).get("recalled"):
+            lines.append(f"{role}: {recalled} answers were kept from an earlier run of the same checkpoint.")
+    differing = []
+    if result.baseline and "dtype" in result.model:  # not while only the baseline has run
+        ours, theirs = (
+            {"dtype": side["dtype"]} | side["preparation"] for side in (result.model, result.baseline)
         )
-    if recalled := described.get("answers", {}).get("recalled"):
-        yield f"{role}: {recalled} answers were kept from an earlier run of the same checkpoint."
-
-
-def _differing_preparation(result: EvalResult) -> str:
-    if not result.baseline:
-        return ""
-    ours, theirs = (
-        {"dtype": side.get("dtype")} | side.get("preparation", {}) for side in (result.model, result.baseline)
-    )
-    return ", ".join(
-        f"{key.replace('_', ' ')}: {ours[key]} and {theirs.get(key)}"
-        for key in ours
-        if ours[key] != theirs.get(key)
-    )
+        differing = [
+            f"{key.replace('_', ' ')}: {value} and {theirs[key]}"
+            for key, value in ours.items()
+            if value != theirs[key]
+        ]
+    if differing:
+        lines.append(
+            f"Model and baseline do not run alike ({', '.join(differing)}): scores may differ for that reason."
+        )
+    return lines
 
 
 def markdown(result: EvalResult) -> str:
@@ -93,24 +79,18 @@ def markdown(result: EvalResult) -> str:
 def changes_table(changes: list[dict[str, Any]]) -> Table:
     """Samples whose score changed, as `pmod_cli.evaluation.diff.differences` gives them."""
     header = ["task", "sample", "before", "after", "right", "question", "picture"]
-    rows = [
-        [
-            change["task"],
-            str(change["doc_id"]),
-            *(
-                f"{_cut(str(side['answer']))} ({side['score']:.2g})"
-                for side in (change["before"], change["after"])
-            ),
-            _cut(str(change["target"])),
-            _cut(change["prompt"], 40),
-            " ".join(change["pictures"]),
+    rows = []
+    for change in changes:
+        answers = [
+            f"{_cut(str(side['answer']))} ({side['score']:.2g})"
+            for side in (change["before"], change["after"])
         ]
-        for change in changes
-    ]
+        asked = [_cut(str(change["target"])), _cut(change["prompt"], 40), " ".join(change["pictures"])]
+        rows.append([change["task"], str(change["doc_id"]), *answers, *asked])
     return Table("Samples whose score changed", header, rows, left=len(header))
 
 
-def _parts(task: TaskResult, sides: list[str], width: int) -> Iterator[list[str]]:
+def _parts(task: TaskResult, sides: list[str]) -> Iterator[list[str]]:
     """Further numbers of a task that has several, indented: parts of a group, or kinds of question."""
     if len(task.tasks) > 1:
         keys = {leaf: (leaf, task.metric) for leaf in task.tasks}
@@ -123,14 +103,7 @@ def _parts(task: TaskResult, sides: list[str], width: int) -> Iterator[list[str]
     for label, (leaf, key) in keys.items():
         scores = [getattr(task, side) for side in sides]
         values = [score.metrics[leaf].get(key) if score else None for score in scores]
-        cells = ["" if value is None else f"{value * task.scale:.1f}" for value in values]
-        yield [f"  {label}", "", *cells, *[""] * (width - 2 - len(cells))]
-
-
-def _paper_row(row: PaperRow) -> list[str]:
-    sign = "+" if "difference" in row.label else ""
-    values = [*row.values.values(), row.average]
-    return [row.label, *("" if value is None else f"{value:{sign}.1f}" for value in values)]
+        yield [f"  {label}", "", *("" if value is None else f"{value * task.scale:.1f}" for value in values)]
 
 
 def _score(score: Score | None, errors: bool) -> str:
@@ -142,8 +115,7 @@ def _score(score: Score | None, errors: bool) -> str:
 
 
 def _difference(task: TaskResult) -> str:
-    found = task.difference
-    if found:
+    if found := task.difference:
         star = " *" if found.significant else ""
         return f"{found.points:+.1f} ({found.low:+.1f} to {found.high:+.1f}){star}"
     if task.baseline is None or task.baseline.value is None or task.model.value is None:

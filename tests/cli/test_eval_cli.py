@@ -299,7 +299,7 @@ def test_what_nobody_foresaw_is_one_line_too(place, tmp_path, monkeypatch, capsy
     def burst(self, *arguments):
         raise ZeroDivisionError("of all things")
 
-    monkeypatch.setattr("pmod_cli.evaluation.session.Evaluation.run", burst)
+    monkeypatch.setattr("pmod_cli.evaluation.evaluate.Evaluation.run", burst)
     (tmp_path / "out").mkdir()
     arguments = [place / "llava", "--tasks", "local_qa", *options(place), "--output", tmp_path / "out"]
     code, _, err = run(*arguments, capture=capsys)

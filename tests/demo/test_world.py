@@ -7,6 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
+import lessons
 from pmod_cli.demo import data, world
 
 
@@ -85,7 +86,7 @@ def test_answers_are_true():
     rng = random.Random(0)
     seen = {q.text: q.answer for _ in range(500) for q in world.ask_each(rng, scene)}
     assert truths.items() <= seen.items()
-    lists = {world.ask(rng, scene, "list").answer for _ in range(2000)}
+    lists = {lessons.list_question(rng, scene).answer for _ in range(2000)}
     assert len(lists) == 2 * 6 * 6
     assert {"red circle left, blue cross right", "right cross blue, left red circle"} <= lists
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all, measure_gain, parse_batch_size
+from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all, parse_batch_size
 from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
 from tests.common.eval_models import noise
 
@@ -130,18 +130,6 @@ def test_memory_that_really_runs_out(llava):
     assert [dict(outcomes)[index] for index in range(30)] == expected
     assert sizer.out_of_memory >= 1
     assert 1 <= sizer.largest < 16
-
-
-def test_the_gain_of_batches_is_measured_on_the_batch_itself(dense):
-    counting = Limited(dense, most=99)
-    sizer = BatchSizer("auto")
-    collect(counting, questions(60), sizer)
-    counting.sizes.clear()
-    gain = measure_gain(counting, sizer)
-    assert counting.sizes == [16, 1, 1, 1, 1]
-    assert (gain.batch, gain.timed_alone) == (16, 4)
-    assert gain.factor == pytest.approx(gain.batched / gain.alone)
-    assert measure_gain(counting, BatchSizer("auto")) is None
 
 
 def test_a_given_batch_size_also_steps_down(dense):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from pmod_cli.evaluation import processes
+from pmod_cli import devices
 from pmod_cli.evaluation.evaluate import evaluate
 from pmod_cli.evaluation.options import EvalSettings
 from tests.common.eval_models import save_parrot, save_pmod, score_of
@@ -84,12 +84,12 @@ def test_two_processes_give_the_scores_of_one(llava, local_task, fixtures, tmp_p
 
 def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert processes.own_device(None) is None
+    assert devices.own_device(None) is None
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert processes.own_device(None) == processes.own_device("cuda") == "cuda:3"
-    assert processes.own_device("cpu") == "cpu"
-    assert processes.own_device("cuda:1") == "cuda:1"
+    assert devices.own_device(None) == devices.own_device("cuda") == "cuda:3"
+    assert devices.own_device("cpu") == "cpu"
+    assert devices.own_device("cuda:1") == "cuda:1"
 
 
 def test_lmms_evals_own_command_line(pmod, local_task, tmp_path, monkeypatch, capfd):

@@ -13,8 +13,8 @@ import pytest
 
 from pmod_cli.evaluation import identity
 from pmod_cli.evaluation.evaluate import evaluate
+from pmod_cli.evaluation.folder import AnswerStore
 from pmod_cli.evaluation.options import EvalSettings
-from pmod_cli.evaluation.store import AnswerStore
 from pmod_cli.evaluation.tasks import write_task
 from pmod_cli.generation import Answer, VisionLanguageModel
 from pmod_cli.output.errors import PmodError

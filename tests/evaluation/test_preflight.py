@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import socket
-from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -13,7 +12,7 @@ import pytest
 from lmms_eval.api import task
 
 from pmod_cli.evaluation import requirements
-from pmod_cli.evaluation.catalogue import Tasks, folders_of
+from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.evaluation.evaluate import evaluate, prepare
 from pmod_cli.evaluation.options import EvalSettings
 from pmod_cli.evaluation.requirements import PreflightError
@@ -190,15 +189,6 @@ def test_corrupt_data_are_named_before_a_model_is_loaded(tmp_path, llava, nothin
     write_task(tmp_path / "yaml", "corrupt", tmp_path / "data")
     with pytest.raises(PmodError, match=r"the data of task corrupt cannot be had: .*[Pp]arquet"):
         evaluate(llava, ["corrupt"], include_path=tmp_path / "yaml")
-
-
-def test_lmms_evals_folders_are_found_without_its_whole_index():
-    root = Path(pytest.importorskip("lmms_eval.tasks").__file__).parent
-    folders = folders_of(["gqa", "pope_full", "nothing_of_the_kind"], root)
-    assert [Path(folder).name for folder in folders] == ["gqa", "pope"]
-    tasks = Tasks(["gqa", "pope_full"])
-    assert tasks.leaves("pope_full") == ["pope_adv", "pope_pop", "pope_random"]
-    assert len(tasks.manager.all_tasks) < 50
 
 
 @pytest.fixture

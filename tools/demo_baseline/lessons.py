@@ -99,7 +99,7 @@ def draw_lesson(rng: random.Random, progress: float) -> Conversation:
     if rng.random() < 0.2:
         kinds[-1] = "count"
     questions = [world.ask(rng, scene, kind) for kind in kinds]
-    questions += [world.ask(rng, scene, "list") for _ in range(3 if early else 1)]
+    questions += [list_question(rng, scene) for _ in range(3 if early else 1)]
     rng.shuffle(questions)
     return scene, questions
 
@@ -192,3 +192,12 @@ def _vision_tokens(processor: LlavaProcessor) -> int:
 
 def _word_id(processor: LlavaProcessor, word: str) -> int:
     return int(processor.tokenizer(f" {word}", add_special_tokens=False).input_ids[0])
+
+
+def list_question(rng: random.Random, scene: world.Scene) -> world.Question:
+    """Ask for all that the questions ask for, as in `left red circle, blue square right`, in a random order."""
+    listed = [
+        rng.sample((item.colour, item.shape, item.place), 3)
+        for item in rng.sample(scene.items, len(scene.items))
+    ]
+    return world.Question("list", "List the shapes.", ", ".join(map(" ".join, listed)))

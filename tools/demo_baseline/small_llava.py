@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    lines = (f"USER: \n{line} ASSISTANT: {line}" for line in world.vocabulary())
+    lines = (f"USER: \n{line} ASSISTANT: {line}" for line in vocabulary())
     tokenizer.train_from_iterator(lines, trainer)
     bos = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -70,6 +71,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=2048,
         clean_up_tokenization_spaces=False,
     )
+
+
+def vocabulary() -> Iterator[str]:
+    """Every question and answer of the world, one on each line, for a tokenizer to learn from."""
+    yield from ("How many shapes are there?", "Describe the picture.", "List the shapes.")
+    yield from ("yes", "no", *world.NUMBERS)
+    for place, phrase in world.PHRASES.items():
+        yield from (f"What colour is the shape {phrase}?", f"What shape is {phrase}?", place)
+    for shape in world.SHAPES:
+        yield from (f"What colour is the {shape}?", f"Where is the {shape}?", f"a {shape} and a {shape}")
+        for colour in world.COLOURS:
+            yield from (f"What shape is {colour}?", f"Where is the {colour} shape?")
+            yield f"Is there a {colour} {shape}?"
 
 
 def build_processor() -> LlavaProcessor:

@@ -9,15 +9,22 @@ from pmod_cli.output.console import stderr
 
 
 @contextmanager
-def late_progress(label: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a bar while the body runs; it yields a function of steps done, steps in all, and text to show after them."""
+def late_progress() -> Iterator[Callable[..., None]]:
+    """Show a bar while the body runs.
+
+    Yields:
+        A function that moves the bar: what is being done, steps done, steps in all, and text to show after them, if
+        any. Where something else is being done, a new bar takes the place of the old one.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=stderr)
-    task = bar.add_task(label, total=None, text="")
+    task = bar.add_task("", total=None, text="")
 
-    def show(done: int, total: int, text: str) -> None:
+    def show(label: str, done: int, total: int, text: str = "") -> None:
+        if bar.tasks[0].description != label:
+            bar.reset(task, description=label)
         bar.start()
         bar.update(task, completed=done, total=total, text=text)
 
