@@ -1,4 +1,8 @@
-"""The KV cache of a Mixture-of-Depths layer: it holds the kept tokens and nothing else."""
+"""The KV cache of a Mixture-of-Depths layer: it holds the kept tokens and nothing else.
+
+`KeptTokensLayer` grows, as a `DynamicCache` does; `StaticKeptTokensLayer` has a fixed capacity, found at the prefill,
+so that a decode step has fixed shapes and can be compiled.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from pmod_cli.modeling.masks import join_valid
+from pmod_cli.modeling.masks import causal_mask, join_valid, single_query_mask
+
+GROWTH = 64
+"""Slots by which the mask of used slots grows ahead, so that a decode step does not touch it."""
+
+BUCKET = 64
+"""Fixed capacities are cut by whole buckets of dropped tokens, so that like prompts have the same one."""
 
 
 class KeptTokensLayer(DynamicLayer):
@@ -20,7 +30,6 @@ class KeptTokensLayer(DynamicLayer):
 
     Attributes:
         length: Tokens seen, kept or not.
-        valid: False for unused slots, [batch, slots]; None if every slot is in use.
         positions: Index in the sequence of the slots up to the last routed chunk, [batch, slots]. The slots
             behind them, one a token, are the end of the sequence.
     """
@@ -34,7 +43,7 @@ class KeptTokensLayer(DynamicLayer):
 
     def _clear(self) -> None:
         self.length = 0
-        self.valid: Tensor | None = None
+        self._used: Tensor | None = None  # [batch, slots and some more], True behind the slots
         self.positions: Tensor | None = None
         self._announced: tuple[int, Tensor | None, Tensor | None] | None = None
 
@@ -42,6 +51,37 @@ class KeptTokensLayer(DynamicLayer):
     def slots(self) -> int:
         """Number of tokens stored for the sample that has most."""
         return self.keys.shape[-2] if self.is_initialized and self.keys.dim() > 1 else 0
+
+    @property
+    def started(self) -> bool:
+        """Whether it has seen tokens, of which it may have kept none."""
+        return self.length > 0
+
+    @property
+    def valid(self) -> Tensor | None:
+        """False for unused slots, [batch, slots]; None if every slot is in use."""
+        return None if self._used is None else self._used[:, : self.slots]
+
+    def mask(self, config: Any, queries: Tensor, valid: Tensor | None) -> Any:
+        """What the next tokens may see of the slots with theirs added; call it before `update`.
+
+        Args:
+            config: See `causal_mask`.
+            queries: [batch, new, hidden].
+            valid: False for unused slots among the new ones, [batch, new]; None if all are used.
+        """
+        batch, new = queries.shape[:2]
+        if new == 1 and valid is None and self._used is not None:
+            return single_query_mask(config, queries, self._reserve(self._used, self.slots + 1))
+        joined = join_valid(self.valid, valid, batch, self.slots, new, queries.device)
+        return causal_mask(config, queries, self.slots, joined)
+
+    def _reserve(self, used: Tensor, slots: int) -> Tensor:
+        """The mask of used slots, [batch, slots], where those that are not there yet will be in use."""
+        if used.shape[1] < slots:
+            used = torch.cat([used, used.new_ones(used.shape[0], slots - used.shape[1] + GROWTH)], dim=-1)
+            self._used = used
+        return used[:, :slots]
 
     def announce(self, length: int, indices: Tensor | None, valid: Tensor | None) -> None:
         """Say what the next `update` brings.
@@ -60,7 +100,10 @@ class KeptTokensLayer(DynamicLayer):
         batch, _, new, _ = key_states.shape
         length, indices, valid = self._announced or (new, None, None)
         self._announced = None
-        self.valid = join_valid(self.valid, valid, batch, self.slots, new, key_states.device)
+        if valid is None and self._used is not None:
+            self._reserve(self._used, self.slots + new)
+        else:
+            self._used = join_valid(self.valid, valid, batch, self.slots, new, key_states.device)
         if indices is not None:
             self.positions = torch.cat([self._all_positions(batch, indices), indices + self.length], dim=-1)
         self.length += length
@@ -87,15 +130,15 @@ class KeptTokensLayer(DynamicLayer):
             # The cut goes into a routed chunk: which slots leave depends on what each sample kept.
             assert self.positions is not None
             inside = self.positions < self.length - count
-            if self.valid is not None:
-                inside &= self.valid[:, :routed]
+            if self._used is not None:
+                inside &= self._used[:, :routed]
             places = torch.arange(1, routed + 1, device=inside.device)
             remaining = int((inside * places).max()) if routed else 0
             self.positions = self.positions[:, :remaining]
             inside = inside[:, :remaining]
-            self.valid = None if bool(inside.all()) else inside
-        elif self.valid is not None:
-            self.valid = self.valid[:, :remaining]
+            self._used = None if bool(inside.all()) else inside
+        elif self._used is not None:
+            self._used = self._used[:, :remaining]
         self.keys, self.values = self.keys[..., :remaining, :], self.values[..., :remaining, :]
         self.length -= count
 
@@ -122,7 +165,7 @@ class KeptTokensLayer(DynamicLayer):
         if not self.is_initialized or self.keys.dim() == 1:
             return
         self.keys, self.values = function(self.keys), function(self.values)
-        self.valid = None if self.valid is None else function(self.valid)
+        self._used = None if self._used is None else function(self._used)
         self.positions = None if self.positions is None else function(self.positions)
 
     def _all_positions(self, batch: int, like: Tensor) -> Tensor:
@@ -133,8 +176,125 @@ class KeptTokensLayer(DynamicLayer):
         return tail if self.positions is None else torch.cat([self.positions, tail], dim=-1)
 
 
+class StaticKeptTokensLayer(StaticLayer):
+    """One layer's keys and values in a `StaticCache`: room for the tokens that the prefill keeps and the new ones.
+
+    Dense layers of a p-MoD model have it too; they keep every token. The prefill attends to its own tokens, not to
+    the whole capacity, and need not be compiled.
+
+    Attributes:
+        capacity: Slots, known at the first `update`.
+        filled: Slots in use or left unused by shorter samples, a tensor of one number.
+        used: True for slots that are in use, [batch, capacity].
+    """
+
+    capacity: int
+    filled: Tensor
+    used: Tensor
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__(max_cache_len=max_cache_len)
+        self._announced: tuple[int, Tensor | None, Tensor | None] | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether it has seen tokens, of which it may have kept none."""
+        return bool(self.is_initialized)
+
+    def announce(self, length: int, indices: Tensor | None, valid: Tensor | None) -> None:
+        """As `KeptTokensLayer.announce`."""
+        self._announced = (length, indices, valid)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate, now that the number of kept tokens is known: [batch, kv_heads, capacity, head_dim]."""
+        batch, heads, kept, size = key_states.shape
+        dropped = (self._announced or (kept,))[0] - kept
+        capacity = self.max_cache_len - dropped // BUCKET * BUCKET
+        self.capacity = capacity + -capacity % 16  # rows of a mask are aligned
+        self.device = key_states.device
+        self.keys = key_states.new_zeros(batch, heads, self.capacity, size)
+        self.values = value_states.new_zeros(batch, heads, self.capacity, value_states.shape[-1])
+        self.used = torch.zeros(batch, self.capacity, dtype=torch.bool, device=self.device)
+        self.filled = torch.zeros((), dtype=torch.long, device=self.device)
+        self.cumulative_length = torch.zeros((), dtype=torch.long, device=self.device)
+        if not torch.compiler.is_compiling():
+            # What a compiled decode step changes in place keeps its address, as CUDA graphs need it.
+            for tensor in (self.keys, self.values, self.used, self.filled, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+        self.is_initialized = True
+
+    def mask(self, config: Any, queries: Tensor, valid: Tensor | None) -> Tensor:
+        """As `KeptTokensLayer.mask`, over the whole capacity.
+
+        Raises:
+            ValueError: If the attention implementation takes no 4-D mask.
+        """
+        implementation = config._attn_implementation
+        if "flash" in implementation or "flex" in implementation:
+            raise ValueError(f"a static cache needs sdpa or eager attention, not {implementation}")
+        new = self.filled + torch.arange(queries.shape[1], device=self.device)
+        used = self.used.index_fill(1, new, True) if valid is None else self.used.index_copy(1, new, valid)
+        slots = torch.arange(self.capacity, device=self.device)
+        seen = (used[:, None] & (slots <= new[:, None])) | (slots == new[:, None])
+        if implementation == "eager":
+            lowest = torch.finfo(queries.dtype).min
+            return torch.zeros((), dtype=queries.dtype, device=self.device).where(seen, lowest)[:, None]
+        return seen[:, None]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values of the kept tokens, [batch, kv_heads, kept, head_dim].
+
+        Returns:
+            At the first call what it was given, later the whole capacity.
+        """
+        first = not self.is_initialized
+        if first:
+            self.lazy_initialization(key_states, value_states)
+        kept = key_states.shape[-2]
+        length, _, valid = self._announced or (kept, None, None)
+        self._announced = None
+        slots = self.filled + torch.arange(kept, device=self.device)
+        self.keys.index_copy_(2, slots, key_states)
+        self.values.index_copy_(2, slots, value_states)
+        if valid is None:
+            self.used.index_fill_(1, slots, True)
+        else:
+            self.used.index_copy_(1, slots, valid)
+        self.filled.add_(kept)
+        self.cumulative_length.add_(length)
+        return (key_states, value_states) if first else (self.keys, self.values)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length of the keys that `update` returns, and their offset."""
+        return (self.capacity if self.is_initialized else query_length), 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("a p-MoD model's static cache cannot be cropped; use a DynamicCache")
+
+    def reset(self) -> None:
+        """Empty it; the next prefill allocates anew."""
+        self.keys = self.values = self.used = None  # type: ignore[assignment]
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch for beam search, in place."""
+        for tensor in (self.keys, self.values, self.used):
+            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+
+KeptTokens = KeptTokensLayer | StaticKeptTokensLayer
+"""What a Mixture-of-Depths layer may find in a cache."""
+
+
 def adopt_cache(cache: Cache, mod_layers: list[int], num_layers: int) -> None:
-    """Let the Mixture-of-Depths layers of an empty `DynamicCache` hold kept tokens only, in place.
+    """Let the layers of an empty cache hold kept tokens only, in place.
 
     Args:
         cache: What ``generate`` or the caller passes.
@@ -142,18 +302,19 @@ def adopt_cache(cache: Cache, mod_layers: list[int], num_layers: int) -> None:
         num_layers: Number of decoder layers.
 
     Raises:
-        ValueError: If the cache's layers have a fixed size or another storage (static, quantised, sliding
-            window), which cannot hold a different number of tokens in each layer.
+        ValueError: If the cache's layers have another storage (quantised, sliding window), which cannot hold a
+            different number of tokens in each layer, or already hold tokens of another model.
     """
     while len(cache.layers) < num_layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    for index in mod_layers:
+    static = any(isinstance(cache.layers[index], StaticLayer) for index in mod_layers)
+    for index in range(num_layers) if static else mod_layers:
         layer = cache.layers[index]
-        if isinstance(layer, KeptTokensLayer):
+        if isinstance(layer, KeptTokensLayer | StaticKeptTokensLayer):
             continue
-        if type(layer) is not DynamicLayer or layer.get_seq_length():
+        if type(layer) not in (DynamicLayer, StaticLayer) or layer.is_initialized:
             raise ValueError(
                 f"a p-MoD model keeps another number of tokens in each layer, which {type(layer).__name__} of "
-                f"{type(cache).__name__} cannot hold; use a new DynamicCache (the default)"
+                f"{type(cache).__name__} cannot hold; use a new DynamicCache (the default) or StaticCache"
             )
-        cache.layers[index] = KeptTokensLayer()
+        cache.layers[index] = StaticKeptTokensLayer(layer.max_cache_len) if static else KeptTokensLayer()

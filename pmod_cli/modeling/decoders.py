@@ -12,13 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
+from transformers import Cache, DynamicCache, LlamaModel, MistralModel, PreTrainedModel, Qwen2Model
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from pmod_cli.modeling.cache import adopt_cache
+from pmod_cli.modeling.cache import StaticKeptTokensLayer, adopt_cache
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.modeling.kernels.launch import available
 from pmod_cli.modeling.layer import MoDDecoderLayer
 from pmod_cli.modeling.masks import causal_mask
 from pmod_cli.modeling.plan import RoutingRecord, plan_forward
@@ -48,10 +49,12 @@ class MoDDecoder:
     Attributes:
         mod_layer_class: Class of those layers.
         mod: Which layers, and how.
+        kernels: ``auto``: fused kernels where there is a GPU with Triton; ``torch``: never; ``fused``: always.
     """
 
     mod_layer_class: type[MoDDecoderLayer]
     mod: MoDConfig
+    kernels: str = "auto"
 
     @property
     def retention_ratios(self) -> list[float | None]:
@@ -88,6 +91,14 @@ class MoDDecoder:
         if vision_gradient is not None:
             inputs_embeds = inputs_embeds + vision_gradient.to(inputs_embeds.dtype)
         batch, length = inputs_embeds.shape[:2]
+        use_cache = config.use_cache if use_cache is None else use_cache
+        checkpointing = self.training and self.gradient_checkpointing  # type: ignore[attr-defined]
+        cache = kwargs.pop(CACHE_ARGUMENT, None)
+        if use_cache and cache is None and not checkpointing:
+            cache = DynamicCache(config=config)
+        if cache is not None:
+            adopt_cache(cache, self.mod.mod_layers, config.num_hidden_layers)
+        fused = self.kernels == "fused" or (self.kernels == "auto" and inputs_embeds.is_cuda and available())
         plan, mask = plan_forward(
             (batch, length),
             vision_mask,
@@ -96,16 +107,16 @@ class MoDDecoder:
             self.retention_ratios,
             self.mod.target_tokens,
             routing_record,
+            fused,
         )
-        if mask is not None:
+        dense = self._static_dense_layers(cache)
+        if dense and dense[0].started:
+            mask = dense[0].mask(config, inputs_embeds, None if plan is None else plan.real_mask)
+        elif mask is not None:
             mask = causal_mask(config, inputs_embeds, mask.shape[1] - length, mask)
-        use_cache = config.use_cache if use_cache is None else use_cache
-        checkpointing = self.training and self.gradient_checkpointing  # type: ignore[attr-defined]
-        cache = kwargs.pop(CACHE_ARGUMENT, None)
-        if use_cache and cache is None and not checkpointing:
-            cache = DynamicCache(config=config)
-        if cache is not None:
-            adopt_cache(cache, self.mod.mod_layers, config.num_hidden_layers)
+        if plan is not None and plan.real_mask is not None:
+            for layer in dense:
+                layer.announce(length, None, plan.real_mask)
         return {
             **kwargs,
             CACHE_ARGUMENT: cache,
@@ -115,6 +126,15 @@ class MoDDecoder:
             "use_cache": use_cache,
             "routing_plan": plan,
         }
+
+    def _static_dense_layers(self, cache: Cache | None) -> list[StaticKeptTokensLayer]:
+        """What a static cache has for dense layers, which are all alike; empty for other caches."""
+        layers = (
+            []
+            if cache is None
+            else [cache.layers[i] for i, r in enumerate(self.retention_ratios) if r is None]
+        )
+        return [layer for layer in layers if isinstance(layer, StaticKeptTokensLayer)]
 
     @classmethod
     def from_dense(cls, dense: PreTrainedModel, mod: MoDConfig) -> Any:

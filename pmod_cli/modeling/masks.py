@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from pmod_cli.modeling.attention import SDPA, aligned_bias
+
 
 def causal_mask(config: Any, queries: Tensor, past: int, valid: Tensor | None) -> Any:
     """The mask for ``new`` queries at the end of ``past + new`` slots.
@@ -29,7 +31,7 @@ def causal_mask(config: Any, queries: Tensor, past: int, valid: Tensor | None) -
     implementation = config._attn_implementation
     if "flash" in implementation:
         return valid
-    if implementation == "sdpa" and valid is None and (new == 1 or past == 0):
+    if implementation in SDPA and valid is None and (new == 1 or past == 0):
         return None  # the kernel's own causal path, or a single query that sees everything
 
     def visible(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def causal_mask(config: Any, queries: Tensor, past: int, valid: Tensor | None) -
         # An unused slot sees itself: a row without any key would be NaN, and spread in the backward pass.
         return causal & (valid[sample, key] | (key == query))
 
-    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
         batch_size=batch,
         q_length=new,
         kv_length=past + new,
@@ -51,6 +53,21 @@ def causal_mask(config: Any, queries: Tensor, past: int, valid: Tensor | None) -
         device=queries.device,
         config=config,
     )
+    # The kernel that takes masks wants an additive one; once here is cheaper than in each layer.
+    return aligned_bias(mask, queries.dtype) if implementation in SDPA and queries.is_cuda else mask
+
+
+def single_query_mask(config: Any, queries: Tensor, valid: Tensor) -> Any:
+    """The mask for one query per sample, which sees every valid slot; without a copy where that can be.
+
+    Args:
+        config: The decoder's config; names the attention implementation.
+        queries: [batch, 1, hidden].
+        valid: False for slots that it may not see, [batch, slots], the query's own included.
+    """
+    if config._attn_implementation in SDPA:
+        return valid[:, None, None, :]
+    return causal_mask(config, queries, valid.shape[1] - 1, valid)
 
 
 def join_valid(

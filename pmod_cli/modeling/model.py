@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pmod_cli.modeling.attention import avoid_plans
 from pmod_cli.modeling.compat import PIXELS, encoded_inputs
 from pmod_cli.modeling.decoders import take_over
 from pmod_cli.modeling.plan import RoutingRecord
@@ -78,6 +79,12 @@ class MoDMultimodalModel:
         if kind not in known:
             raise ValueError(f"language model {kind!r} is not supported; supported: {', '.join(known)}")
         self.set_decoder(known[kind].from_dense(language_model, self.mod))  # type: ignore[attr-defined]
+        avoid_plans(self)  # type: ignore[arg-type]
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; what gets ``sdpa`` gets it without plans per shape (`pmod_cli.modeling.attention`)."""
+        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        avoid_plans(self)  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -116,14 +123,11 @@ class MoDMultimodalModel:
         if vision_mask is not None and tokens is not None and vision_mask.shape != tokens.shape[:2]:
             raise ValueError(f"vision_mask is {list(vision_mask.shape)} for tokens {list(tokens.shape[:2])}")
         forward = super().forward  # type: ignore[misc]
+        inputs |= {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        if inputs.get("mm_encoder_outputs") is None:
+            return forward(vision_mask=vision_mask, **inputs)
         with encoded_inputs(self, forward, inputs):  # type: ignore[arg-type]
-            return forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                vision_mask=vision_mask,
-                **inputs,
-            )
+            return forward(vision_mask=vision_mask, **inputs)
 
     def vision_tokens(
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None, inputs: dict[str, Any]
@@ -182,6 +186,22 @@ class MoDForConditionalGeneration:
         super().__init__(config)  # type: ignore[call-arg]
         self.model = self.inner_class.from_dense(self.model)  # type: ignore[has-type]
         self.post_init()  # type: ignore[attr-defined]
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """See `MoDMultimodalModel.set_attn_implementation`."""
+        super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        avoid_plans(self.model)  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Tensor | None:
+        """For a static cache: the prompt's own 2-D mask; a decode step has none, since the cache knows what is used.
+
+        transformers would make a 4-D mask here, of the dense layers' size.
+        """
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        return None if cache is not None and cache.is_initialized else attention_mask
 
     def prepare_inputs_for_generation(
         self,

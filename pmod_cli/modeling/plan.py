@@ -66,6 +66,8 @@ class RoutingPlan:
             layer. Found here and not in the layers, so that a compiled layer sees plain numbers.
         rank: Tie-break, int64 [batch, tokens]; None if there are no routed tokens.
         record: Where Mixture-of-Depths layers leave their routing, if the caller wants it.
+        num_real: Real tokens of each sample.
+        device_lengths: ``kept_lengths`` for the fused kernels, int32 [layers, batch]; None without them.
     """
 
     target_mask: Tensor | None
@@ -73,6 +75,17 @@ class RoutingPlan:
     kept_lengths: Sequence[list[int] | None] = ()
     rank: Tensor | None = None
     record: RoutingRecord | None = None
+    num_real: Sequence[int] = ()
+    device_lengths: Tensor | None = None
+
+    @property
+    def fused(self) -> bool:
+        """Whether layers may use the fused kernels."""
+        return self.device_lengths is not None
+
+    def drops_nothing(self, layer: int) -> bool:
+        """Whether a Mixture-of-Depths layer keeps every real token; their order then stays the dense model's."""
+        return self.kept_lengths[layer] == self.num_real
 
     @classmethod
     def from_counts(
@@ -83,6 +96,7 @@ class RoutingPlan:
         num_real: list[int],
         ratios: Sequence[float | None],
         record: RoutingRecord | None = None,
+        fused: bool = False,
     ) -> RoutingPlan:
         """A plan from counts that the host already has; nothing is read from the device.
 
@@ -98,7 +112,11 @@ class RoutingPlan:
             else [real - routed + kept_tokens(routed, ratio) for real, routed in samples]
             for ratio in ratios
         ]
-        return cls(target_mask, real_mask, lengths, spread_rank(target_mask), record)
+        on_device = None
+        if fused:
+            table = [[0] * len(samples) if layer is None else layer for layer in lengths]
+            on_device = torch.tensor(table, dtype=torch.int32, device=target_mask.device)
+        return cls(target_mask, real_mask, lengths, spread_rank(target_mask), record, num_real, on_device)
 
 
 def plan_forward(
@@ -109,6 +127,7 @@ def plan_forward(
     ratios: Sequence[float | None],
     target_tokens: str,
     record: RoutingRecord | None = None,
+    fused: bool = False,
 ) -> tuple[RoutingPlan | None, Tensor | None]:
     """Count the tokens of a forward pass and plan it; the one time that the host waits for the device.
 
@@ -120,6 +139,7 @@ def plan_forward(
         ratios: Retention ratio of each decoder layer, None for a dense one.
         target_tokens: See `MoDConfig`; what ``vision_hr`` leaves out is not in ``vision_mask``.
         record: Where layers put their routing, or None.
+        fused: Whether layers may use the fused kernels.
 
     Returns:
         The plan, None if nothing is routed or padded; and the attention mask as booleans, None if it hides nothing.
@@ -133,7 +153,9 @@ def plan_forward(
     restarts = None if vision_mask is None or whole_mask is not None else _restarts(position_ids, batch)
     vision, real, whole, packed = count_tokens(vision_mask, real_mask, whole_mask, restarts)
     if whole_mask is None or whole == [whole_mask.shape[1]] * batch:
-        whole_mask, real_mask, real = None, None, [length] * batch
+        whole_mask = None
+    if whole_mask is None or real == [length] * batch:
+        real_mask, real = None, [length] * batch
     if vision_mask is None or not any(vision):
         return (None if real_mask is None else RoutingPlan(None, real_mask)), whole_mask
     if any(packed):
@@ -146,7 +168,7 @@ def plan_forward(
         vision_mask = vision_mask.any(-1, keepdim=True).expand_as(vision_mask)
         vision_mask = vision_mask if real_mask is None else vision_mask & real_mask
         vision = [tokens if seen else 0 for tokens, seen in zip(real, vision, strict=True)]
-    return RoutingPlan.from_counts(vision_mask, real_mask, vision, real, ratios, record), whole_mask
+    return RoutingPlan.from_counts(vision_mask, real_mask, vision, real, ratios, record, fused), whole_mask
 
 
 def _restarts(position_ids: Tensor | None, batch: int) -> Tensor | None:

@@ -117,15 +117,14 @@ def select_tokens(keys: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | No
         lengths: How many tokens each sample keeps, text included.
 
     Returns:
-        Indices [batch, max(lengths)], ascending, and a mask [batch, max(lengths)] that is False where a sample
-        has fewer tokens (the index is then some token that is not kept); None if all lengths are equal.
+        Indices [batch, max(lengths)] and a mask [batch, max(lengths)], None if all lengths are equal. A sample's
+        kept tokens come first, ascending. Where it has fewer than others the mask is False and the index is some
+        token that it does not keep: at the end, where no kept token's causal attention sees it.
     """
     longest = max(lengths)
     top = keys.topk(longest, dim=-1).indices
     if min(lengths) == longest:
         return top.sort(dim=-1).values, None
-    slots = torch.arange(longest, device=keys.device)
-    surplus = slots >= torch.tensor(lengths, device=keys.device)[:, None]
-    # Sorting 2 * index + surplus sorts by index and carries the mask along.
-    coded = (top * 2 + surplus).sort(dim=-1).values
-    return coded >> 1, (coded & 1) == 0
+    used = torch.arange(longest, device=keys.device) < torch.tensor(lengths, device=keys.device)[:, None]
+    behind = (~used) * keys.shape[1]
+    return (top + behind).sort(dim=-1).values - behind, used

@@ -1,0 +1,91 @@
+"""Scatter: the processed tokens, their MLP branch reweighted, back to their places in the residual."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmod_cli.modeling.kernels.launch import block_of, operator, warps_of
+
+
+def reference(
+    passed: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor, lengths: Tensor
+) -> None:
+    """See `scatter`."""
+    width = passed.shape[-1]
+    spread = indices[..., None].expand(-1, -1, width)
+    processed = torch.addcmul(residual, branch, weights.gather(1, indices).to(passed.dtype)[..., None])
+    used = torch.arange(indices.shape[1], device=indices.device) < lengths[:, None]
+    processed = torch.where(used[..., None], processed, passed.gather(1, spread))
+    passed.scatter_(1, spread, processed)
+
+
+@functools.cache
+def _kernel() -> Any:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def scatter_kernel(
+        passed, residual, branch, weights, indices, lengths, tokens, slots, width, BLOCK: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        sample = row // slots
+        used = row % slots < tl.load(lengths + sample)
+        place = sample * tokens + tl.load(indices + row)
+        columns = tl.arange(0, BLOCK)
+        inside = columns < width
+        x = tl.load(residual + row * width + columns, mask=inside, other=0.0)
+        y = tl.load(branch + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        weight = tl.load(weights + place).to(x.dtype).to(tl.float32)
+        result = (x.to(tl.float32) + y * weight).to(x.dtype)
+        tl.store(passed + place * width + columns, result, mask=inside & used)
+
+    return scatter_kernel
+
+
+def _launch(
+    passed: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor, lengths: Tensor
+) -> None:
+    _, tokens, width = passed.shape
+    batch, slots = indices.shape
+    block = block_of(width)
+    _kernel()[(batch * slots,)](
+        passed,
+        residual.contiguous(),
+        branch.contiguous(),
+        weights,
+        indices,
+        lengths,
+        tokens,
+        slots,
+        width,
+        BLOCK=block,
+        num_warps=warps_of(block),
+    )
+
+
+_operator = operator(
+    "scatter(Tensor(a!) passed, Tensor residual, Tensor branch, Tensor weights, Tensor indices, Tensor lengths) -> ()",
+    reference,
+    _launch,
+)
+
+
+def scatter(
+    passed: Tensor, residual: Tensor, branch: Tensor, weights: Tensor, indices: Tensor, lengths: Tensor
+) -> None:
+    """Write ``residual + weight * branch`` over the kept tokens, in place; unused slots write nothing.
+
+    Args:
+        passed: The weighted residual of all tokens, contiguous [batch, tokens, hidden]; changed.
+        residual: Of the kept tokens, [batch, kept, hidden].
+        branch: What the MLP gave, [batch, kept, hidden].
+        weights: Of all tokens, fp32 [batch, tokens]; rounded to the model's dtype.
+        indices: Kept tokens, int64 [batch, kept].
+        lengths: How many of them are used, int32 [batch].
+    """
+    _operator(passed, residual, branch, weights, indices, lengths)
