@@ -94,6 +94,11 @@ def plan_free_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where the boolean mask is True, else minus infinity."""
+    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, float("-inf"))
+
+
 def aligned_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """An additive mask whose rows lie 16 apart in memory, as the memory-efficient kernel wants them.
 
@@ -102,7 +107,7 @@ def aligned_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: Of the queries.
     """
     if mask.dtype == torch.bool:
-        mask = torch.zeros((), dtype=dtype, device=mask.device).where(mask, float("-inf"))
+        mask = additive(mask, dtype)
     slots = mask.shape[-1]
     aligned = mask.stride(-1) == 1 and all(
         mask.stride(dim) % 16 == 0 for dim in range(mask.dim() - 1) if mask.shape[dim] > 1

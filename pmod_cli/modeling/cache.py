@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from pmod_cli.modeling.masks import causal_mask, join_valid, single_query_mask
+from pmod_cli.modeling.masks import additive, causal_mask, join_valid, takes_additive
 
 GROWTH = 64
-"""Slots by which the mask of used slots grows ahead, so that a decode step does not touch it."""
+"""Slots by which a decode step's mask is made longer than needed, so that most steps do not touch it."""
 
 BUCKET = 64
-"""Fixed capacities are cut by whole buckets of dropped tokens, so that like prompts have the same one."""
+"""Fixed capacities are whole buckets, so that prompts of like size share a compiled step; rows of masks are aligned."""
 
 
 class KeptTokensLayer(DynamicLayer):
@@ -43,7 +44,8 @@ class KeptTokensLayer(DynamicLayer):
 
     def _clear(self) -> None:
         self.length = 0
-        self._used: Tensor | None = None  # [batch, slots and some more], True behind the slots
+        self._used: Tensor | None = None  # of the first slots; those behind are all used
+        self._bias: Tensor | None = None  # the same as an additive mask, with room behind
         self.positions: Tensor | None = None
         self._announced: tuple[int, Tensor | None, Tensor | None] | None = None
 
@@ -60,7 +62,9 @@ class KeptTokensLayer(DynamicLayer):
     @property
     def valid(self) -> Tensor | None:
         """False for unused slots, [batch, slots]; None if every slot is in use."""
-        return None if self._used is None else self._used[:, : self.slots]
+        return (
+            None if self._used is None else F.pad(self._used, (0, self.slots - self._used.shape[1]), value=1)
+        )
 
     def mask(self, config: Any, queries: Tensor, valid: Tensor | None) -> Any:
         """What the next tokens may see of the slots with theirs added; call it before `update`.
@@ -71,17 +75,15 @@ class KeptTokensLayer(DynamicLayer):
             valid: False for unused slots among the new ones, [batch, new]; None if all are used.
         """
         batch, new = queries.shape[:2]
-        if new == 1 and valid is None and self._used is not None:
-            return single_query_mask(config, queries, self._reserve(self._used, self.slots + 1))
+        if new == 1 and valid is None and self._used is not None and takes_additive(config):
+            slots = self.slots + 1
+            if self._bias is None or self._bias.shape[1] < slots:
+                room = slots + GROWTH
+                used = F.pad(self._used, (0, room + -room % 16 - self._used.shape[1]), value=1)
+                self._bias = additive(used, queries.dtype)
+            return self._bias[:, None, None, :slots]
         joined = join_valid(self.valid, valid, batch, self.slots, new, queries.device)
         return causal_mask(config, queries, self.slots, joined)
-
-    def _reserve(self, used: Tensor, slots: int) -> Tensor:
-        """The mask of used slots, [batch, slots], where those that are not there yet will be in use."""
-        if used.shape[1] < slots:
-            used = torch.cat([used, used.new_ones(used.shape[0], slots - used.shape[1] + GROWTH)], dim=-1)
-            self._used = used
-        return used[:, :slots]
 
     def announce(self, length: int, indices: Tensor | None, valid: Tensor | None) -> None:
         """Say what the next `update` brings.
@@ -100,10 +102,9 @@ class KeptTokensLayer(DynamicLayer):
         batch, _, new, _ = key_states.shape
         length, indices, valid = self._announced or (new, None, None)
         self._announced = None
-        if valid is None and self._used is not None:
-            self._reserve(self._used, self.slots + new)
-        else:
+        if valid is not None:
             self._used = join_valid(self.valid, valid, batch, self.slots, new, key_states.device)
+            self._bias = None
         if indices is not None:
             self.positions = torch.cat([self._all_positions(batch, indices), indices + self.length], dim=-1)
         self.length += length
@@ -130,8 +131,8 @@ class KeptTokensLayer(DynamicLayer):
             # The cut goes into a routed chunk: which slots leave depends on what each sample kept.
             assert self.positions is not None
             inside = self.positions < self.length - count
-            if self._used is not None:
-                inside &= self._used[:, :routed]
+            if self.valid is not None:
+                inside &= self.valid[:, :routed]
             places = torch.arange(1, routed + 1, device=inside.device)
             remaining = int((inside * places).max()) if routed else 0
             self.positions = self.positions[:, :remaining]
@@ -139,6 +140,7 @@ class KeptTokensLayer(DynamicLayer):
             self._used = None if bool(inside.all()) else inside
         elif self._used is not None:
             self._used = self._used[:, :remaining]
+        self._bias = None
         self.keys, self.values = self.keys[..., :remaining, :], self.values[..., :remaining, :]
         self.length -= count
 
@@ -166,6 +168,7 @@ class KeptTokensLayer(DynamicLayer):
             return
         self.keys, self.values = function(self.keys), function(self.values)
         self._used = None if self._used is None else function(self._used)
+        self._bias = None
         self.positions = None if self.positions is None else function(self.positions)
 
     def _all_positions(self, batch: int, like: Tensor) -> Tensor:
@@ -210,7 +213,7 @@ class StaticKeptTokensLayer(StaticLayer):
         batch, heads, kept, size = key_states.shape
         dropped = (self._announced or (kept,))[0] - kept
         capacity = self.max_cache_len - dropped // BUCKET * BUCKET
-        self.capacity = capacity + -capacity % 16  # rows of a mask are aligned
+        self.capacity = capacity + -capacity % BUCKET
         self.device = key_states.device
         self.keys = key_states.new_zeros(batch, heads, self.capacity, size)
         self.values = value_states.new_zeros(batch, heads, self.capacity, value_states.shape[-1])
@@ -230,16 +233,13 @@ class StaticKeptTokensLayer(StaticLayer):
             ValueError: If the attention implementation takes no 4-D mask.
         """
         implementation = config._attn_implementation
-        if "flash" in implementation or "flex" in implementation:
+        if not takes_additive(config):
             raise ValueError(f"a static cache needs sdpa or eager attention, not {implementation}")
         new = self.filled + torch.arange(queries.shape[1], device=self.device)
         used = self.used.index_fill(1, new, True) if valid is None else self.used.index_copy(1, new, valid)
         slots = torch.arange(self.capacity, device=self.device)
         seen = (used[:, None] & (slots <= new[:, None])) | (slots == new[:, None])
-        if implementation == "eager":
-            lowest = torch.finfo(queries.dtype).min
-            return torch.zeros((), dtype=queries.dtype, device=self.device).where(seen, lowest)[:, None]
-        return seen[:, None]
+        return (additive(seen, queries.dtype) if implementation == "eager" else seen)[:, None]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

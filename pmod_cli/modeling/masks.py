@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from pmod_cli.modeling.attention import SDPA, aligned_bias
+from pmod_cli.modeling.attention import SDPA, additive, aligned_bias
+
+__all__ = ["additive", "causal_mask", "join_valid", "takes_additive"]
 
 
 def causal_mask(config: Any, queries: Tensor, past: int, valid: Tensor | None) -> Any:
@@ -57,17 +59,9 @@ def causal_mask(config: Any, queries: Tensor, past: int, valid: Tensor | None) -
     return aligned_bias(mask, queries.dtype) if implementation in SDPA and queries.is_cuda else mask
 
 
-def single_query_mask(config: Any, queries: Tensor, valid: Tensor) -> Any:
-    """The mask for one query per sample, which sees every valid slot; without a copy where that can be.
-
-    Args:
-        config: The decoder's config; names the attention implementation.
-        queries: [batch, 1, hidden].
-        valid: False for slots that it may not see, [batch, slots], the query's own included.
-    """
-    if config._attn_implementation in SDPA:
-        return valid[:, None, None, :]
-    return causal_mask(config, queries, valid.shape[1] - 1, valid)
+def takes_additive(config: Any) -> bool:
+    """Whether the decoder's attention takes an additive 4-D mask."""
+    return config._attn_implementation in (*SDPA, "eager")
 
 
 def join_valid(

@@ -190,7 +190,7 @@ class MoDForConditionalGeneration:
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """See `MoDMultimodalModel.set_attn_implementation`."""
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
-        avoid_plans(self.model)  # type: ignore[arg-type]
+        avoid_plans(self.model)
 
     @staticmethod
     def create_masks_for_generate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import QuantizedLayer
 
 from pmod_cli.modeling.cache import KeptTokensLayer
@@ -245,10 +245,3 @@ def test_offloaded_cache_on_a_gpu():
     options = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [99]}
     expected = model.generate(**inputs, **options)
     assert torch.equal(model.generate(**inputs, **options, cache_implementation="offloaded"), expected)
-
-
-def test_static_cache_is_refused_with_the_reason():
-    model = tiny_model()
-    cache = StaticCache(config=model.config.text_config, max_cache_len=64)
-    with pytest.raises(ValueError, match=r"another number of tokens in each layer.*DynamicCache"):
-        prefill(model, torch.tensor([prompt(1, 8)]), cache, pixel_values=pictures(1))
