@@ -67,7 +67,9 @@ class RoutingPlan:
         rank: Tie-break, int64 [batch, tokens]; None if there are no routed tokens.
         record: Where Mixture-of-Depths layers leave their routing, if the caller wants it.
         num_real: Real tokens of each sample.
-        device_lengths: ``kept_lengths`` for the fused kernels, int32 [layers, batch]; None without them.
+        fused: Whether layers may use the fused kernels.
+        device_lengths: ``kept_lengths`` on the device, int32 [layers, batch]; None where nobody needs them: every
+            sample of each layer keeps as many tokens, and there are no fused kernels.
     """
 
     target_mask: Tensor | None
@@ -76,12 +78,8 @@ class RoutingPlan:
     rank: Tensor | None = None
     record: RoutingRecord | None = None
     num_real: Sequence[int] = ()
+    fused: bool = False
     device_lengths: Tensor | None = None
-
-    @property
-    def fused(self) -> bool:
-        """Whether layers may use the fused kernels."""
-        return self.device_lengths is not None
 
     def drops_nothing(self, layer: int) -> bool:
         """Whether a Mixture-of-Depths layer keeps every real token; their order then stays the dense model's."""
@@ -112,11 +110,10 @@ class RoutingPlan:
             else [real - routed + kept_tokens(routed, ratio) for real, routed in samples]
             for ratio in ratios
         ]
-        on_device = None
-        if fused:
-            table = [[0] * len(samples) if layer is None else layer for layer in lengths]
-            on_device = torch.tensor(table, dtype=torch.int32, device=target_mask.device)
-        return cls(target_mask, real_mask, lengths, spread_rank(target_mask), record, num_real, on_device)
+        uneven = any(min(layer) < max(layer) for layer in lengths if layer is not None)
+        on_device = _to_device(lengths, target_mask.device) if fused or uneven else None
+        rank = spread_rank(target_mask)
+        return cls(target_mask, real_mask, lengths, rank, record, num_real, fused, on_device)
 
 
 def plan_forward(
@@ -198,3 +195,14 @@ def count_tokens(*masks: Tensor | None) -> list[list[int]]:
         return [[] for _ in masks]
     counts = iter(torch.stack(present).tolist())
     return [[] if mask is None else next(counts) for mask in masks]
+
+
+def _to_device(lengths: Sequence[list[int] | None], device: torch.device) -> Tensor:
+    """Tokens that each layer keeps of each sample, int32 [layers, batch], without a wait of the host."""
+    batch = next(len(layer) for layer in lengths if layer is not None)
+    # Rows of 16 bytes: Triton compiles a kernel anew for a pointer that is not aligned to them.
+    table = torch.zeros(len(lengths), batch + -batch % 4, dtype=torch.int32, pin_memory=device.type == "cuda")
+    for row, layer in zip(table, lengths, strict=True):
+        if layer is not None:
+            row[:batch] = torch.tensor(layer)
+    return table.to(device, non_blocking=True)[:, :batch]

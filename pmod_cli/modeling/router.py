@@ -109,12 +109,15 @@ def selection_keys(logits: Tensor, target_mask: Tensor, real_mask: Tensor | None
     return keys if real_mask is None else keys.masked_fill(~real_mask, limits.min)
 
 
-def select_tokens(keys: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | None]:
+def select_tokens(
+    keys: Tensor, lengths: list[int], device_lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The tokens that a layer keeps, in their original order.
 
     Args:
         keys: What `selection_keys` gave, [batch, tokens].
         lengths: How many tokens each sample keeps, text included.
+        device_lengths: The same where the keys are, [batch], if somebody brought them there already.
 
     Returns:
         Indices [batch, max(lengths)] and a mask [batch, max(lengths)], None if all lengths are equal. A sample's
@@ -125,6 +128,8 @@ def select_tokens(keys: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor | No
     top = keys.topk(longest, dim=-1).indices
     if min(lengths) == longest:
         return top.sort(dim=-1).values, None
-    used = torch.arange(longest, device=keys.device) < torch.tensor(lengths, device=keys.device)[:, None]
+    if device_lengths is None:
+        device_lengths = torch.tensor(lengths, device=keys.device)
+    used = torch.arange(longest, device=keys.device) < device_lengths[:, None]
     behind = (~used) * keys.shape[1]
     return (top + behind).sort(dim=-1).values - behind, used

@@ -45,7 +45,8 @@ class Routing:
             self.valid = self.hidden = plan.real_mask
         else:
             keys = selection_keys(self.logits, plan.target_mask, plan.real_mask, plan.rank)
-            self.indices, self.valid = select_tokens(keys, plan.kept_lengths[index] or [])
+            on_device = None if plan.device_lengths is None else plan.device_lengths[index]
+            self.indices, self.valid = select_tokens(keys, plan.kept_lengths[index] or [], on_device)
         batch, tokens, width = self.shape
         # One list of rows of the flattened batch serves the gather and the scatter.
         rows = self.indices

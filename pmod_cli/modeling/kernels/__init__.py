@@ -8,4 +8,5 @@
 
 Each is an operator ``pmod::...`` for inference. On CPUs the operator runs its reference, or with ``TRITON_INTERPRET=1``
 the kernel in Triton's interpreter. Under autograd and ``torch.compile`` the layer takes its PyTorch path instead.
+Sizes are never specialised: a prompt of a new length compiles nothing.
 """

@@ -23,7 +23,7 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["width"])
     def add_norm_kernel(residual, branch, weight, total, normed, width, epsilon, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, BLOCK)

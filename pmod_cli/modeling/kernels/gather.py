@@ -38,7 +38,7 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens", "slots", "width", "head", "table_step"])
     def gather_kernel(
         hidden,
         indices,

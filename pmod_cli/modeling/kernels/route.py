@@ -40,7 +40,7 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["width"])
     def route_kernel(
         hidden,
         weight,

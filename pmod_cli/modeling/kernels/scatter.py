@@ -28,7 +28,7 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens", "slots", "width"])
     def scatter_kernel(
         passed, residual, branch, weights, indices, lengths, tokens, slots, width, BLOCK: tl.constexpr
     ):

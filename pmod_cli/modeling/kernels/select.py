@@ -27,7 +27,7 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens", "slots"])
     def select_kernel(keys, lengths, indices, tokens, slots, BLOCK: tl.constexpr):
         sample = tl.program_id(0).to(tl.int64)
         places = tl.arange(0, BLOCK)
