@@ -13,7 +13,7 @@ LAYERS = (
     {"report", "doctor"},
     {"visualize", "evaluation", "training", "conversion", "profiling"},
     {"generation", "data"},
-    {"plots"},
+    {"plots", "kernels"},
     {"recipe", "checkpoints", "devices", "extras", "published"},
     {"families"},
     {"modeling"},

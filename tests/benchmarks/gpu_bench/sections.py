@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +11,8 @@ import torch
 from torch import Tensor
 
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.modeling.kernels import add_norm, gather, route, scatter, select
+from pmod_cli.modeling.router import spread_rank
 from pmod_cli.output.errors import first_line
 from tests.benchmarks.gpu_bench.models import LLAVA, NEXT, Pair, Session, free_memory
 from tests.benchmarks.gpu_bench.timing import (
@@ -26,8 +26,6 @@ from tests.benchmarks.gpu_bench.timing import (
 )
 
 Case = tuple[str, Callable[[], dict[str, Any]]]
-
-KERNELS = "pmod_cli.modeling.kernels"
 
 
 @torch.inference_mode()
@@ -243,15 +241,8 @@ def checkpoint(model: Any, on: bool) -> None:
 
 
 def kernels(session: Session) -> Iterator[Case]:
-    """Each case of ``benchmark_cases()`` in the package of kernels, where there is one.
-
-    It gives tuples of a name, a call of the kernel, and perhaps a call of its PyTorch reference.
-    """
-    package: Any = importlib.import_module(KERNELS) if importlib.util.find_spec(KERNELS) else None
-    if not hasattr(package, "benchmark_cases"):
-        yield "all", lambda: {"note": f"{KERNELS} has no benchmark_cases()"}
-        return
-    for name, *calls in package.benchmark_cases():
+    """Each fused kernel of a Mixture-of-Depths layer beside its PyTorch reference, half of the vision tokens kept."""
+    for name, *calls in kernel_calls(session):
 
         def case(calls: list[Callable[[], Any]] = calls) -> dict[str, Any]:
             names = ("kernel_us", "reference_us")
@@ -260,6 +251,41 @@ def kernels(session: Session) -> Iterator[Case]:
             }
 
         yield name, case
+
+
+def kernel_calls(session: Session) -> Iterator[tuple[Any, ...]]:
+    """Name, call and reference call of each kernel at the prompts' sizes (LLaVA-1.5, NeXT)."""
+    width, dtype = (4096, torch.bfloat16) if session.device.type == "cuda" else (64, torch.float32)
+    for batch, vision in ((1, 576), (8, 576), (1, 2928)):
+        tokens = vision + 35
+        with torch.device(session.device):
+            hidden = torch.randn(batch, tokens, width, dtype=dtype)
+            weight, norm = torch.randn(1, width, dtype=dtype), torch.ones(width, dtype=dtype)
+            target = (torch.arange(tokens) < vision).expand(batch, -1).contiguous()
+            cos, sin = torch.randn(2, 1, tokens, 128, dtype=dtype).unbind()
+            rank, lengths = spread_rank(target), torch.full((batch,), vision // 2 + 35, dtype=torch.int32)
+        slots = vision // 2 + 35
+        routed = (hidden, weight, None, target, None, rank)
+        _, weights, keys, passed = route.route(*routed, norm="tanh", offset=1.0, scale=0.2)
+        chosen = (keys, lengths, slots)
+        gathered = (hidden, select.select(*chosen), norm, 1e-5, cos, sin)
+        kept = gather.gather(*gathered)[0]
+        back = (passed, kept, kept, weights, gathered[1], lengths)
+        label = f"b = {batch}, {tokens} tokens"
+        yield (
+            f"route, {label}",
+            partial(route.route, *routed, norm="tanh", offset=1.0, scale=0.2),
+            partial(route.reference, *routed, norm=0, offset=1.0, scale=0.2),
+        )
+        others: Any = (
+            (select, "select", chosen),
+            (gather, "gather", gathered),
+            (add_norm, "add_norm", (kept, kept, norm, 1e-5)),
+            (scatter, "scatter", back),
+        )
+        for module, name, arguments in others:
+            kernel, reference = getattr(module, name), module.reference
+            yield f"{name}, {label}", partial(kernel, *arguments), partial(reference, *arguments)
 
 
 def microseconds(call: Callable[[], Any], device: torch.device, repeats: int = 50) -> float:
