@@ -22,7 +22,7 @@ from pmod_cli.output.versions import version_of
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-EXTRAS = ("eval", "profile", "train", "plot")
+EXTRAS = ("eval", "profile", "train", "plot", "kernels")
 """Those that a user installs; the others are sums of them, or for development."""
 
 
@@ -75,6 +75,7 @@ OPTIONAL = {
         Package("peft", ("peft", "peft.peft_model"), "train"),
         Package("tensorboard", _TENSORBOARD, "train"),
         Package("matplotlib", _MATPLOTLIB, "plot"),
+        Package("liger-kernel", ("liger_kernel", "liger_kernel.transformers"), "kernels"),
     )
 }
 """By top-level module."""

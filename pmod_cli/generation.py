@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
 from pmod_cli.checkpoints.load import check_tokenizer, read_config
 from pmod_cli.devices import check_dtype, find_device
+from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line
 
 IMAGE_BACKEND = "pil"
@@ -81,8 +82,11 @@ def open_image(path: str | Path) -> Image.Image:
 class VisionLanguageModel:
     """A transformers image-text-to-text model with its processor, which has a chat template."""
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(
+        self, model: Any, processor: Any, cache: str = "dynamic", kernels: Sequence[str] = ()
+    ) -> None:
         self.model = model.eval()
+        self.cache, self.kernels = cache, list(kernels)
         self.processor = processor
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"
@@ -102,6 +106,8 @@ class VisionLanguageModel:
         device: str | torch.device | None = None,
         attn_implementation: str | None = None,
         image_backend: str = IMAGE_BACKEND,
+        kernels: str = "auto",
+        cache: str = "dynamic",
     ) -> VisionLanguageModel:
         """Load a checkpoint.
 
@@ -111,6 +117,8 @@ class VisionLanguageModel:
             device: ``cpu``, ``cuda``, ``cuda:1`` ...; None or ``auto`` for a GPU if there is one.
             attn_implementation: As transformers calls it; its own choice by default.
             image_backend: ``pil`` or ``torchvision``.
+            kernels: See `use_kernels`.
+            cache: ``dynamic``, or ``static``: fixed shapes, so that a GPU runs compiled decode steps.
 
         Raises:
             PmodError: If the source is missing, incomplete or of a model type that is not supported; or there is no
@@ -135,7 +143,8 @@ class VisionLanguageModel:
             # transformers would go on with random numbers there.
             missing = sorted(info["missing_keys"])
             raise PmodError(f"{source} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}")
-        return cls(model, processor)
+        used = use_kernels(model, kernels)
+        return cls(model, processor, cache, used)
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +188,8 @@ class VisionLanguageModel:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            output = self.model.generate(**inputs, **generation_settings(settings))
+            kept = {"cache_implementation": "static"} if self.cache == "static" else {}
+            output = self.model.generate(**inputs, **generation_settings(settings), **kept)
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()

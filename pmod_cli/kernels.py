@@ -19,15 +19,16 @@ CHOICES = ("auto", "torch", "liger")
 """``auto``: the fastest that is there; ``torch``: PyTorch alone; ``liger``: ``auto`` with liger-kernel, or an error."""
 
 
-def use_kernels(model: Any, choice: str = "auto") -> list[str]:
+def use_kernels(model: Any, choice: str = "auto", on_gpu: bool | None = None) -> list[str]:
     """Let a loaded model, dense or p-MoD, run these kernels from now on.
 
     liger-kernel replaces the rotary embedding of the decoder's family in the whole process, norms and MLPs in this
     model alone.
 
     Args:
-        model: On the device where it will run.
+        model: A loaded model.
         choice: One of `CHOICES`.
+        on_gpu: Whether it will run on a GPU; by default whether it is on one.
 
     Returns:
         What is used beside PyTorch: ``pmod``, ``liger``, both or neither.
@@ -39,7 +40,8 @@ def use_kernels(model: Any, choice: str = "auto") -> list[str]:
     if choice not in CHOICES:
         raise PmodError(f"unknown kernels {choice!r}", f"take one of {', '.join(CHOICES)}")
     decoder, used = model.get_decoder(), []
-    on_gpu = next(model.parameters()).is_cuda
+    if on_gpu is None:
+        on_gpu = next(model.parameters()).is_cuda
     if hasattr(decoder, "kernels"):
         decoder.kernels = "torch" if choice == "torch" else "auto"
         used += ["pmod"] if choice != "torch" and on_gpu else []

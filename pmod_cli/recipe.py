@@ -110,6 +110,7 @@ class TrainSettings(_Section):
     group_by_modality_length: bool = True
     freeze_vision_tower: bool = True
     attn_implementation: str | None = None
+    kernels: Literal["auto", "torch", "liger"] = Field("auto", description="See --kernels of pmod profile.")
     num_workers: int = Field(4, ge=0)
     max_bad_samples: int = Field(100, ge=0)
     ratio_warmup_steps: int = Field(0, ge=0)

@@ -14,6 +14,7 @@ from pmod_cli import extras
 from pmod_cli.doctor import commands, packages, probe
 from pmod_cli.doctor.checks import attention
 from pmod_cli.extras import OPTIONAL
+from tests.common.tiny import tiny_model
 
 BROKEN = {
     "fvcore": "import os, signal; print('noise', flush=True); os.kill(os.getpid(), signal.SIGSEGV)",
@@ -199,13 +200,9 @@ def test_another_torch_than_torchvisions_is_told(monkeypatch):
 
 
 def test_attention_is_what_a_pmod_model_really_gets():
-    from pmod_cli.demo.job import BASELINE
-    from pmod_cli.generation import VisionLanguageModel
-
     told = attention()
     assert told["why"]
-    loaded = VisionLanguageModel.load(BASELINE, device="cpu")
-    assert told["implementation"] == loaded.model.config.text_config._attn_implementation == "sdpa"
+    assert told["implementation"] == tiny_model().config.text_config._attn_implementation == "pmod_sdpa"
 
 
 def test_every_optional_package_is_of_a_real_extra():

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.options import AsJson, Device, Dtype, options_of
+from pmod_cli.cli.options import AsJson, CacheKind, Device, Dtype, Kernels, options_of
 from pmod_cli.evaluation.options import EvalOptions
 from pmod_cli.extras import starting
 
@@ -38,6 +38,8 @@ from pmod_cli.extras import starting
     max_new_tokens=typer.Option(min=1, help="Upper limit on the tasks' own."),
     dtype=Dtype,
     device=Device,
+    kernels=Kernels,
+    cache=CacheKind,
     offline="Never ask the network.",
     prepare="Only download what the tasks (and MODEL) need.",
     diff=typer.Option(help="Two output folders: list the samples whose score changed.", show_default=False),

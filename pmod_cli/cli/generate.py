@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.options import AsJson, Device, Dtype, MaxNewTokens, Prompt
+from pmod_cli.cli.options import AsJson, CacheKind, Device, Dtype, Kernels, MaxNewTokens, Prompt
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, stdout
 
@@ -28,6 +28,8 @@ def generate_command(
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    kernels: Kernels = "auto",
+    cache: CacheKind = "dynamic",
     as_json: AsJson = False,
 ) -> None:
     """Answer one prompt, greedily."""
@@ -38,7 +40,7 @@ def generate_command(
 
     check_source(model)
     images = (open_image(image),) if image else ()
-    loaded = VisionLanguageModel.load(model, dtype=dtype, device=device)
+    loaded = VisionLanguageModel.load(model, dtype=dtype, device=device, kernels=kernels, cache=cache)
     started = time.perf_counter()
     [answer] = loaded.generate([generation.Prompt(prompt, images)], max_new_tokens=max_new_tokens)
     seconds = time.perf_counter() - started

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_origin, get_type_hints
 
 import typer
 from typer.models import OptionInfo
@@ -17,6 +17,16 @@ Force = Annotated[bool, typer.Option("--force", help="Replace files that exist."
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ...")]
 Dtype = Annotated[
     str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")
+]
+Kernels = Annotated[
+    Literal["auto", "torch", "liger"],
+    typer.Option(
+        "--kernels", help="auto: fused ones on a GPU, liger-kernel's too if installed; torch: none."
+    ),
+]
+CacheKind = Annotated[
+    Literal["dynamic", "static"],
+    typer.Option("--cache", help="static: fixed shapes, so that a GPU runs compiled decode steps."),
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Hub branch, tag or commit.")]
 Overrides = Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from pmod_cli.cli.app import app, examples
-from pmod_cli.cli.options import AsJson, Device, Overrides, options_of
+from pmod_cli.cli.options import AsJson, CacheKind, Device, Kernels, Overrides, options_of
 from pmod_cli.extras import starting
 from pmod_cli.profiling.options import ProfileOptions
 
@@ -40,6 +40,8 @@ from pmod_cli.profiling.options import ProfileOptions
     latency="Measure time and memory too.",
     device=Device,
     repeats=typer.Option(min=1, help="Measured runs."),
+    kernels=Kernels,
+    cache=CacheKind,
     sweep="One row per ratio, prompt length or batch size.",
     schedules="Compare schedules at equal mean retention.",
     compare="What changed between two --json files.",
@@ -49,7 +51,10 @@ from pmod_cli.profiling.options import ProfileOptions
     as_json=AsJson,
     max_flops_ratio="Exit 1 if the prefill-FLOPs ratio exceeds this.",
     max_kv_ratio="Exit 1 if the KV-cache ratio exceeds this.",
-    max_prefill_ratio="Exit 1 if the prefill-time ratio exceeds this (needs --latency).",
+    max_prefill_ratio="Exit 1 if the prefill-time ratio exceeds this (this and the next three need --latency).",
+    max_first_prefill_ratio="The same at prompt lengths not seen before.",
+    max_decode_ratio="The same of the decode time.",
+    max_operators_ratio="The same of the number of operators in a prefill.",
 )
 def profile_command(options: ProfileOptions) -> None:
     """Count what p-MoD saves against its dense baseline; measure it with --latency.

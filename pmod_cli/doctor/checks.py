@@ -96,6 +96,7 @@ def attention() -> dict[str, Any]:
     from transformers.utils import is_flash_attn_2_available
 
     from pmod_cli.families.llava import PmodLlavaConfig, PmodLlavaForConditionalGeneration
+    from pmod_cli.modeling.attention import PLAN_FREE
 
     tiny = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
     config = PmodLlavaConfig(
@@ -105,7 +106,11 @@ def attention() -> dict[str, Any]:
     with torch.device("meta"):
         model: Any = PmodLlavaForConditionalGeneration(config)
     chosen = model.config.text_config._attn_implementation
-    kernel = "; PyTorch picks the kernel" if chosen == "sdpa" else ", as SDPA is not available here"
+    kernel = ", as SDPA is not available here"
+    if chosen == PLAN_FREE:
+        kernel = (
+            ": SDPA by PyTorch's flash and memory-efficient kernels, which prepare nothing for new shapes"
+        )
     others = ["flash_attention_2"] if is_flash_attn_2_available() else []
     more = (
         "installed: ask for it with attn_implementation=flash_attention_2" if others else "not to be had here"

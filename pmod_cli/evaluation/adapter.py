@@ -141,6 +141,8 @@ class PmodLmms(lmms):
             "dtype": str(self.vlm.model.dtype).removeprefix("torch."),
             "device": self.vlm.device.type,
             "attention": self.vlm.model.config._attn_implementation,
+            "kernels": self.vlm.kernels,
+            "cache": self.vlm.cache,
             "preparation": preparation(self.vlm.processor),
         }
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.output.errors import PmodError
@@ -19,7 +20,7 @@ class EvalSettings:
     """How to evaluate; all that both models share.
 
     ``limit`` takes only the first so many documents of a task or, below 1, that share of them. ``max_new_tokens`` is an
-    upper limit on the tasks' own. For the last four see `VisionLanguageModel.load`.
+    upper limit on the tasks' own. From ``dtype`` on see `VisionLanguageModel.load`.
     """
 
     batch_size: int | str = "auto"
@@ -29,6 +30,8 @@ class EvalSettings:
     device: str | None = None
     image_backend: str = "pil"
     attn_implementation: str | None = None
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    cache: Literal["dynamic", "static"] = "dynamic"
 
     def check(self) -> None:
         """Refuse what cannot be meant, with a `PmodError` that names the option."""

@@ -22,8 +22,11 @@ GATES = {
     "max_flops_ratio": ("prefill_flops", "prefill FLOPs"),
     "max_kv_ratio": ("kv_prefill", "KV cache after prefill"),
     "max_prefill_ratio": ("prefill_seconds", "prefill time"),
+    "max_first_prefill_ratio": ("first_prefill_seconds", "prefill time at a new prompt length"),
+    "max_decode_ratio": ("decode_seconds", "decode time"),
+    "max_operators_ratio": ("prefill_operators", "operators of a prefill"),
 }
-"""Limits that a user can set, and the ratios that they hold for."""
+"""Limits that a user can set, and the ratios that they hold for; from the third on they are of what is measured."""
 
 
 def run(options: ProfileOptions) -> None:
@@ -67,8 +70,9 @@ def _check(options: ProfileOptions, limits: dict[str, float]) -> None:
     if (limits or options.plot) and (options.sweep or options.schedules):
         hint = "leave --sweep and --schedules out"
         raise PmodError("--plot goes with a single profile, and so do --max-... limits", hint)
-    if options.max_prefill_ratio is not None and not options.latency:
-        raise PmodError("--max-prefill-ratio needs --latency")
+    for name in list(GATES)[2:]:
+        if name in limits and not options.latency:
+            raise PmodError(f"--{name.replace('_', '-')} needs --latency")
     if options.sweep and options.schedules:
         raise PmodError("--sweep and --schedules are two tables", "one at a time")
     if options.plot is not None:
@@ -88,7 +92,9 @@ def check_gates(ratios: Mapping[str, float], limits: Mapping[str, float]) -> Non
     for gate, limit in limits.items():
         key, what = GATES[gate]
         if key not in ratios:
-            need = "--latency" if key == "prefill_seconds" else "a p-MoD model and its dense baseline"
+            need = "a p-MoD model and its dense baseline"
+            if gate in list(GATES)[2:]:
+                need = "--latency" if gate != "max_decode_ratio" else "--latency and --new-tokens above 1"
             raise PmodError(f"--{gate.replace('_', '-')} needs {need}")
         if ratios[key] > limit:
             failed.append(f"{what}: {ratios[key]:.4f} of dense, above {limit:g}")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NO_WORK = {"_unsafe_view", "detach", "empty", "empty_like", "new_empty", "lift_fresh", "alias"}
@@ -17,24 +20,35 @@ class OperatorCount(TorchDispatchMode):
 
     Attributes:
         operators: Name of each operator, e.g. ``aten.mul.Tensor``, and how often it was called.
+        synchronisations: How often the host read from a GPU.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operators: Counter[str] = Counter()
+        self.synchronisations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Called by torch for every operator."""
         if not func.is_view and func.overloadpacket.__name__ not in _NO_WORK:
             self.operators[str(func)] += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        source = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if source is not None and source.is_cuda:
+            read = func.overloadpacket.__name__ == "_local_scalar_dense"
+            self.synchronisations += read or (isinstance(result, torch.Tensor) and result.is_cpu)
+        return result
 
     @property
     def total(self) -> int:
         """Operators in all."""
         return self.operators.total()
 
-    @property
-    def synchronisations(self) -> int:
-        """How often the host read a value from the device."""
-        return self.operators["aten._local_scalar_dense.default"]
+
+def device_busy(call: Callable[[], None]) -> float:
+    """Seconds in which a GPU works during a call, by torch's profiler. Far below wall time, the host is the limit."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in trace.key_averages()) / 1e6

@@ -16,6 +16,8 @@ _KNOWN = {
     "convention": ("full", "paper"),
     "counter": ("auto", "fvcore", "formula"),
     "dtype": ("auto", *DTYPE_BYTES),
+    "kernels": ("auto", "torch", "liger"),
+    "cache": ("dynamic", "static"),
 }
 
 
@@ -50,6 +52,8 @@ class ProfileOptions:
     latency: bool = False
     device: str = "auto"
     repeats: int = 5
+    kernels: Literal["auto", "torch", "liger"] = "auto"
+    cache: Literal["dynamic", "static"] = "dynamic"
     sweep: Literal["ratio", "tokens", "batch"] | None = None
     schedules: bool = False
     compare: tuple[Path, Path] | None = None
@@ -60,6 +64,9 @@ class ProfileOptions:
     max_flops_ratio: float | None = None
     max_kv_ratio: float | None = None
     max_prefill_ratio: float | None = None
+    max_first_prefill_ratio: float | None = None
+    max_decode_ratio: float | None = None
+    max_operators_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():

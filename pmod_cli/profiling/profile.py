@@ -27,9 +27,12 @@ _RATIOS = {
     "prefill_traffic": "least_traffic_bytes.prefill",
     "decode_step_traffic": "least_traffic_bytes.decode_step",
     "parameters": "parameters.total",
+    "first_prefill_seconds": "latency.seconds.first_prefill.median",
     "prefill_seconds": "latency.seconds.prefill.median",
     "decode_seconds": "latency.seconds.decode.median",
     "end_to_end_seconds": "latency.seconds.end_to_end.median",
+    "prefill_operators": "latency.operators.prefill",
+    "decode_step_operators": "latency.operators.decode_step",
 }
 """What is compared, and where it is in a model's figures (see `sides`)."""
 
@@ -71,7 +74,7 @@ def profile(
     if options.latency:
         from pmod_cli.profiling.latency import measure
 
-        result["latency"] = measure(subject, works, options.device, options.repeats, progress)
+        result["latency"] = measure(subject, works, options, progress)
     geometry, work = subject.main.geometry, next(iter(works.values()))
     published = _published(geometry) if options.convention == PAPER else None
     result = {

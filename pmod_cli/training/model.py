@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
@@ -14,6 +15,7 @@ from pmod_cli.extras import require
 from pmod_cli.families.chat_templates import VICUNA_V1, fit_template
 from pmod_cli.families.image_processors import PmodLlavaImageProcessor
 from pmod_cli.generation import IMAGE_BACKEND, VisionLanguageModel
+from pmod_cli.kernels import use_kernels
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.recipe import LoraSettings, TrainSettings
@@ -60,9 +62,10 @@ def load_for_training(model: str | Path, settings: TrainSettings) -> tuple[Any, 
     # Weights that are trained need float32: bfloat16 would round small updates away.
     dtype = "float32" if settings.lora is None else settings.dtype
     loaded = VisionLanguageModel.load(
-        model, dtype=dtype, device="cpu", attn_implementation=settings.attn_implementation
+        model, dtype=dtype, device="cpu", attn_implementation=settings.attn_implementation, kernels="torch"
     )
     network: Any = loaded.model
+    use_kernels(network, settings.kernels, on_gpu=torch.cuda.is_available())
     processor = _set_up(network.config, loaded.processor, settings)
     if settings.gradient_checkpointing:
         # Renamed in transformers 5.24.

@@ -34,8 +34,10 @@ def healthy() -> dict[str, Any]:
 
 def test_all_that_is_installed_works_here(healthy):
     assert healthy["ok"]
-    assert {package["status"] for package in healthy["packages"]} == {"works"}
-    assert all(package["version"] for package in healthy["packages"])
+    # liger-kernel is for machines with a GPU, so no other extra brings it.
+    packages = [package for package in healthy["packages"] if package["name"] != "liger-kernel"]
+    assert {package["status"] for package in packages} == {"works"}
+    assert all(package["version"] for package in packages)
     assert {command["command"] for command in healthy["commands"]} == {
         *("convert", "finetune", "profile", "eval", "generate", "visualize", "report", "demo")
     }
@@ -50,7 +52,7 @@ def test_the_machine_is_told(healthy):
     for gpu in healthy["gpus"]:
         assert gpu["memory_bytes"] > 2**30
         assert isinstance(gpu["bf16"], bool)
-    assert healthy["attention"]["implementation"] == "sdpa"
+    assert healthy["attention"]["implementation"] == "pmod_sdpa"
     assert healthy["offline"] is True  # the tests' own setting
     caches = {cache["what"]: cache for cache in healthy["caches"]}
     assert list(caches) == ["models", "data sets", "answers"]

@@ -18,7 +18,7 @@ from pmod_cli.output.errors import GateError, PmodError
 @pytest.mark.parametrize("options", ["", "--json"])
 def test_a_reader_that_goes_away_is_no_error(options):
     # Formula counts load neither torch nor transformers.
-    command = f"{sys.executable} -m pmod_cli profile llava-1.5-7b --counter formula --layers {options}"
+    command = f"{sys.executable} -m pmod_cli profile llava-1.5-7b --counter formula {options}"
     script = f"{command} 2>/dev/null | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "0"

@@ -27,7 +27,7 @@ def test_real_cache_has_the_counted_bytes_in_every_layer(tmp_path, model_type, o
     for role in ("pmod", "dense"):
         counted, real = result[role], result["latency"]["models"][role]
         assert real["kv_cache"] == counted["kv_cache"]
-        assert set(real["seconds"]) == {"prefill", "decode", "end_to_end"}
+        assert set(real["seconds"]) == {"first_prefill", "prefill", "decode", "end_to_end"}
     if not options.get("no_image"):
         assert result["pmod"]["kv_cache"]["prefill_bytes"] < result["dense"]["kv_cache"]["prefill_bytes"]
 
@@ -85,13 +85,32 @@ def test_order_repeats_and_random_weights(tmp_path):
     assert subject.main.weights is None
 
 
+def test_first_seen_lengths_operators_and_a_static_cache(tmp_path):
+    save_tiny(tmp_path)
+    result = profile_checkpoint(
+        tmp_path, latency=True, repeats=2, new_tokens=3, counter="formula", dtype="float32", cache="static"
+    )
+    models, ratios = result["latency"]["models"], result["ratios"]
+    assert result["latency"]["cache"] == "static"
+    for measured in models.values():
+        assert len(measured["seconds"]["first_prefill"]["runs"]) == 2
+        assert measured["operators"]["prefill"] > measured["operators"]["decode_step"] > 0
+        assert measured["synchronisations"] is None
+        assert measured["device_busy_seconds"] is None
+        assert measured["kernels"] == []
+        assert measured["without_cudnn"] is False
+    assert ratios["decode_step_operators"] <= 1
+    assert ratios["prefill_operators"] > 1  # PyTorch's path; with the fused kernels below 1
+    assert {"first_prefill_seconds", "decode_seconds"} <= set(ratios)
+
+
 def test_one_new_token_needs_no_decode(tmp_path):
     save_tiny(tmp_path)
     result = profile_checkpoint(
         tmp_path, "none", latency=True, repeats=1, new_tokens=1, counter="formula", dtype="float32"
     )
     measured = result["latency"]["models"]["dense"]
-    assert set(measured["seconds"]) == {"prefill", "end_to_end"}
+    assert set(measured["seconds"]) == {"first_prefill", "prefill", "end_to_end"}
     assert measured["decode_tokens_per_second"] is None
 
 
