@@ -201,8 +201,6 @@ def _to_device(lengths: Sequence[list[int] | None], device: torch.device) -> Ten
     """Tokens that each layer keeps of each sample, int32 [layers, batch], without a wait of the host."""
     batch = next(len(layer) for layer in lengths if layer is not None)
     # Rows of 16 bytes: Triton compiles a kernel anew for a pointer that is not aligned to them.
-    table = torch.zeros(len(lengths), batch + -batch % 4, dtype=torch.int32, pin_memory=device.type == "cuda")
-    for row, layer in zip(table, lengths, strict=True):
-        if layer is not None:
-            row[:batch] = torch.tensor(layer)
+    rows = [(layer or [0] * batch) + [0] * (-batch % 4) for layer in lengths]
+    table = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)[:, :batch]

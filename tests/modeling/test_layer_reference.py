@@ -56,7 +56,12 @@ def build_layer(case: str, variant: str, attention: str) -> tuple[Any, LlamaConf
 
 
 def run(
-    layer: Any, config: LlamaConfig, tensors: dict[str, Tensor], hidden: Tensor, cache: Any = None
+    layer: Any,
+    config: LlamaConfig,
+    tensors: dict[str, Tensor],
+    hidden: Tensor,
+    cache: Any = None,
+    fused: bool = False,
 ) -> tuple[Tensor, Any]:
     vision, mask = tensors["mod_target_mask"], tensors.get("attention_mask")
     real = None if mask is None or bool(mask.all()) else mask
@@ -68,6 +73,7 @@ def run(
         counts or [hidden.shape[1]] * len(hidden),
         [layer.retention_ratio],
         record=RoutingRecord(),
+        fused=fused,
     )
     rope = LlamaRotaryEmbedding(config)(hidden, position_ids=tensors["position_ids"])
     output = layer(
@@ -81,13 +87,14 @@ def run(
     return output, plan.record.get(0)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("path", ["eager", "sdpa", "fused"])
 @pytest.mark.parametrize(("case", "variant"), variants())
-def test_output_and_choice(case, variant, attention):
+def test_output_and_choice(case, variant, path):
     tensors, _ = load_case(case)
-    layer, config = build_layer(case, variant, attention)
+    fused = path == "fused"
+    layer, config = build_layer(case, variant, "sdpa" if fused else path)
     with torch.no_grad():
-        output, routing = run(layer, config, tensors, tensors["hidden_states"])
+        output, routing = run(layer, config, tensors, tensors["hidden_states"], fused=fused)
     mask = tensors.get("attention_mask")
     real = torch.ones_like(tensors["mod_target_mask"]) if mask is None else mask
     torch.testing.assert_close(output[real], tensors[f"out.{variant}"][real], atol=2e-5, rtol=0)

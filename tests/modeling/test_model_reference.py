@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from tests.common.reference import load_case, reference_model
@@ -32,10 +32,11 @@ def kept_vision(routing, vision_mask):
     return torch.stack([routing[layer].kept & vision_mask for layer in MOD_LAYERS])
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_prefill_and_decode(llava, attention):
+@pytest.mark.parametrize("path", ["eager", "sdpa", "fused"])
+def test_prefill_and_decode(llava, path):
     tensors, description = load_case("model_prefill_decode_b1")
-    llava.set_attn_implementation(attention)
+    llava.set_attn_implementation("eager" if path == "eager" else "sdpa")
+    llava.model.language_model.kernels = "fused" if path == "fused" else "torch"
     cache = DynamicCache(config=llava.config.text_config)
     vision = tensors["mod_target_mask"]
     with torch.no_grad():
@@ -79,6 +80,22 @@ def test_prefill_and_decode(llava, attention):
         "kv_cache_len_after_8_decode_steps"
     ]
     llava.set_attn_implementation("sdpa")
+    llava.model.language_model.kernels = "auto"
+
+
+def test_static_cache(llava):
+    tensors, description = load_case("model_prefill_decode_b1")
+    embeds = tensors["inputs_embeds"]
+    cache = StaticCache(config=llava.config.text_config, max_cache_len=embeds.shape[1] + 8)
+    with torch.no_grad():
+        options = {"use_cache": True, CACHE_ARGUMENT: cache}
+        output = llava(inputs_embeds=embeds, vision_mask=tensors["mod_target_mask"], **options)
+        torch.testing.assert_close(output.logits[..., :256], tensors["logits_prefill"], atol=2e-5, rtol=0)
+        used = [int(layer.used.sum()) for layer in cache.layers]
+        assert used == description["kv_cache_len_after_prefill"]
+        for step, token in enumerate(tensors["decode_token_ids"][:8]):
+            logits = llava(input_ids=token.view(1, 1), **options).logits[0, -1, :256]
+            torch.testing.assert_close(logits, tensors["decode_logits"][step], atol=2e-5, rtol=0)
 
 
 def test_text_only(llava):

@@ -15,6 +15,9 @@ from pmod_cli.modeling.kernels import add_norm, gather, launch, route, scatter, 
 from pmod_cli.modeling.router import spread_rank
 from pmod_cli.modeling.settings import MoDConfig
 from tests.common.tiny import pad, pictures, prompt, tiny_model
+from tests.modeling.test_layer_reference import test_output_and_choice, variants
+
+test_output_and_choice.__test__ = False  # called here, for the cases wanted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -146,6 +149,14 @@ def test_gather_add_norm_and_scatter(shape, dtype):
         untouched = set(range(tokens)) - set(indices[sample, : lengths[sample]].tolist())
         rows = torch.tensor(sorted(untouched), dtype=torch.long, device=DEVICE)
         assert torch.equal(mine[sample, rows], hidden[sample, rows])
+
+
+@pytest.mark.parametrize("case", ["layer_b1_nopad", "layer_gqa_b1"])
+def test_recorded_layers(case):
+    """The released code's outputs, by the kernels themselves."""
+    for each, variant in variants():
+        if each == case and DEVICE == "cpu":
+            test_output_and_choice(case, variant, "fused")
 
 
 @pytest.mark.parametrize("mod", ["cosine", MoDConfig([0.5, None, 0.0, 1.0] * 2, weight_norm="sigmoid")])
