@@ -32,7 +32,7 @@ class KeptTokensLayer(DynamicLayer):
     Attributes:
         length: Tokens seen, kept or not.
         positions: Index in the sequence of the slots up to the last routed chunk, [batch, slots]. The slots
-            behind them, one a token, are the end of the sequence.
+            behind them, one per token, are the end of the sequence.
     """
 
     keys: Tensor

@@ -58,7 +58,7 @@ class MoDDecoder:
 
     @property
     def retention_ratios(self) -> list[float | None]:
-        """What the layers keep now, one entry a layer, None for a dense one; a warm-up changes it."""
+        """What the layers keep now, one entry per layer, None for a dense one; a warm-up changes it."""
         return [getattr(layer, "retention_ratio", None) for layer in self.layers]  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

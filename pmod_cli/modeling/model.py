@@ -227,7 +227,7 @@ class MoDForConditionalGeneration:
 def with_routing(forward: Callable[..., Any], output_class: type) -> Callable[..., Any]:
     """Give an outer model's ``forward`` the option ``output_routing=True``.
 
-    The output then has ``routing``: one entry a decoder layer, None for a dense layer and for a pass without
+    The output then has ``routing``: one entry per decoder layer, None for a dense layer and for a pass without
     routed tokens, else its `LayerRouting`. The signature that transformers inspects stays the dense model's.
 
     Args:

@@ -182,7 +182,7 @@ def _restarts(position_ids: Tensor | None, batch: int) -> Tensor | None:
 
 
 def count_tokens(*masks: Tensor | None) -> list[list[int]]:
-    """Number of True a sample in each mask, read from the device in one transfer.
+    """How many entries are True in each sample of each mask, read from the device in one transfer.
 
     Args:
         masks: [batch, tokens] each, or None.

@@ -1,4 +1,4 @@
-"""The router: a logit a token, its normalised weight, and the choice of the tokens that a layer keeps.
+"""The router: one logit per token, its normalised weight, and the choice of the tokens that a layer keeps.
 
 p-MoD, arXiv 2412.04449, section 3.1 (TanhNorm); exact semantics as recorded from the released code.
 """

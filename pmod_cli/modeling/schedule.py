@@ -1,6 +1,6 @@
 """Retention schedules: the share of vision tokens that each decoder layer keeps.
 
-A schedule is a list with one entry a layer: ``None`` for a dense layer (no router), else the retention ratio
+A schedule is a list with one entry per layer: ``None`` for a dense layer (no router), else the retention ratio
 R in [0, 1] of a Mixture-of-Depths layer. Progressive ratio decay (PRD): p-MoD, arXiv 2412.04449, section 3.3.
 """
 
@@ -27,7 +27,7 @@ def shifted_cosine(
         floor: Smallest ratio.
 
     Returns:
-        One ratio (or None) a layer.
+        One ratio (or None) per layer.
 
     Raises:
         ValueError: If there are fewer than 2 layers.
@@ -62,7 +62,7 @@ def interleaved(num_layers: int, *, ratio: float = 0.5) -> Ratios:
 
 
 def explicit(num_layers: int, *, ratios: Sequence[float | None]) -> Ratios:
-    """A list given by the user, one entry a layer.
+    """A list given by the user, one entry per layer.
 
     Raises:
         ValueError: If its length is not the number of layers.
