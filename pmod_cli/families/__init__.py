@@ -1,4 +1,4 @@
-"""Model families: one file a family, one line here.
+"""Model families: one file per family, one line here.
 
 A family is a transformers image-text-to-text model and its p-MoD counterpart. This registry is light (no torch),
 so that conversion and profiling can read it; the classes live in the family's own module.

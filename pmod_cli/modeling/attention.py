@@ -1,10 +1,10 @@
 """Attention that prepares nothing per shape: a p-MoD model has another key length in every layer and every step.
 
-On some GPUs torch's ``scaled_dot_product_attention`` prefers cuDNN, which builds a plan of 20 to 50 ms for every
-new shape. A dense model meets one new shape per step, a p-MoD model one per layer of each step. torch's switches between back ends
-are process-wide, so they would touch other models and other threads, and gradient checkpointing runs outside of a
-context around ``forward``. Hence an attention function of our own, under a name of its own, that calls torch's flash
-and memory-efficient kernels themselves. Everything else about it is transformers' ``sdpa``.
+On some GPUs torch's ``scaled_dot_product_attention`` prefers cuDNN, which builds a plan of 20 to 50 ms for every new
+shape. A dense model meets one new shape per step, a p-MoD model one in each layer of each step. torch's switches
+between back ends are process-wide, so they would touch other models and other threads, and gradient checkpointing
+runs outside of a context around ``forward``. Hence an attention function of our own, under a name of its own, that
+calls torch's flash and memory-efficient kernels itself. In all else it is transformers' ``sdpa``.
 """
 
 from __future__ import annotations

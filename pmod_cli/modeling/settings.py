@@ -17,7 +17,7 @@ class MoDConfig:
     """The Mixture-of-Depths part of a model's configuration.
 
     Attributes:
-        retention_ratios: One entry a decoder layer: None for a dense layer, else the share of target tokens kept.
+        retention_ratios: One entry per decoder layer: None for a dense layer, else the share of target tokens kept.
         weight_norm: Function f of the router's weight ``w = weight_bias + weight_scale * f(logit)``.
         weight_scale: See ``weight_norm``.
         weight_bias: See ``weight_norm``.
