@@ -64,7 +64,7 @@ class RoutingPlan:
         real_mask: False for padding, [batch, tokens]; None if nothing is padded.
         kept_lengths: For each decoder layer how many tokens each sample keeps, text included; None for a dense
             layer. Found here and not in the layers, so that a compiled layer sees plain numbers.
-        rank: Tie-break, int64 [batch, tokens]; None if there are no routed tokens.
+        rank: Tie-break, int64 [layers, batch, tokens]; None if there are no routed tokens.
         record: Where Mixture-of-Depths layers leave their routing, if the caller wants it.
         num_real: Real tokens of each sample.
         fused: Whether layers may use the fused kernels.
@@ -112,7 +112,7 @@ class RoutingPlan:
         ]
         uneven = any(min(layer) < max(layer) for layer in lengths if layer is not None)
         on_device = _to_device(lengths, target_mask.device) if fused or uneven else None
-        rank = spread_rank(target_mask)
+        rank = spread_rank(target_mask, len(ratios))
         return cls(target_mask, real_mask, lengths, rank, record, num_real, fused, on_device)
 
 

@@ -70,20 +70,27 @@ class Router(nn.Module):
         return f"{self.weight.shape[-1]} -> 1, {self.offset:g} + {self.scale:g} * {self.norm}"
 
 
-def spread_rank(target_mask: Tensor) -> Tensor:
-    """A rank for breaking exact ties, such that the first k of it lie evenly over the image for every k.
+LAYER_SHIFT = 588410519
+"""0.137 of 2**32: by how much the tie-break moves on in every layer."""
 
-    Token j of a sample's routed tokens gets ``j * golden_ratio`` modulo 1 in 32-bit integers (Fibonacci hashing),
-    which is the same on every device. Its prefixes are low-discrepancy along rows and columns.
+
+def spread_rank(target_mask: Tensor, layers: int = 1) -> Tensor:
+    """Ranks for breaking exact ties, such that the first k of a layer lie evenly over the image for every k.
+
+    Token j of a sample's routed tokens gets ``j * golden_ratio + 0.137 * layer`` modulo 1 in 32-bit integers (Fibonacci
+    hashing), which is the same on every device. Its prefixes are low-discrepancy along rows and columns. The shift
+    lets each layer keep other tokens: the same few in all layers would lose the rest of the picture for good.
 
     Args:
         target_mask: True for routed tokens, [batch, tokens].
+        layers: Number of decoder layers.
 
     Returns:
-        Ranks below 2**32, smallest first, int64 [batch, tokens].
+        Ranks below 2**32, smallest first, int64 [layers, batch, tokens].
     """
     order = target_mask.long().cumsum(-1) - 1
-    return (order * 0x9E3779B1) & 0xFFFFFFFF
+    shifts = torch.arange(layers, device=order.device)[:, None, None] * LAYER_SHIFT
+    return (order * 0x9E3779B1 + shifts) & 0xFFFFFFFF
 
 
 def selection_keys(logits: Tensor, target_mask: Tensor, real_mask: Tensor | None, rank: Tensor) -> Tensor:
@@ -96,7 +103,7 @@ def selection_keys(logits: Tensor, target_mask: Tensor, real_mask: Tensor | None
         logits: [batch, tokens], fp32.
         target_mask: True for routed tokens, [batch, tokens].
         real_mask: False for padding, [batch, tokens]; None if nothing is padded.
-        rank: What `spread_rank` gave.
+        rank: What `spread_rank` gave for the layer, [batch, tokens].
 
     Returns:
         int64 [batch, tokens].

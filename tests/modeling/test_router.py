@@ -15,7 +15,7 @@ from pmod_cli.modeling.settings import MoDConfig
 
 
 def choose(logits, target, real, keep):
-    keys = selection_keys(logits, target, real, spread_rank(target))
+    keys = selection_keys(logits, target, real, spread_rank(target)[0])
     return select_tokens(keys, keep)
 
 
@@ -56,23 +56,35 @@ def test_zero_and_minus_zero_tie():
     assert choose(plus, target, None, [3])[0].tolist() == choose(minus, target, None, [3])[0].tolist()
 
 
+@pytest.mark.parametrize("layer", [0, 1, 17, 31])
 @pytest.mark.parametrize("width", [10, 24])
 @pytest.mark.parametrize("ratio", [0.15, 0.3, 0.5, 0.85])
-def test_ties_are_spread_evenly_over_rows_columns_and_quarters(width, ratio):
+def test_ties_are_spread_evenly_over_rows_columns_and_quarters(width, ratio, layer):
     count = width * width
     keep = math.trunc(count * ratio)
-    indices, _ = choose(
-        torch.zeros(1, count + 4), torch.tensor([[True] * count + [False] * 4]), None, [keep + 4]
-    )
+    target = torch.tensor([[True] * count + [False] * 4])
+    keys = selection_keys(torch.zeros(1, count + 4), target, None, spread_rank(target, 32)[layer])
+    indices, _ = select_tokens(keys, [keep + 4])
     grid = torch.zeros(count)
     grid[indices[0][:-4]] = 1
     grid = grid.view(width, width)
     assert grid.sum() == keep
     half = width // 2
     quarters = torch.stack([grid[:half, :half], grid[:half, half:], grid[half:, :half], grid[half:, half:]])
-    assert (quarters.sum(dim=(1, 2)) - keep / 4).abs().max() <= max(2, 0.03 * half * half)
+    assert (quarters.sum(dim=(1, 2)) - keep / 4).abs().max() <= max(
+        2 if layer == 0 else 3, 0.03 * half * half
+    )
     for lines in (grid.mean(0), grid.mean(1)):
         assert (lines - ratio).abs().max() < 0.21
+
+
+def test_layers_keep_other_tokens_of_a_tie():
+    """At 8 % the same few in each of 8 layers would show an eighth of the picture; shifted, they show most of it."""
+    target = torch.ones(1, 100, dtype=torch.bool)
+    ranks = spread_rank(target, 8)
+    kept = [set(rank[0].topk(8, largest=False).indices.tolist()) for rank in ranks]
+    assert len(set.union(*kept)) > 50
+    assert torch.equal(spread_rank(target)[0], ranks[0])
 
 
 def test_ties_choose_nested_sets():

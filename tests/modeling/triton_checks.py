@@ -68,7 +68,7 @@ def test_route(shape, dtype, norm):
     hidden = hidden_states(*shape, dtype)
     weight, bias = torch.randn(1, width).to(hidden) * 0.3, torch.tensor([0.1]).to(hidden)
     target, real = masks(batch, tokens)
-    rank = spread_rank(target)
+    rank = spread_rank(target)[0]
     for with_bias, with_real in itertools.product((True, False), repeat=2):
         arguments = (hidden, weight, bias if with_bias else None, target, real if with_real else None, rank)
         logits, weights, keys, passed = route.route(*arguments, norm=norm, offset=1.0, scale=0.2)
@@ -85,7 +85,7 @@ def test_route_of_ties_zeros_infinities_and_nan():
     hidden[0, 3], hidden[0, 4], hidden[0, 5] = float("nan"), float("inf"), float("-inf")
     hidden[0, 6], hidden[0, 7] = -0.0, 1e4
     target = torch.ones(1, 12, dtype=torch.bool, device=DEVICE)
-    weight, rank = torch.ones(1, 16, device=DEVICE), spread_rank(target)
+    weight, rank = torch.ones(1, 16, device=DEVICE), spread_rank(target)[0]
     for norm in route.NORMS:
         arguments = (hidden, weight, None, target, None, rank)
         actual = route.route(*arguments, norm=norm, offset=1.0, scale=0.2)
@@ -102,7 +102,7 @@ def test_select(tokens):
     target, real = masks(4, tokens, seed=tokens)
     # Few distinct logits: most are ties, broken by rank.
     logits = torch.randint(-2, 3, (4, tokens), generator=generator).float().to(DEVICE)
-    keys = route.selection_keys(logits, target, real, spread_rank(target))
+    keys = route.selection_keys(logits, target, real, spread_rank(target)[0])
     text, routed = (real & ~target).sum(-1), target.sum(-1)
     for share in (0.0, 0.15, 0.5, 1.0):
         lengths = (text + (routed * share).int()).to(torch.int32)

@@ -165,7 +165,7 @@ def route(
         bias: The router's, [1], or None.
         target: True for routed tokens, [batch, tokens].
         real: False for padding, [batch, tokens], or None.
-        rank: What `spread_rank` gave, [batch, tokens].
+        rank: What `spread_rank` gave for the layer, [batch, tokens].
         norm: One of `NORMS`.
         offset: The router's weight bias.
         scale: The router's weight scale.

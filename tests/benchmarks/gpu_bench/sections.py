@@ -263,7 +263,7 @@ def kernel_calls(session: Session) -> Iterator[tuple[Any, ...]]:
             weight, norm = torch.randn(1, width, dtype=dtype), torch.ones(width, dtype=dtype)
             target = (torch.arange(tokens) < vision).expand(batch, -1).contiguous()
             cos, sin = torch.randn(2, 1, tokens, 128, dtype=dtype).unbind()
-            rank, lengths = spread_rank(target), torch.full((batch,), vision // 2 + 35, dtype=torch.int32)
+            rank, lengths = spread_rank(target)[0], torch.full((batch,), vision // 2 + 35, dtype=torch.int32)
         slots = vision // 2 + 35
         routed = (hidden, weight, None, target, None, rank)
         _, weights, keys, passed = route.route(*routed, norm="tanh", offset=1.0, scale=0.2)
