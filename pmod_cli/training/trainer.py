@@ -12,6 +12,7 @@ for transformers 5.17 to 5.x and accelerate 1.10 to 1.x; `tests/training/test_pa
 - ``Trainer._get_output_dir`` and ``_save_checkpoint``: a checkpoint is written aside and renamed into place.
 - ``fsdp_plugin.transformer_cls_names_to_wrap``: a p-MoD model has decoder layers of two classes, and the launcher's
   config file cannot know which.
+- ``fsdp_plugin.mixed_precision_policy``: accelerate has FSDP2 round a module's output, the loss among it, to bfloat16.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,8 @@ class PmodTrainer(Trainer):
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = _layer_classes(self.model)
+            if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+                plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
     def gathered_weights(self) -> dict[str, Tensor] | None:
         """The whole state dict of a sharded model, on the main process; None where every process has it all.
