@@ -9,66 +9,57 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
+from unittest.mock import patch
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from pmod_cli.cli import main
-from pmod_cli.training import preflight
+from pmod_cli.training import finetune, preflight
 from pmod_cli.training.trainer import PmodTrainer
 
-
-def shard_on_the_cpu() -> None:
-    """Have accelerate take gloo's processes for processes with GPUs while it chooses how to distribute."""
-    choose, arguments = AcceleratorState.__init__, preflight.training_arguments
-
-    def widened(self: Any, mixed_precision: Any = None, cpu: bool = False, **kwargs: Any) -> None:
-        shared = PartialState(cpu)._shared_state
-        if shared["distributed_type"] == DistributedType.MULTI_CPU:
-            shared["distributed_type"] = DistributedType.MULTI_GPU
-        choose(self, mixed_precision, cpu, **kwargs)
-
-    def not_refused(*args: Any) -> Any:
-        with mock.patch.object(preflight, "sharding", lambda: None):
-            return arguments(*args)
-
-    AcceleratorState.__init__ = widened
-    preflight.training_arguments = not_refused
+choose = AcceleratorState.__init__
+arguments = preflight.training_arguments
 
 
-def kill_before(step: int) -> None:
-    """Kill this process when it has done ``step`` optimizer steps and begins the next."""
-    train = PmodTrainer.training_step
+def choose_among_more(self: Any, mixed_precision: Any = None, cpu: bool = False, **kwargs: Any) -> None:
+    """While accelerate chooses how to distribute, gloo's processes pass for processes with GPUs."""
+    shared = PartialState(cpu)._shared_state
+    if shared["distributed_type"] == DistributedType.MULTI_CPU:
+        shared["distributed_type"] = DistributedType.MULTI_GPU
+    choose(self, mixed_precision, cpu, **kwargs)
 
-    def killed(self: PmodTrainer, *args: Any) -> Any:
-        if self.state.global_step == step:
+
+def arguments_without_refusal(*args: Any) -> Any:
+    """The Trainer's arguments as for a run that is not sharded."""
+    with patch.object(preflight, "sharding", return_value=None):
+        return arguments(*args)
+
+
+class WatchedTrainer(PmodTrainer):
+    """Kills its process after the step ``PMOD_KILL``; says in ``PMOD_OUT`` what was sharded."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        if str(self.state.global_step) == os.environ.get("PMOD_KILL"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return train(self, *args)
+        return super().training_step(*args, **kwargs)
 
-    PmodTrainer.training_step = killed
-
-
-def report_shards(folder: Path) -> None:
-    """After training, write the classes of what is sharded to a file per process."""
-    gather = PmodTrainer.gathered_weights
-
-    def reported(self: PmodTrainer) -> Any:
+    def gathered_weights(self) -> Any:
         classes = {
             type(part).__name__ for part in self.model_wrapped.modules() if isinstance(part, FSDPModule)
         }
-        (folder / f"shards-{self.args.process_index}.json").write_text(json.dumps(sorted(classes)))
-        return gather(self)
-
-    PmodTrainer.gathered_weights = reported
+        path = Path(os.environ["PMOD_OUT"]) / f"shards-{self.args.process_index}.json"
+        path.write_text(json.dumps(sorted(classes)))
+        return super().gathered_weights()
 
 
 if __name__ == "__main__":
-    shard_on_the_cpu()
-    report_shards(Path(os.environ["PMOD_OUT"]))
-    if "PMOD_KILL" in os.environ:
-        kill_before(int(os.environ["PMOD_KILL"]))
-    sys.exit(main())
+    with (
+        patch.object(AcceleratorState, "__init__", choose_among_more),
+        patch.object(preflight, "training_arguments", arguments_without_refusal),
+        patch.object(finetune, "PmodTrainer", WatchedTrainer),
+    ):
+        main()
