@@ -1,4 +1,4 @@
-"""``pmod`` where accelerate shards on the CPU too; run by ``accelerate launch`` from `test_fsdp`.
+"""``pmod`` where accelerate shards on the CPU too; run by ``accelerate launch`` from `test_sharded`.
 
 Two refusals are lifted, in this process alone: accelerate takes its FSDP branch on GPUs only (a list of back ends
 without ``MULTI_CPU``), and `pmod finetune` therefore refuses to start. Everything else is what runs on GPUs.
@@ -47,13 +47,13 @@ class WatchedTrainer(PmodTrainer):
             os.kill(os.getpid(), signal.SIGKILL)
         return super().training_step(*args, **kwargs)
 
-    def gathered_weights(self) -> Any:
+    def whole_network(self) -> Any:
         classes = {
             type(part).__name__ for part in self.model_wrapped.modules() if isinstance(part, FSDPModule)
         }
         path = Path(os.environ["PMOD_OUT"]) / f"shards-{self.args.process_index}.json"
         path.write_text(json.dumps(sorted(classes)))
-        return super().gathered_weights()
+        return super().whole_network()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""`pmod finetune` through accelerate's own FSDP2: two gloo processes with the shipped config, against one process."""
+"""`pmod finetune` through accelerate's own FSDP2 and DeepSpeed: two CPU processes with the shipped configs against one.
+
+DeepSpeed's cases run where it is installed; it needs no GPU, but a compiler.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from pmod_cli.modeling.attention import PLAN_FREE
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import read_json_lines
 from pmod_cli.recipe import recipe_dir
 from pmod_cli.training.finetune import finetune
-from pmod_cli.training.monitor import read_metrics
+from pmod_cli.training.model import load_for_training
 from pmod_cli.training.trainer import last_checkpoint
 
 ROOT = Path(__file__).parents[2]
-SHARDED = {
+FSDP2 = {
     "FSDPCLIPEncoderLayer",
     "FSDPEmbedding",
     "FSDPLinear",  # the head
@@ -40,42 +47,42 @@ def mixed_data(demo_data, tmp_path_factory):
     return path, demo_data[1]
 
 
-def launch(model, data, output, recipe, *options, precision=(), **environment):
-    """``accelerate launch --config_file recipes/accelerate/fsdp2.yaml -m pmod_cli finetune ...`` with two processes."""
+def launch(config, model, data, output, recipe, *options, precision=(), **environment):
+    """``accelerate launch --config_file recipes/accelerate/CONFIG.yaml -m pmod_cli finetune ...``, two processes."""
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(json.loads(recipe.model_dump_json())))
-    config = recipe_dir() / "accelerate" / "fsdp2.yaml"
-    accelerate = ["--config_file", config, "--num_processes", 2, "--main_process_port", 0, *precision]
-    words = ["finetune", model, "--data", data[0], "--images", data[1], "--output", output, "--recipe", path]
-    command = [
-        sys.executable,
+    accelerate = [
         "-m",
         "accelerate.commands.launch",
-        *accelerate,
-        "-m",
-        "tests.common.fsdp_worker",
+        "--num_processes",
+        2,
+        "--main_process_port",
+        0,
+        *precision,
     ]
+    accelerate += ["--config_file", recipe_dir() / "accelerate" / f"{config}.yaml", "-m"]
+    words = [model, "--data", data[0], "--images", data[1], "--output", output, "--recipe", path, *options]
+    command = [sys.executable, *accelerate, "tests.common.sharded_worker", "finetune", *words]
+    environment |= {"PMOD_OUT": output.parent, "OMP_NUM_THREADS": 1, "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"DS_ACCELERATOR": "cpu"}
     return subprocess.run(
-        [*map(str, command), *map(str, words), *options],
+        list(map(str, command)),
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PMOD_OUT": str(output.parent),
-            **environment,
-        },
+        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
     )
 
 
 def losses(output):
-    return [row["loss"] for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in read_json_lines(output / "metrics.jsonl") if "loss" in row]
 
 
-def sharded(folder, rank):
-    return set(json.loads((folder / f"shards-{rank}.json").read_text()))
+def wrapped(folder):
+    """Classes of the model as it was trained, and of its parts that were sharded, on both processes."""
+    first, second = (json.loads((folder / f"shards-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    return set(first)
 
 
 def largest_difference(first, second):
@@ -86,33 +93,40 @@ def largest_difference(first, second):
 
 
 @pytest.mark.timeout(280)
-def test_killed_and_resumed_it_gives_what_one_process_gives(pmod_start, mixed_data, tmp_path, recipe):
+@pytest.mark.parametrize("config", ["fsdp2", "zero1", "zero3"])
+def test_killed_and_resumed_it_gives_what_one_process_gives(config, pmod_start, mixed_data, tmp_path, recipe):
+    if config != "fsdp2" and not is_deepspeed_available():
+        pytest.skip("DeepSpeed is not installed")
     settings = {"max_steps": 4, "save_steps": 2, "learning_rate": 1e-5, "group_by_modality_length": False}
     finetune(pmod_start, *mixed_data, tmp_path / "one", recipe=recipe(**settings))
-    # What saves memory, and no more: half the batch on each process, recomputed in the backward pass.
-    settings |= {"micro_batch_size": 2, "gradient_checkpointing": True}
+    # The same batches: half of each on a process, recomputed in the backward pass.
+    half = recipe(**settings, micro_batch_size=2, gradient_checkpointing=True)
     full = ("--mixed_precision", "no")
     output, work = tmp_path / "two", tmp_path / "two.training"
-    killed = launch(pmod_start, mixed_data, output, recipe(**settings), precision=full, PMOD_KILL="3")
+    killed = launch(config, pmod_start, mixed_data, output, half, precision=full, PMOD_KILL=3)
     assert killed.returncode != 0
     assert not output.exists()
     assert last_checkpoint(work).name == "checkpoint-2", killed.stderr[-4000:]
-    done = launch(pmod_start, mixed_data, output, recipe(**settings), "--resume", precision=full)
+    with pytest.raises(PmodError, match="the sharding changed"):
+        finetune(pmod_start, *mixed_data, output, recipe=half, resume=True)
+    done = launch(config, pmod_start, mixed_data, output, half, "--resume", precision=full)
     assert done.returncode == 0, done.stderr[-4000:]
     assert not work.exists()
 
-    assert sharded(tmp_path, 0) == sharded(tmp_path, 1) == SHARDED | {"FSDPPmodLlavaForConditionalGeneration"}
+    whole = "PmodLlavaForConditionalGeneration"
+    assert wrapped(tmp_path) == (FSDP2 | {f"FSDP{whole}"} if config == "fsdp2" else {"DeepSpeedEngine"})
     summary = json.loads((output / "training.json").read_text())
     assert (summary["processes"], summary["result"]["resumed_from"]) == (2, 2)
     assert losses(output) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     weights = [folder / "model.safetensors" for folder in (tmp_path / "one", output)]
     assert largest_difference(*weights) < 1e-5
     # An ordinary checkpoint: nothing is missing, and nothing is left over.
+    assert json.loads((output / "config.json").read_text())["architectures"] == [whole]
     _, info = AutoModelForImageTextToText.from_pretrained(output, output_loading_info=True)
     assert not any(info.values())
     # The look at the routers, on both processes, saw what one process saw.
     routers = [
-        [row["routers"] for row in read_metrics(folder / "metrics.jsonl") if "routers" in row]
+        [row["routers"] for row in read_json_lines(folder / "metrics.jsonl") if "routers" in row]
         for folder in (tmp_path / "one", output)
     ]
     assert len(routers[1]) == len(routers[0]) == 2
@@ -122,8 +136,8 @@ def test_killed_and_resumed_it_gives_what_one_process_gives(pmod_start, mixed_da
 
 
 @pytest.mark.timeout(200)
-def test_lora_in_bfloat16(pmod_start, mixed_data, tmp_path, recipe):
-    """As the config has it: frozen weights in bfloat16 beside adapters in float32."""
+def test_lora_in_bfloat16_is_merged(pmod_start, mixed_data, tmp_path, recipe):
+    """In the config's own precision: frozen weights in bfloat16 beside adapters in float32."""
     settings = recipe(
         max_steps=3,
         micro_batch_size=2,
@@ -134,13 +148,22 @@ def test_lora_in_bfloat16(pmod_start, mixed_data, tmp_path, recipe):
         group_by_modality_length=False,
         lora={"r": 4, "alpha": 8, "dropout": 0.0},
     )
-    finetune(pmod_start, *mixed_data, tmp_path / "one", recipe=settings)
-    done = launch(pmod_start, mixed_data, tmp_path / "two", settings)
+    finetune(pmod_start, *mixed_data, tmp_path / "one", recipe=settings, merge_lora=True)
+    done = launch("fsdp2", pmod_start, mixed_data, tmp_path / "two", settings, "--merge")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert sharded(tmp_path, 0) == sharded(tmp_path, 1) == SHARDED | {"FSDPPeftModel"}
+    assert wrapped(tmp_path) == FSDP2 | {"FSDPPeftModel"}
     two = losses(tmp_path / "two")
     assert two == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
     # accelerate would round them to bfloat16, whose steps are larger.
     assert not any((loss * 4096).is_integer() for loss in two)
-    weights = [tmp_path / name / "adapter_model.safetensors" for name in ("one", "two")]
+    weights = [tmp_path / name / "model.safetensors" for name in ("one", "two")]
     assert largest_difference(*weights) < 2e-3
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_batches_of_new_lengths_meet_no_plans(lora, pmod_start, recipe):
+    """No part that is trained, or runs along, takes attention that torch prepares for each shape."""
+    network, _ = load_for_training(pmod_start, recipe(lora=lora).train)
+    parts = [part for part in network.modules() if type(part).__name__.endswith("Attention")]
+    assert len(parts) == 8 + network.config.vision_config.num_hidden_layers
+    assert {part.config._attn_implementation for part in parts} == {PLAN_FREE}
