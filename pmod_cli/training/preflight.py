@@ -100,6 +100,9 @@ def training_arguments(
         )
     if settings.dtype == "float16" and not on_gpu:
         raise PmodError("train.dtype=float16 needs a GPU", "bfloat16 and float32 run on the CPU")
+    # The recipe decides, whatever the launcher's config says.
+    precisions = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precisions[settings.dtype]
     try:
         return TrainingArguments(
             output_dir=str(work),

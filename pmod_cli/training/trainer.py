@@ -14,8 +14,8 @@ for transformers 5.17 to 5.x and accelerate 1.10 to 1.x; `tests/training/test_pa
   config file cannot know which.
 - ``fsdp_plugin.mixed_precision_policy``: accelerate has FSDP2 round a module's output, the loss among it, to bfloat16.
 - The classes ``FSDP...`` that FSDP2 makes of a module's: they cannot be cast once their weights are gathered.
-- ``_weight_conversions``: under ZeRO-3 transformers keeps rules that renamed nothing when the model was loaded, too, and
-  would apply them backwards when it is saved.
+- ``_weight_conversions``: under ZeRO-3 transformers keeps rules that renamed nothing while loading, too, and would undo
+  them when it saves.
 """
 
 from __future__ import annotations

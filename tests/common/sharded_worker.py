@@ -48,9 +48,8 @@ class WatchedTrainer(PmodTrainer):
         return super().training_step(*args, **kwargs)
 
     def whole_network(self) -> Any:
-        classes = {
-            type(part).__name__ for part in self.model_wrapped.modules() if isinstance(part, FSDPModule)
-        }
+        parts = [part for part in self.model_wrapped.modules() if isinstance(part, FSDPModule)]
+        classes = {type(part).__name__ for part in (self.model_wrapped, *parts)}
         path = Path(os.environ["PMOD_OUT"]) / f"shards-{self.args.process_index}.json"
         path.write_text(json.dumps(sorted(classes)))
         return super().whole_network()
