@@ -212,7 +212,7 @@ class _Run:
             "memory": self.memory,
             "peak_memory_bytes": peak_memory(),
         }
-        weights = trainer.gathered_weights()
+        network = trainer.whole_network()
         if self.main:
             summary = {
                 "result": result,
@@ -224,13 +224,12 @@ class _Run:
                 "processes": self.arguments.world_size,
             }
             save_result(
-                trainer.accelerator.unwrap_model(trainer.model),
+                network,
                 self.processor,
                 self.output,
                 self.work,
                 recipe=self.recipe,
                 summary=summary,
-                weights=weights,
                 merge_lora=merge_lora,
             )
         return result

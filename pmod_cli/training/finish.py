@@ -38,30 +38,19 @@ def save_result(
     *,
     recipe: Recipe,
     summary: dict[str, Any],
-    weights: dict[str, torch.Tensor] | None = None,
     merge_lora: bool = False,
 ) -> None:
     """Write the checkpoint beside its place, move it there, and remove the training folder ``work``.
 
-    ``network`` is the trained model or the PEFT model around it, ``summary`` goes to ``training.json``. ``weights`` is
-    the whole state dict of a sharded model; None where the network holds it itself.
+    ``network`` is the trained model or the PEFT model around it, ``summary`` goes to ``training.json``.
     """
-    dtype = getattr(torch, recipe.train.dtype)
     if merge_lora:
         network = network.merge_and_unload()
-    more = {}
-    if weights is None:
-        network.to(dtype)
-    else:
-        network.config.dtype = dtype
-        more["state_dict"] = {
-            name: weight.to(dtype) if weight.is_floating_point() else weight
-            for name, weight in weights.items()
-        }
+    network.to(getattr(torch, recipe.train.dtype))
     try:
         with replacing(output) as folder:
             folder.mkdir()
-            network.save_pretrained(folder, **more)
+            network.save_pretrained(folder)
             processor.save_pretrained(folder)
             shutil.copy(work / METRICS, folder / METRICS)
             if (work / EVENTS).is_dir():

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from pmod_cli.checkpoints.load import read_config
 from pmod_cli.data.dataset import DataSource
+from pmod_cli.devices import world_size
 from pmod_cli.extras import installed, require
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, first_line
@@ -99,6 +100,9 @@ def training_arguments(
         )
     if settings.dtype == "float16" and not on_gpu:
         raise PmodError("train.dtype=float16 needs a GPU", "bfloat16 and float32 run on the CPU")
+    # The recipe decides, whatever the launcher's config says.
+    precisions = {"bfloat16": "bf16", "float16": "fp16", "float32": "no"}
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precisions[settings.dtype]
     try:
         return TrainingArguments(
             output_dir=str(work),
@@ -129,9 +133,13 @@ def training_arguments(
 
 
 def check_identity(work: Path, recipe: Recipe, model: str | Path, data: str, resuming: bool) -> None:
-    """Refuse to resume with other data (a SHA-256), recipe or model; write what this run is to ``work/run.json``."""
+    """Refuse to resume with other data (a SHA-256), recipe, model or sharding; write these to ``work/run.json``."""
     train = recipe.train.model_dump(mode="json", exclude=_FREE_TO_CHANGE)
-    identity = {"data": data, "recipe": train, "model": str(model)}
+    identity = {"data": data, "recipe": train, "model": str(model), "sharding": sharding()}
+    if (sharding() or "").startswith("zero"):
+        identity["sharding"] = (
+            f"{sharding()} over {world_size()}"  # DeepSpeed resumes with as many processes only
+        )
     path = work / "run.json"
     before = read_json(path) if resuming and path.exists() else identity
     changed = [key for key, value in identity.items() if before.get(key) != value]

@@ -12,6 +12,10 @@ for transformers 5.17 to 5.x and accelerate 1.10 to 1.x; `tests/training/test_pa
 - ``Trainer._get_output_dir`` and ``_save_checkpoint``: a checkpoint is written aside and renamed into place.
 - ``fsdp_plugin.transformer_cls_names_to_wrap``: a p-MoD model has decoder layers of two classes, and the launcher's
   config file cannot know which.
+- ``fsdp_plugin.mixed_precision_policy``: accelerate has FSDP2 round a module's output, the loss among it, to bfloat16.
+- The classes ``FSDP...`` that FSDP2 makes of a module's: they cannot be cast once their weights are gathered.
+- ``_weight_conversions``: under ZeRO-3 transformers keeps rules that renamed nothing while loading, too, and would undo
+  them when it saves.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +71,25 @@ class PmodTrainer(Trainer):
         if self.is_fsdp_enabled:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.transformer_cls_names_to_wrap = _layer_classes(self.model)
+            if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+                plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        if self.is_deepspeed_enabled:
+            for module in self.model.modules():
+                if rules := vars(module).get("_weight_conversions"):
+                    module._weight_conversions = [rule for rule in rules if rule.was_used()]
 
-    def gathered_weights(self) -> dict[str, Tensor] | None:
-        """The whole state dict of a sharded model, on the main process; None where every process has it all.
+    def whole_network(self) -> Any:
+        """The trained model, or the PEFT model around it; on the main process without shards, for saving alone.
 
         All processes must call it.
         """
         self.accelerator.wait_for_everyone()
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            return None
-        weights: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
-        return weights
+        network = self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            weights = self.accelerator.get_state_dict(self.model_wrapped)
+            if self.args.should_save:
+                _undo_sharding(network, weights)
+        return network
 
     def _get_train_sampler(self, train_dataset: Any = None) -> OrderedSampler:
         return self.sampler
@@ -223,6 +236,23 @@ def _layer_classes(network: nn.Module) -> list[str]:
     lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
     names = {type(layer).__name__ for layers in lists for layer in layers}
     return sorted(name for name in names if "Layer" in name)
+
+
+def _undo_sharding(network: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Make ordinary modules of sharded ones, with the parameters of a whole state dict; what was tied stays tied."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.__class__ = type(module).__bases__[1]  # FSDP2 had put a class of its own before it
+    whole: dict[int, nn.Parameter] = {}
+    for name, weight in weights.items():
+        owner, _, leaf = name.rpartition(".")
+        module = network.get_submodule(owner)
+        shard = getattr(module, leaf)
+        if isinstance(shard, nn.Parameter):
+            parameter = whole.setdefault(id(shard), nn.Parameter(weight, shard.requires_grad))
+            module.register_parameter(leaf, parameter)
 
 
 def _split_group(model: nn.Module, optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -187,28 +187,3 @@ def test_a_gathered_state_dict_loads_as_an_ordinary_checkpoint(two_processes):
     sample = distributed_worker.sample(0, step=0)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**sample).logits, alone(**sample).logits, atol=1e-4, rtol=0)
-
-
-def test_routing_survives_sharding_in_mixed_precision():
-    """FSDP2 copies a module's arguments and outputs field by field when it casts them."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    model = tiny_model()
-    with torch.no_grad():
-        expected = model(**batch(), output_routing=True).routing
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.float32, output_dtype=torch.float32)}
-        policy["mesh"] = init_device_mesh("cpu", (1,))
-        for layer in model.model.language_model.layers:
-            fully_shard(layer, **policy)
-        for module in (model.model, model):
-            fully_shard(module, **policy)
-        with torch.no_grad():
-            routing = model(**batch(), output_routing=True).routing
-    finally:
-        dist.destroy_process_group()
-    assert sum(layer is not None for layer in routing) == 6
-    assert all(torch.equal(a.kept, b.kept) for a, b in zip(routing, expected, strict=True) if a is not None)
