@@ -8,6 +8,7 @@ Nothing in it was measured with this package. Run::
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from pmod_cli import plots
 from pmod_cli.evaluation.paper import average
@@ -43,7 +44,7 @@ def main(path: str) -> None:
     axis.set(xlabel="TFLOPs of a prefill, as the paper counts them", ylabel="mean of 14 benchmarks")
     axis.legend(loc="lower right")
     figure.suptitle("Accuracy against FLOPs: the paper's own figures (arXiv 2412.04449)")
-    plots.save(figure, path, title="Accuracy against FLOPs, as published", dpi=150)
+    plots.save(figure, Path(path), title="Accuracy against FLOPs, as published", dpi=150)
 
 
 if __name__ == "__main__":
