@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -18,6 +18,7 @@ from pmod_cli.checkpoints.load import check_tokenizer, read_config
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.pictures import as_rgb
 
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
@@ -64,19 +65,6 @@ def generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
         # None, not absent: else a checkpoint's own generation_config.json would fill them in.
         settings[name] = requested.get(name) if settings["do_sample"] else None
     return settings
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Read a picture as RGB; `PmodError` if there is none or it is not readable."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise PmodError(f"no image file {path}") from None
-    except UnidentifiedImageError:
-        raise PmodError(f"{path} is not an image that Pillow can read") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise PmodError(f"cannot read image {path}: {error}") from error
 
 
 class VisionLanguageModel:
@@ -172,7 +160,7 @@ class VisionLanguageModel:
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """The model's inputs for a batch of prompts, padded on the left, on the CPU."""
-        images = [image.convert("RGB") for prompt in prompts for image in prompt.images]
+        images = [as_rgb(image) for prompt in prompts for image in prompt.images]
         return self.processor(
             text=[self.render(prompt) for prompt in prompts],
             images=images or None,

@@ -14,7 +14,7 @@ LAYERS = (
     {"visualize", "evaluation", "training", "conversion", "profiling"},
     {"generation", "data"},
     {"plots", "kernels"},
-    {"recipe", "checkpoints", "devices", "extras", "published"},
+    {"recipe", "checkpoints", "devices", "extras", "published", "pictures"},
     {"families"},
     {"modeling"},
 )

@@ -36,7 +36,8 @@ def generate_command(
     with starting("generate"):
         from pmod_cli import generation
         from pmod_cli.checkpoints.load import check_source
-        from pmod_cli.generation import VisionLanguageModel, open_image
+        from pmod_cli.generation import VisionLanguageModel
+        from pmod_cli.pictures import open_image
 
     check_source(model)
     images = (open_image(image),) if image else ()

@@ -5,13 +5,13 @@ A picture is opened only when a sample is asked for, in the loader's workers.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import Image, ImageFile
+from PIL import Image
 
 from pmod_cli.data.records import BadSample
+from pmod_cli.pictures import PictureError, open_image
 
 
 class ImageFolder:
@@ -86,22 +86,11 @@ Pictures = ImageFolder | ImageColumn
 """Finds pictures by the names in `Conversation.images`."""
 
 
-def refuse_cut_pictures() -> None:
-    """Have Pillow raise an error for a picture that is cut short, as it does by default.
-
-    Importing lmms-eval switches that off for the whole process, and Pillow fills up cut pictures with grey. A sample
-    with such a picture has to be reported, neither learned from nor answered.
-    """
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-
-
 def decode(content: bytes, name: str) -> Image.Image:
-    """Decode an image file's bytes as RGB; `BadSample`, with the picture's name, if it is empty, cut short or none."""
+    """Open an image file's bytes as `open_image` does; `BadSample` with name and reason if that cannot be done."""
     if not content:
         raise BadSample("empty image", name)
-    refuse_cut_pictures()
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return image.convert("RGB")
-    except Exception as error:  # PIL's decoders raise whatever a broken file leads them into
-        raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
+        return open_image(content, name)
+    except PictureError as error:
+        raise BadSample("unreadable image", f"{name}: {error.reason}") from error

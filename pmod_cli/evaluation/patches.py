@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pmod_cli.data.pictures import refuse_cut_pictures
+from pmod_cli.pictures import refuse_cut_pictures
 
 SCORING_ERROR = "pmod_error"
 """Metric under which a document's scoring error is logged."""

@@ -102,10 +102,7 @@ class ProfileOptions:
             return parse_size(self.image_size)
         if self.image is None:
             return None
-        from PIL import Image, UnidentifiedImageError
+        from pmod_cli.pictures import open_image  # slow to import
 
-        try:
-            with Image.open(self.image) as picture:
-                return picture.height, picture.width
-        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise PmodError(f"cannot read the picture {self.image}: {error}") from error
+        width, height = open_image(self.image).size
+        return height, width

@@ -9,9 +9,10 @@ from typing import Any
 from pmod_cli import plots
 from pmod_cli.checkpoints.load import read_config
 from pmod_cli.extras import require
-from pmod_cli.generation import Prompt, VisionLanguageModel, open_image
+from pmod_cli.generation import Prompt, VisionLanguageModel
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import check_output, write_file
+from pmod_cli.pictures import open_image
 from pmod_cli.visualize.options import VisualizeOptions
 from pmod_cli.visualize.trace import check_routes, dense_twin, trace
 

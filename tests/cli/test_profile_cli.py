@@ -100,7 +100,7 @@ def test_image_gives_its_size(capsys, tmp_path):
     (tmp_path / "not.png").write_text("text", encoding="utf-8")
     code, _, err = run(capsys, *common, "--image", tmp_path / "not.png")
     assert code == 2
-    assert "cannot read the picture" in err
+    assert "cannot read image" in err
 
 
 def test_sweep_schedules_and_compare(capsys, tmp_path):

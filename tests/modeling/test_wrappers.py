@@ -50,6 +50,7 @@ def wrap(request, tmp_path):
         return dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
 
     def autocast(model):
+        AcceleratorState._reset_state(reset_partial_state=True)  # another test may have left one
         request.addfinalizer(lambda: AcceleratorState._reset_state(reset_partial_state=True))
         return Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
 

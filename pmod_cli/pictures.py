@@ -1,0 +1,164 @@
+"""The one way to open a picture: what a viewer shows, as 8-bit RGB.
+
+Training, checking, answering, evaluating, drawing and profiling all see the same pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFile, ImageOps
+
+from pmod_cli.output.errors import PmodError, first_line
+
+MAX_ASPECT = 100
+"""Longest side over shortest. Processors that scale the short side to a fixed length would need gigabytes beyond it."""
+
+_UPRIGHT = 1
+_ORIENTATION = 0x0112
+
+
+class PictureError(PmodError):
+    """A picture that cannot be used; ``reason`` is the message without the picture's name."""
+
+    def __init__(self, name: object, reason: str) -> None:
+        super().__init__(f"cannot read image {name}: {reason}")
+        self.reason = reason
+
+
+def open_image(source: str | Path | bytes, name: object = None) -> Image.Image:
+    """Read a picture, from a file or from a file's bytes, as `as_rgb` gives it.
+
+    Its ``info["notes"]`` say what was converted or is suspicious. A `PictureError` calls it ``name``.
+    """
+    name = source if name is None else name
+    if not isinstance(source, bytes):
+        if is_url(source):
+            raise PictureError(name, "a URL, and pictures are read from files; download it first")
+        try:
+            source = Path(source).read_bytes()
+        except FileNotFoundError:
+            raise PmodError(f"no image file {name}") from None
+        except (OSError, ValueError) as error:
+            raise PictureError(name, getattr(error, "strerror", None) or first_line(error)) from error
+    if not source:
+        raise PictureError(name, "the file is empty")
+    refuse_cut_pictures()
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            with Image.open(io.BytesIO(source)) as image:
+                picture = as_rgb(image)
+    except Image.UnidentifiedImageError:
+        raise PictureError(name, "not an image that Pillow can read") from None
+    except PictureError as error:
+        raise PictureError(name, error.reason) from None
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them into
+        raise PictureError(name, first_line(error)) from error
+    says = {
+        f"Pillow warns: {str(warning.message).splitlines()[0]}" for warning in warned if _from_pillow(warning)
+    }
+    picture.info["notes"] += sorted(says)
+    return picture
+
+
+def refuse_cut_pictures() -> None:
+    """Have Pillow raise an error for a picture that is cut short, as it does by default.
+
+    Importing lmms-eval switches that off for the whole process, and Pillow fills up cut pictures with grey.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+def is_url(name: object) -> bool:
+    """Whether a picture's name is an address."""
+    return str(name).lower().startswith(("http:", "https:", "s3:", "gs:", "data:"))
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture as viewers show it, in 8-bit RGB; one that already is so comes back as it is.
+
+    The EXIF orientation is applied. Greyscale of more than 8 bits is scaled: 16-bit by its range, integers and floats
+    by the smallest of 1 (floats), 255 and 65535 that holds their values, else from their least to their greatest.
+    What is transparent lies on white. An animation is its first frame. ``info["notes"]`` lists what was done.
+
+    Raises:
+        PictureError: One side is more than `MAX_ASPECT` times the other, or Pillow knows no way to RGB.
+    """
+    if "notes" in image.info and image.mode == "RGB":
+        return image
+    width, height = image.size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise PictureError("", f"{width} x {height}: one side is more than {MAX_ASPECT} times the other")
+    notes: list[str] = []
+    kind, animated = image.format, getattr(image, "is_animated", False)
+    if animated and kind != "MPO":  # a phone's MPO holds a second view or a preview
+        notes.append("animation or several pages: the first is used")
+    image = _upright(image, notes)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _to_8_bit(image, kind, notes)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        image = _on_white(image, notes)
+    if image.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
+        notes.append(f"{image.mode} colours converted")
+    try:
+        rgb = image.convert("RGB") if image.mode != "RGB" else image.copy()
+    except ValueError as error:
+        raise PictureError("", first_line(error)) from error
+    bands: Any = rgb.getextrema()
+    if all(low == high for low, high in bands):
+        notes.append("suspicious: a single colour")
+    rgb.info = {"notes": notes}
+    return rgb
+
+
+def notes_of(image: Image.Image) -> list[str]:
+    """What `as_rgb` did to a picture, and what is suspicious about it."""
+    return list(image.info.get("notes", ()))
+
+
+def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
+    try:
+        turned = image.getexif().get(_ORIENTATION, _UPRIGHT)
+        upright = ImageOps.exif_transpose(image) if turned in range(2, 9) else image
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        notes.append("suspicious: EXIF data that cannot be read; taken as upright")
+        return image
+    if upright is not image:
+        notes.append("turned by its EXIF orientation")
+    return upright
+
+
+def _to_8_bit(image: Image.Image, kind: str | None, notes: list[str]) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+    low, high = float(values.min()), float(values.max())
+    sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG")
+    whites = (65535,) if sixteen_bit else (1, 255, 65535) if image.mode == "F" else (255, 65535)
+    white = next((white for white in whites if low >= 0 and high <= white), None)
+    notes.append(
+        f"{'16-bit' if sixteen_bit else 'float' if image.mode == 'F' else '32-bit'} greyscale scaled"
+    )
+    largest = float(white or high - low)
+    if white is None:
+        values = values - low
+    elif sixteen_bit and 0 < high < largest / 16:
+        notes.append("suspicious: 16-bit greyscale that uses less than a sixteenth of its range")
+    return Image.fromarray(np.rint(values * (255 / (largest or 1))).astype(np.uint8))
+
+
+def _on_white(image: Image.Image, notes: list[str]) -> Image.Image:
+    image = image.convert("RGBA")
+    if image.getchannel("A").getextrema()[0] == 255:
+        return image.convert("RGB")
+    notes.append("transparency laid on white")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _from_pillow(warning: Any) -> bool:
+    return "PIL" in Path(warning.filename).parts or issubclass(
+        warning.category, Image.DecompressionBombWarning
+    )

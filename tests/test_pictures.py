@@ -1,0 +1,98 @@
+"""The one way to open a picture: what a viewer shows, as 8-bit RGB; what cannot be used is one line with its name."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from pmod_cli.pictures import PictureError, as_rgb, notes_of, open_image
+
+
+def saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def two_halves(mode="RGB"):
+    image = Image.new("RGB", (20, 10), "red")
+    image.paste("blue", (10, 0, 20, 10))
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "corner"),
+    [(1, (20, 10), 0), (3, (20, 10), 2), (6, (10, 20), 0), (8, (10, 20), 2)],
+)
+def test_exif_orientation(orientation, size, corner):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = open_image(saved(two_halves(), "JPEG", exif=exif, quality=95))
+    assert picture.size == size
+    pixel = picture.getpixel((1, 1))
+    assert max(range(3), key=lambda band: pixel[band]) == corner
+    assert ("turned by its EXIF orientation" in notes_of(picture)) == (orientation != 1)
+
+
+def test_greyscale_of_more_than_8_bits():
+    ramp = np.linspace(0, 65535, 256).reshape(16, 16)
+    picture = open_image(saved(Image.fromarray(ramp.astype(np.uint16))))
+    values = np.asarray(picture)[..., 0]
+    assert values.min() == 0
+    assert values.max() == 255
+    assert len(np.unique(values)) > 200
+    unit = as_rgb(Image.fromarray((ramp / 65535).astype(np.float32)))
+    assert np.abs(np.asarray(unit)[..., 0].astype(int) - values).max() <= 1
+    assert notes_of(unit) == ["float greyscale scaled"]
+
+
+def test_what_is_transparent_lies_on_white():
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (2, 2, 6, 6))
+    picture = open_image(saved(image))
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+    assert picture.getpixel((3, 3)) == (0, 0, 0)
+    palette = two_halves("P")
+    picture = open_image(saved(palette, transparency=palette.getpixel((0, 0))))
+    assert picture.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_palette_cmyk_and_animation():
+    for mode, kind in (("P", "GIF"), ("CMYK", "JPEG"), ("L", "PNG"), ("1", "PNG")):
+        assert open_image(saved(two_halves(mode), kind)).mode == "RGB"
+    frames = [two_halves(), Image.new("RGB", (20, 10), "white")]
+    picture = open_image(saved(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert picture.getpixel((1, 1))[0] > 200
+    assert any("animation" in note for note in notes_of(picture))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"no picture", "not an image that Pillow can read"),
+        (saved(two_halves())[:60], "truncated|broken|cut|not an image"),
+        (saved(Image.new("RGB", (1, 1500))), "1 x 1500: one side is more than 100 times the other"),
+    ],
+)
+def test_what_cannot_be_used(content, reason):
+    with pytest.raises(PictureError, match=reason) as error:
+        open_image(content, "folder/photo.png")
+    assert "folder/photo.png" in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_huge_text_chunks_are_one_line():
+    text = PngImagePlugin.PngInfo()
+    for number in range(70):
+        text.add_text(f"k{number}", "x" * 2**20, zip=True)
+    with pytest.raises(PictureError, match="photo"):
+        open_image(saved(two_halves(), pnginfo=text), "photo")
+
+
+def test_an_address_is_named_as_such():
+    with pytest.raises(PictureError, match="a URL"):
+        open_image("https://example.org/a.png")
