@@ -173,13 +173,13 @@ def _hiding(package: Package) -> Path | None:
     if spec is None or spec.origin is None:
         return None
     origin = Path(spec.origin)
-    place = origin.parent if origin.name == "__init__.py" else origin
+    path = origin.parent if origin.name == "__init__.py" else origin
     try:
-        own = Path(str(distribution(package.name).locate_file(place.name)))
+        own = Path(str(distribution(package.name).locate_file(path.name)))
     except PackageNotFoundError:
-        return place
+        return path
     # An editable installation has no folder there, and hides nothing.
-    return place if own.exists() and own.resolve() != place.resolve() else None
+    return path if own.exists() and own.resolve() != path.resolve() else None
 
 
 class Outside(NamedTuple):

@@ -22,12 +22,12 @@ def check_destination(destination: Path, source: Path | None, force: bool) -> No
     With ``force`` a checkpoint that is there may be replaced, nothing else ever. The source may neither hold it nor lie
     in it.
     """
-    place = destination.resolve()
+    path = destination.resolve()
     if source is not None:
         origin = source.resolve()
-        if place == origin:
+        if path == origin:
             raise PmodError(f"source and destination are the same folder: {destination}")
-        if origin in place.parents or place in origin.parents:
+        if origin in path.parents or path in origin.parents:
             raise PmodError(f"{destination} and the source lie one inside the other", "choose another place")
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise PmodError(f"{destination} exists and is not a folder")

@@ -93,14 +93,14 @@ def preview(plan: Plan, destination: Path | None = None, copy: bool = False) -> 
 
     Without a destination the current folder's disk is looked at.
     """
-    place = destination or Path("checkpoint")
+    path = destination or Path("checkpoint")
     notes = list(plan.translation.notes)
     try:
         expected = expected_savings(plan)
     except PmodError as error:
         expected = None
         notes.append(f"FLOPs and KV cache are not counted: {error.message}")
-    needed, free = bytes_needed(plan.checkpoint(), place, copy), write.free_space(place)
+    needed, free = bytes_needed(plan.checkpoint(), path, copy), write.free_space(path)
     if needed > free:
         notes.append("it does not fit on that disk")
     return {

@@ -308,8 +308,8 @@ def _make_data(folder: Path, settings: DemoSettings) -> dict[str, Any]:
 
     train, _ = data.write_training_data(folder / "data" / "train", settings.train_images)
     for name in (TASK, SHUFFLED):
-        place = folder / "data" / name
-        questions = data.write_heldout(place, settings.heldout_images, shuffle=name == SHUFFLED)
+        path = folder / "data" / name
+        questions = data.write_heldout(path, settings.heldout_images, shuffle=name == SHUFFLED)
         write_task(folder / "tasks", name, questions, world.KINDS)
     heldout = data.heldout_samples(settings.heldout_images)
     # A picture of two shapes shows more than one of one.

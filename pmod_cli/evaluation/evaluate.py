@@ -70,13 +70,13 @@ def evaluate(
         checkpoints = [source for source in sources.values() if isinstance(source, (str, Path))]
         leaves = requirements.check(catalogue, names, checkpoints=checkpoints, offline=offline)
         join(settings.device)
-        place = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
-        place.mkdir(parents=True, exist_ok=True)
+        path = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
+        path.mkdir(parents=True, exist_ok=True)
         with one_first():
             # Before a model is loaded: gqa's code starts processes for it, and data may turn out to be broken.
             loaded = {leaf: catalogue.load(leaf) for group in leaves.values() for leaf in group}
         keep = output is not None
-        return Evaluation(sources, leaves, catalogue, loaded, settings, place, keep, force, progress).run()
+        return Evaluation(sources, leaves, catalogue, loaded, settings, path, keep, force, progress).run()
 
 
 def prepare(
@@ -106,7 +106,7 @@ class Evaluation:
     """One call of `evaluate` at work: every task with every model, and what is known after each.
 
     ``sources``, ``models`` and ``runs`` are by role, ``baseline`` (if any) first. ``leaves`` are the tasks behind each
-    requested name, ``loaded`` lmms-eval's task objects with their data. Results are written into ``place`` only with
+    requested name, ``loaded`` lmms-eval's task objects with their data. Results are written into ``path`` only with
     ``keep``; without it answers alone are kept, in the user's cache.
     """
 
@@ -115,7 +115,7 @@ class Evaluation:
     catalogue: Tasks
     loaded: dict[str, Any]
     settings: EvalSettings
-    place: Path
+    path: Path
     keep: bool
     force: bool
     progress: Progress | None
@@ -132,7 +132,7 @@ class Evaluation:
             self.models[role] = gather(identity.describe(source) if is_main_process() else {})[0]
             self.runs[role] = {}
         if self.keep and not self.force:
-            folder.claim(self.place, self.models)
+            folder.claim(self.path, self.models)
         for role, source in self.sources.items():
             lm = PmodLmms(
                 str(open_source(source).folder) if isinstance(source, (str, Path)) else source,
@@ -144,7 +144,7 @@ class Evaluation:
             del lm
         result = self.result()
         if self.keep and is_main_process():
-            folder.write_results(self.place, result)
+            folder.write_results(self.path, result)
         return result
 
     def _run_task(self, lm: PmodLmms, role: str, leaf: str, task: Any) -> None:
@@ -158,7 +158,7 @@ class Evaluation:
 
         lm.on_answers = answered
         lm.store = self._store(lm, role, leaf, task)
-        run = run_task(lm, self.catalogue, task, limit=limit, output=self.place)
+        run = run_task(lm, self.catalogue, task, limit=limit, output=self.path)
         generated, recalled, seconds = zip(*gather((lm.generated, lm.recalled, lm.seconds)), strict=True)
         self.models[role] |= lm.conditions() | {
             "batch": {"largest": lm.sizer.largest, "out_of_memory": lm.sizer.out_of_memory},
@@ -174,8 +174,8 @@ class Evaluation:
         self.runs[role][leaf] = run
         if self.keep:
             samples = {side: runs[leaf].samples for side, runs in self.runs.items() if leaf in runs}
-            folder.write_samples(self.place, leaf, samples)
-            folder.write_results(self.place, self.result())
+            folder.write_samples(self.path, leaf, samples)
+            folder.write_results(self.path, self.result())
 
     def _store(self, lm: PmodLmms, role: str, leaf: str, task: Any) -> AnswerStore | None:
         """Where this model's answers to this task are kept; a model in memory has no fingerprint to keep them by."""
@@ -189,7 +189,7 @@ class Evaluation:
             "packages": identity.environment(),
         }
         key = identity.digest([conditions, lm.conditions()])
-        answers = self.place / "answers" if self.keep else folder.answers_cache()
+        answers = self.path / "answers" if self.keep else folder.answers_cache()
         try:
             return AnswerStore(answers / key[:16] / leaf, rank(), self.force, world_size())
         except OSError:

@@ -53,9 +53,9 @@ def write_samples(folder: Path, task: str, samples: Mapping[str, Sequence[dict[s
             for role, side in zip(samples, sides, strict=True)
         }
         lines.append(json.dumps(shared | own, default=str) + "\n")
-    place = folder / "samples"
-    place.mkdir(exist_ok=True)
-    write_file(place / f"{task}.jsonl", "".join(lines))
+    path = folder / "samples"
+    path.mkdir(exist_ok=True)
+    write_file(path / f"{task}.jsonl", "".join(lines))
 
 
 def write_results(folder: Path, result: EvalResult) -> None:

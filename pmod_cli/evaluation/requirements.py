@@ -178,8 +178,8 @@ class _Hub:
             if self.reachable:
                 info: Any = HfApi().repo_info(path, repo_type=kind, files_metadata=True, timeout=10)
         except GatedRepoError:
-            place = path if kind == "model" else f"datasets/{path}"
-            return f"access to {path} has to be asked for", f"at https://huggingface.co/{place}"
+            page = path if kind == "model" else f"datasets/{path}"
+            return f"access to {path} has to be asked for", f"at https://huggingface.co/{page}"
         except RepositoryNotFoundError:
             return f"{path} is not on the hub, or needs a login", "check the name; hf auth login"
         except HfHubHTTPError as error:
@@ -199,10 +199,10 @@ class _Hub:
     def disk_problems(self) -> Iterator[Problem]:
         """Too little room for what would be downloaded: at most the whole repositories."""
         needed = sum(self.sizes.values())
-        place = cache_folder()
-        free = free_space(place / "new")
+        cache = cache_folder()
+        free = free_space(cache / "new")
         if needed > free:
-            what = f"up to {needed / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free in {place}"
+            what = f"up to {needed / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free in {cache}"
             yield Problem("all", what, "export HF_HOME=/a/larger/disk")
 
 

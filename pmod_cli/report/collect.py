@@ -83,33 +83,33 @@ class Found:
         return {name: len(getattr(self, name)) for name in ("profiles", "trainings", "evaluations")}
 
 
-def collect(places: Sequence[Path]) -> Found:
+def collect(paths: Sequence[Path]) -> Found:
     """Look through folders (five levels deep) and JSON files that a command's ``--json`` wrote.
 
     Raises:
         PmodError: A place does not exist, or holds nothing of the three commands.
     """
     found = Found()
-    for place in places:
-        if not place.exists():
-            raise PmodError(f"no folder {place}")
+    for path in paths:
+        if not path.exists():
+            raise PmodError(f"no folder {path}")
         before = found.counts
-        if place.is_file():
-            _read_result(place, found)
-        for folder, names, files in os.walk(place):
+        if path.is_file():
+            _read_result(path, found)
+        for folder, names, files in os.walk(path):
             here = Path(folder)
             # NAME_files holds the pictures of a report.
             names[:] = sorted(
                 name for name in names if not name.startswith(".") and not name.endswith("_files")
             )
             names[:] = [name for name in names if name not in _PASSED_OVER]
-            if len(here.relative_to(place).parts) >= _DEPTH:
+            if len(here.relative_to(path).parts) >= _DEPTH:
                 names.clear()
             _read_folder(here, sorted(files), found)
         if found.counts == before:
             broken = next((f"; {path} could not be read: {why}" for path, why in found.unread.items()), "")
             raise PmodError(
-                f"{place} holds no output of pmod profile, finetune or eval{broken}",
+                f"{path} holds no output of pmod profile, finetune or eval{broken}",
                 "give a checkpoint of finetune, an --output of eval, or a file with a command's --json",
             )
     # What --json printed is left out where the folder that the same run wrote was found too: it holds more.

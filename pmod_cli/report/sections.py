@@ -195,12 +195,12 @@ def training(found: Found) -> Section:
 
 def environment(found: Found) -> Section:
     """Versions, and what was read."""
-    told = [profile["versions"] for profile in found.profiles]
-    told += [run.summary.get("versions") or {} for run in found.trainings]
-    told += [evaluation.result["environment"] for evaluation in found.evaluations]
+    environments = [profile["versions"] for profile in found.profiles]
+    environments += [run.summary.get("versions") or {} for run in found.trainings]
+    environments += [evaluation.result["environment"] for evaluation in found.evaluations]
     versions = {
         name.replace("pmod-cli", "pmod"): str(value)
-        for each in told
+        for each in environments
         for name, value in each.items()
         if value and not isinstance(value, dict)
     }

@@ -18,11 +18,11 @@ from pmod_cli.report.models import gather, main_model, reference
 _PICTURES = {".png", ".jpg", ".jpeg"}
 
 
-def write_report(places: Sequence[str | Path], output: str | Path, *, force: bool = False) -> dict[str, Any]:
+def write_report(paths: Sequence[str | Path], output: str | Path, *, force: bool = False) -> dict[str, Any]:
     """Collect the outputs of one or more runs into one page.
 
     Args:
-        places: Folders that commands wrote to, or files with a command's ``--json``.
+        paths: Folders that commands wrote to, or files with a command's ``--json``.
         output: The HTML page; the Markdown file and the folder of its pictures get its name.
         force: Whether to replace them if they exist.
 
@@ -39,7 +39,7 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
     for path in (markdown, folder):
         if path.exists() and not force:
             raise PmodError(f"{path} exists", "--force replaces it")
-    found = collect([Path(place) for place in places])
+    found = collect([Path(path) for path in paths])
     models = gather(found)
     other = reference(models, found)
     chapters = [
@@ -54,10 +54,10 @@ def write_report(places: Sequence[str | Path], output: str | Path, *, force: boo
         sections.environment(found),
     ]
     counts = found.counts
-    told = ", ".join(f"{n} {name if n != 1 else name[:-1]}" for name, n in counts.items() if n)
-    names = ", ".join(str(place) for place in places)
+    summary = ", ".join(f"{n} {name if n != 1 else name[:-1]}" for name, n in counts.items() if n)
+    names = ", ".join(str(path) for path in paths)
     document = Document(
-        "p-MoD report", f"{told} in {names}; pmod {__version__}", [c for c in chapters if c.blocks]
+        "p-MoD report", f"{summary} in {names}; pmod {__version__}", [c for c in chapters if c.blocks]
     )
     text, pictures = to_markdown(document, folder.name)
     if folder.exists() and not (folder.is_dir() and {path.suffix for path in folder.iterdir()} <= _PICTURES):

@@ -38,12 +38,12 @@ def find_tokenizer(
 
     The ``model_type`` of the decoder decides the template. None if the user names none and the source has none.
     """
-    place = open_source(chosen, near=source.folder) if chosen else source
-    if not any((place.folder / name).is_file() for name in _VOCABULARIES):
+    tokenizer_source = open_source(chosen, near=source.folder) if chosen else source
+    if not any((tokenizer_source.folder / name).is_file() for name in _VOCABULARIES):
         if chosen:
             raise PmodError(f"{chosen} has no tokenizer", "tokenizer.json or tokenizer.model")
         return None
-    tokenizer = _load(place.folder)
+    tokenizer = _load(tokenizer_source.folder)
     from transformers import AddedToken, AutoTokenizer
 
     if IMAGE_TOKEN not in tokenizer.get_vocab():
