@@ -54,7 +54,7 @@ def open_image(source: str | Path | bytes, name: object = None) -> Image.Image:
             with Image.open(io.BytesIO(source)) as image:
                 picture = as_rgb(image)
     except Image.UnidentifiedImageError:
-        raise PictureError(name, "not an image that Pillow can read") from None
+        raise PictureError(name, "it is not an image that Pillow can read") from None
     except PictureError as error:
         raise PictureError(name, error.reason) from None
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them into
