@@ -42,7 +42,7 @@ def open_image(source: str | Path | bytes, name: object = None) -> Image.Image:
         try:
             source = Path(source).read_bytes()
         except FileNotFoundError:
-            raise PmodError(f"no image file {name}") from None
+            raise PmodError(f"no image file {name}", "check the path") from None
         except (OSError, ValueError) as error:
             raise PictureError(name, getattr(error, "strerror", None) or first_line(error)) from error
     if not source:
