@@ -22,7 +22,7 @@ from pmod_cli.evaluation.results import EvalResult
 from pmod_cli.evaluation.tables import markdown
 from pmod_cli.generation import Answer
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import read_json, read_json_lines, tag, write_file, write_json
+from pmod_cli.output.files import TAG, open_folder, read_json, read_json_lines, tag, write_file, write_json
 
 
 def answers_cache() -> Path:
@@ -54,14 +54,14 @@ def write_samples(folder: Path, task: str, samples: Mapping[str, Sequence[dict[s
         }
         lines.append(json.dumps(shared | own, default=str) + "\n")
     path = folder / "samples"
-    path.mkdir(exist_ok=True)
+    open_folder(path)
     write_file(path / f"{task}.jsonl", "".join(lines))
 
 
 def write_results(folder: Path, result: EvalResult) -> None:
     """Write ``results.json`` and ``report.md``."""
     write_json(folder / "results.json", tag("eval") | result.to_dict())
-    write_file(folder / "report.md", markdown(result))
+    write_file(folder / "report.md", f"{markdown(result)}\n<!-- {TAG} -->\n")
 
 
 class AnswerStore:
