@@ -29,9 +29,9 @@ def check_destination(destination: Path, source: Path | None, force: bool) -> No
             raise PmodError(f"source and destination are the same folder: {destination}")
         if origin in path.parents or path in origin.parents:
             raise PmodError(f"{destination} and the source lie one inside the other", "choose another place")
-    check_place(destination, force)
     if destination.is_file():
-        raise PmodError(f"{destination} is a file, not a folder")
+        raise PmodError(f"{destination} exists and is not a folder")
+    check_place(destination, force)
     above = existing_parent(destination)
     if not above.is_dir():
         raise PmodError(f"{above} is a file, so {destination} cannot be made")

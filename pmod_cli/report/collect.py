@@ -105,7 +105,7 @@ def collect(paths: Sequence[Path]) -> Found:
             names[:] = [name for name in names if name not in _PASSED_OVER]
             if len(here.relative_to(path).parts) >= _DEPTH:
                 names.clear()
-            outside = {here / name for name in files if not is_inside(here / name, place)}
+            outside = {here / name for name in files if not is_inside(here / name, path)}
             found.unread |= dict.fromkeys(sorted(outside), "a link out of the folder")
             _read_folder(here, sorted(name for name in files if here / name not in outside), found)
         if found.counts == before:
