@@ -41,11 +41,12 @@ def check_data(
     Raises:
         PmodError: The data cannot be read, or ``fix`` exists or cannot be written.
     """
-    if fix is not None:
-        check_place(fix, force, [data, *([images] if images else [])])
+    if fix is not None and not force:
+        check_place(fix, force)
     source = open_data(data, images)
     if fix is not None:
         source.check_writable(fix)
+        check_place(fix, force, [data, *([images] if images else [])])
     encoder = None
     if processor is not None:
         from pmod_cli.data.batches import EncodedDataset  # imports torch
