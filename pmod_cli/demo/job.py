@@ -94,8 +94,9 @@ def run_demo(
     require_if_installed("peft")  # transformers' Trainer imports it wherever it is
 
     folder = folder.resolve()
-    open_folder(folder / "steps")
-    with locked(folder / "steps", folder):
+    open_folder(folder, ("data", "eval", "models", "steps", "tasks"))
+    (folder / "steps").mkdir(exist_ok=True)
+    with locked(folder, folder):
         return _run_steps(folder, settings, announce, progress)
 
 

@@ -73,7 +73,7 @@ def evaluate(
         join(settings.device)
         path = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
         if is_main_process():
-            open_folder(path)
+            open_folder(path, folder.HOLDS)
             stack.enter_context(locked(path, path))
         path.mkdir(parents=True, exist_ok=True)
         with one_first():

@@ -22,7 +22,9 @@ from pmod_cli.evaluation.results import EvalResult
 from pmod_cli.evaluation.tables import markdown
 from pmod_cli.generation import Answer
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import TAG, open_folder, read_json, read_json_lines, tag, write_file, write_json
+from pmod_cli.output.files import TAG, read_json, read_json_lines, tag, write_file, write_json
+
+HOLDS = ("results.json", "report.md", "samples", "answers", "submissions", "pictures", "*.log")
 
 
 def answers_cache() -> Path:
@@ -54,7 +56,7 @@ def write_samples(folder: Path, task: str, samples: Mapping[str, Sequence[dict[s
         }
         lines.append(json.dumps(shared | own, default=str) + "\n")
     path = folder / "samples"
-    open_folder(path)
+    path.mkdir(exist_ok=True)
     write_file(path / f"{task}.jsonl", "".join(lines))
 
 

@@ -45,7 +45,7 @@ def is_ours(path: Path) -> bool:
     """Whether all that stands at a path was written by pmod, or is an empty folder; never true of a link or a device.
 
     A folder says so in its `MARKER`, which names what pmod put there: with anything more in it, it is not ours. A file
-    has the `TAG`, is a command's JSON, or lies in a folder that is pmod's own.
+    has the `TAG`, is a command's JSON, or lies in a folder that pmod works in, or one below.
     """
     return _is_ours(path, path.parent)
 
@@ -221,19 +221,23 @@ def _is_ours(path: Path, home: Path) -> bool:
         if mark is None:
             return not _fuller(path)
         if "names" in mark:
-            names = [MARKER, *mark["names"]]
-            return all(any(fnmatch(each.name, name) for name in names) for each in path.iterdir())
+            return all(each.name == MARKER or _lists(path, each.name) for each in path.iterdir())
         known = {MARKER, *mark["files"]}
         return all(file.is_dir() or str(file.relative_to(path)) in known for file in path.rglob("*"))
     if not path.is_file():
         return False
-    if path.name == MARKER or "names" in (_marked(home) or {}):
+    if path.name == MARKER or _lists(home, path.name) or _lists(home.parent, home.name):
         return True
     with path.open("rb") as file:
         ends = file.read(_ENDS)
         file.seek(max(0, path.stat().st_size - _ENDS))
         ends += file.read()
     return TAG.encode() in ends or BLANK_TAG.encode() in ends or _JSON_HEAD.match(ends) is not None
+
+
+def _lists(folder: Path, name: str) -> bool:
+    """Whether a folder that pmod works in says that it puts such a name there."""
+    return any(fnmatch(name, each) for each in (_marked(folder) or {}).get("names", ()))
 
 
 def _marked(folder: Path) -> dict[str, Any] | None:
