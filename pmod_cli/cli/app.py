@@ -10,6 +10,7 @@ import typer
 
 from pmod_cli import __version__
 from pmod_cli.output.console import buffer_stdout, report_error
+from pmod_cli.output.signals import listening
 
 app = typer.Typer(
     name="pmod",
@@ -41,10 +42,12 @@ def _root(
     pass
 
 
+@listening()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line (``sys.argv[1:]`` by default) and exit.
 
-    The code is 0 if all is done, 1 if a gate was not met, 2 for bad input or environment, 130 after Ctrl-C.
+    The code is 0 if all is done, 1 if a gate was not met, 2 for bad input or environment, 130 after Ctrl-C,
+    143 after SIGTERM.
     """
     buffer_stdout()
     # Whenever PEFT is imported, it warns about a kernel that only 4-bit weights on a CPU would use.
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         result = app(args=argv, prog_name="pmod", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         if code == 130:
-            report_error(KeyboardInterrupt())
+            code = report_error(KeyboardInterrupt()) or code
         sys.exit(code)
     except Exception as error:
         reported = report_error(error)

@@ -31,6 +31,10 @@ def report_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The page; a Markdown file is put beside it.")
     ] = Path("report.html"),
+    include_path: Annotated[
+        list[Path] | None,
+        typer.Option("--include-path", help="Folder of your own tasks, to show their pictures; repeatable."),
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -38,7 +42,7 @@ def report_command(
     with starting("report"):
         from pmod_cli.report import write_report
 
-    result = write_report(places, output, force=force)
+    result = write_report(places, output, force=force, include_path=include_path)
     for path, reason in result["unread"].items():
         stderr.print(f"not read: {path}: {reason}", markup=False, soft_wrap=True)
     if as_json:

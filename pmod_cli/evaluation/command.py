@@ -35,7 +35,7 @@ def run(options: EvalOptions) -> None:
     """Do what the options ask for, and print what came of it; a `GateError` if a limit was not met."""
     with _problems_shown(options.output):
         if options.diff:
-            _show_differences(*options.diff, options.as_json)
+            _show_differences(*options.diff, options.include_path, options.as_json)
             return
         names = [name.strip() for name in options.tasks.split(",") if name.strip()]
         if not names:
@@ -138,8 +138,8 @@ def _prepare(options: EvalOptions, names: list[str]) -> None:
         show_lines(*(f"{task}: {rows} documents" for task, rows in ready.items()))
 
 
-def _show_differences(first: Path, second: Path, as_json: bool) -> None:
-    found = differences(first, second)
+def _show_differences(first: Path, second: Path, include_path: list[Path] | None, as_json: bool) -> None:
+    found = differences(first, second, include_path)
     if as_json:
         emit_json("eval", found)
         return

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pmod_cli.output import signals
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import tag
 
@@ -63,6 +64,9 @@ def report_error(error: BaseException) -> int | None:
     Returns:
         The exit code, or None when the error is not one of the user's making and should be seen whole.
     """
+    if (number := signals.arrived()) is not None:  # libraries turn it into errors of their own
+        _line("interrupted; what was finished is kept")
+        return 128 + number
     if isinstance(error, PmodError):
         _line(str(error))
         return error.exit_code

@@ -59,7 +59,7 @@ def run(options: ProfileOptions) -> None:
     if options.plot is not None:
         from pmod_cli.profiling.plots import plot_profile
 
-        plot_profile(result, options.plot)
+        plot_profile(result, options.plot, force=options.force)
     check_gates(result["ratios"], limits)
 
 

@@ -19,7 +19,9 @@ from pmod_cli.profiling.prompt import DTYPE_BYTES
 from pmod_cli.profiling.subject import Subject, Variant
 
 
-def load_models(subject: Subject, device: torch.device, dtype: str) -> dict[str, Any]:
+def load_models(
+    subject: Subject, device: torch.device, dtype: str, allow_pickle: bool = False
+) -> dict[str, Any]:
     """Load the models by ``pmod`` and ``dense``; random weights where only a config is known.
 
     Raises:
@@ -28,22 +30,29 @@ def load_models(subject: Subject, device: torch.device, dtype: str) -> dict[str,
     pmod, dense = subject.pmod, subject.dense
     if pmod and dense and (pmod.raw, pmod.weights) == (dense.raw, dense.weights):
         _check_memory([pmod], device, dtype)
-        model = _load(pmod, device, dtype)
+        model = _load(pmod, device, dtype, allow_pickle)
         return {"pmod": model, "dense": dense_twin(model, dense.config, dtype)}
     _check_memory(list(subject.variants.values()), device, dtype)
-    return {role: _load(variant, device, dtype) for role, variant in subject.variants.items()}
+    return {role: _load(variant, device, dtype, allow_pickle) for role, variant in subject.variants.items()}
 
 
-def _load(variant: Variant, device: torch.device, dtype: str) -> Any:
+def _load(variant: Variant, device: torch.device, dtype: str, allow_pickle: bool) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     if variant.weights is None:
         torch.manual_seed(0)
         with torch.device(device):
             return AutoModelForImageTextToText.from_config(variant.config, **options).eval()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(variant.weights, config=variant.config, **options)
+        model = AutoModelForImageTextToText.from_pretrained(
+            variant.weights,
+            config=variant.config,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=False,
+            **options,
+        )
     except (OSError, ValueError) as error:
-        raise PmodError(f"cannot load {variant.weights}: {first_line(error)}") from error
+        hint = None if allow_pickle else "--allow-pickle reads .bin weights, with torch's weights_only reader"
+        raise PmodError(f"cannot load {variant.weights}: {first_line(error)}", hint) from error
     return model.to(device).eval()
 
 

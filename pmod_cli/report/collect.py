@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json_lines
+from pmod_cli.output.files import is_inside, read_json_lines
 
 _DEPTH = 5
 _LARGEST = 32 * 2**20
@@ -105,18 +105,23 @@ def collect(paths: Sequence[Path]) -> Found:
             names[:] = [name for name in names if name not in _PASSED_OVER]
             if len(here.relative_to(path).parts) >= _DEPTH:
                 names.clear()
-            _read_folder(here, sorted(files), found)
+            outside = {here / name for name in files if not is_inside(here / name, path)}
+            found.unread |= dict.fromkeys(sorted(outside), "a link out of the folder")
+            _read_folder(here, sorted(name for name in files if here / name not in outside), found)
         if found.counts == before:
             broken = next((f"; {path} could not be read: {why}" for path, why in found.unread.items()), "")
             raise PmodError(
                 f"{path} holds no output of pmod profile, finetune or eval{broken}",
                 "give a checkpoint of finetune, an --output of eval, or a file with a command's --json",
             )
+
     # What --json printed is left out where the folder that the same run wrote was found too: it holds more.
-    trained = [run.summary.get("result") for run in found.trainings if run.path.is_dir()]
-    found.trainings = [
-        run for run in found.trainings if run.path.is_dir() or run.summary["result"] not in trained
-    ]
+    def told(run: Training) -> Any:
+        result = run.summary.get("result")
+        return result and {key: value for key, value in result.items() if key != "output"}
+
+    trained = [told(run) for run in found.trainings if run.path.is_dir()]
+    found.trainings = [run for run in found.trainings if run.path.is_dir() or told(run) not in trained]
     evaluated = [run.started for run in found.evaluations if run.path.is_dir()]
     found.evaluations = [
         run for run in found.evaluations if run.path.is_dir() or run.started not in evaluated

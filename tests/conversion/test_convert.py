@@ -79,7 +79,7 @@ def test_config_is_self_describing(tmp_path):
     assert mod["retention_ratios"] == shifted_cosine(LAYERS, floor=0.2)
     assert mod["router_bias"] is False
     assert not any(name.endswith("bias") for name in read_header(tmp_path / "pmod" / ROUTERS))
-    assert origin["source"] == str(BASELINE)
+    assert origin["source"] == BASELINE.name
     assert (origin["format"], origin["recipe"]["mod"]["floor"]) == ("huggingface", 0.2)
     assert config.pop("model_type") == "pmod_llava"
     assert config.pop("architectures") == ["PmodLlavaForConditionalGeneration"]
@@ -238,13 +238,15 @@ def test_force_replaces_a_checkpoint_and_nothing_else(tmp_path):
     to_pmod(BASELINE, tmp_path / "pmod")
     with pytest.raises(PmodError, match=r"exists.*--force"):
         to_pmod(BASELINE, tmp_path / "pmod")
-    (tmp_path / "pmod" / "old").write_text("old")
     to_pmod(BASELINE, tmp_path / "pmod", ["mod.floor=0.3"], force=True)
-    assert not (tmp_path / "pmod" / "old").exists()
+    (tmp_path / "pmod" / "notes").write_text("a user's")
+    with pytest.raises(PmodError, match="not written by pmod, or not all"):
+        to_pmod(BASELINE, tmp_path / "pmod", force=True)
+    assert (tmp_path / "pmod" / "notes").read_text() == "a user's"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["pmod"]
     (tmp_path / "papers").mkdir()
     (tmp_path / "papers" / "thesis.txt").write_text("years of work")
-    with pytest.raises(PmodError, match="is not a checkpoint"):
+    with pytest.raises(PmodError, match="not written by pmod"):
         to_pmod(BASELINE, tmp_path / "papers", force=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(PmodError, match="is not a folder"):
