@@ -11,7 +11,7 @@ direction, halves of surrogate pairs. New lines and tabs are text."""
 
 
 def plain(text: str) -> str:
-    """Text for the console: what a terminal would obey is spelled out, ``\\x1b``."""
+    r"""Text for the console: what a terminal would obey is spelled out, ``\x1b``."""
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
