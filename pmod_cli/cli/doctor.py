@@ -71,7 +71,9 @@ def _show(result: dict[str, Any]) -> None:
     table.add_row("python", result["python"], _MARKS["works"], "")
     for package in result["packages"]:
         notes = "\n".join(filter(None, (package["error"], package["remedy"])))
-        table.add_row(package["name"], package["version"] or "", _MARKS[package["status"]], escape(plain(notes)))
+        table.add_row(
+            package["name"], package["version"] or "", _MARKS[package["status"]], escape(plain(notes))
+        )
     stdout.print(table)
     show_lines(*_machine(result))
     table = Table("command", "", "why, what mends it", title="Commands", title_justify="left")

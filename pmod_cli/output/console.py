@@ -52,7 +52,9 @@ def prepare_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     if closed:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
-        raise PmodError("stdout is closed, so there is no place for the result", "> /dev/null if it is not wanted")
+        raise PmodError(
+            "stdout is closed, so there is no place for the result", "> /dev/null if it is not wanted"
+        )
     stream = sys.__stdout__
     if stream is not None and sys.stdout is stream and isinstance(stream.buffer, io.RawIOBase):
         sys.stdout = open(stream.fileno(), "w", buffering=1, encoding=stream.encoding, closefd=False)  # noqa: SIM115
@@ -116,7 +118,7 @@ def report_error(error: BaseException, debug: bool = False) -> int:
 def _keep_traceback(error: BaseException) -> str:
     try:
         number, path = tempfile.mkstemp(prefix="pmod-error-", suffix=".txt")
-        with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
             traceback.print_exception(error, file=file)
     except OSError:
         return "--debug shows the traceback"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json_lines
+from pmod_cli.output.files import read_json_lines, read_text
 
 _DEPTH = 5
 _LARGEST = 32 * 2**20
@@ -95,7 +95,8 @@ def collect(places: Sequence[Path]) -> Found:
             raise PmodError(f"no folder {place}")
         before = found.counts
         if place.is_file():
-            _read_result(place, found)
+            with _unread(place, found):
+                _read_result(place, found)
         for folder, names, files in os.walk(place):
             here = Path(folder)
             # NAME_files holds the pictures of a report.
@@ -125,6 +126,26 @@ def collect(places: Sequence[Path]) -> Found:
 
 
 def _read_folder(folder: Path, files: list[str], found: Found) -> None:
+    with _unread(folder / "training.json", found):
+        _read_training(folder, files, found)
+    if sum(name.endswith((".png", ".jpg", ".json")) for name in files) > _CROWD:
+        return
+    for path in (folder / name for name in files if name not in ("training.json", "config.json")):
+        with _unread(path, found):
+            _read_file(path, found)
+
+
+@contextmanager
+def _unread(path: Path, found: Found) -> Iterator[None]:
+    """List a file that cannot be used, for whatever reason, and go on."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, OSError | ValueError | PmodError)
+        found.unread[path] = first_line(error) if known else f"not what pmod wrote: {type(error).__name__}"
+
+
+def _read_training(folder: Path, files: list[str], found: Found) -> None:
     if "metrics.jsonl" in files or "training.json" in files:
         summary = _load(folder / "training.json", found) if "training.json" in files else None
         found.trainings.append(Training(folder, summary or {}, read_json_lines(folder / "metrics.jsonl")))
@@ -132,18 +153,20 @@ def _read_folder(folder: Path, files: list[str], found: Found) -> None:
         config = _load(folder / "config.json", found) or {}
         if isinstance(config.get("mod"), dict):
             found.conversions[folder] = {"mod": config["mod"], **(config.get("pmod") or {})}
-    if sum(name.endswith((".png", ".jpg", ".json")) for name in files) > _CROWD:
+
+
+def _read_file(path: Path, found: Found) -> None:
+    if not path.is_file():  # a pipe would wait
         return
-    for path in (folder / name for name in files if name not in ("training.json", "config.json")):
-        if path.suffix == ".json":
-            _read_result(path, found)
-        elif path.suffix == ".png":
-            with suppress(OSError), Image.open(path) as image:
-                found.pictures += [path] if image.info.get("Software") == _VISUALIZE else []
-        elif path.suffix == ".html":
-            with path.open(encoding="utf-8", errors="replace") as file:
-                if f'<meta name="generator" content="{_VISUALIZE}">' in file.read(1000):
-                    found.pages.append(path)
+    if path.suffix == ".json":
+        _read_result(path, found)
+    elif path.suffix == ".png":
+        with Image.open(path) as image:
+            found.pictures += [path] if image.info.get("Software") == _VISUALIZE else []
+    elif path.suffix == ".html":
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if f'<meta name="generator" content="{_VISUALIZE}">' in file.read(1000):
+                found.pages.append(path)
 
 
 def _read_result(path: Path, found: Found) -> None:
@@ -171,8 +194,8 @@ def _load(path: Path, found: Found) -> dict[str, Any] | None:
     try:
         if path.stat().st_size > _LARGEST:
             return None
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        document = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError, PmodError) as error:
         found.unread[path] = first_line(error)
         return None
     return document if isinstance(document, dict) else None

@@ -78,7 +78,9 @@ def test_an_unforeseen_error_is_a_line_and_its_traceback_is_kept(tmp_path, monke
     [kept] = tmp_path.iterdir()
     assert "TypeError: ours" in kept.read_text(encoding="utf-8").splitlines()[-1]
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("error: TypeError: ours\\x1b[31m (unforeseen; the traceback is in " + str(kept))
+    assert lines[0].startswith(
+        "error: TypeError: ours\\x1b[31m (unforeseen; the traceback is in " + str(kept)
+    )
     assert lines[1].startswith("TypeError: ours")
     assert sum(line.startswith("error: ") for line in lines) == 2
 
