@@ -10,6 +10,7 @@ from typing import Any
 
 from pmod_cli.checkpoints import hub
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header, read_pickle
+from pmod_cli.families.defaults import check_config
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import read_json
 
@@ -36,7 +37,9 @@ class Source:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Contents of its ``config.json``; empty if it has none."""
-        return self.json("config.json") or {}
+        config = self.json("config.json") or {}
+        check_config(config)
+        return config
 
     @property
     def model_type(self) -> str:
