@@ -69,10 +69,12 @@ def check_config(raw: dict[str, Any]) -> None:
 
     What it leaves out, or sets to None, is not looked at.
     """
-    for where, part in [("", raw), *((name, raw.get(name)) for name in ("text_config", "vision_config"))]:
+    parts = (("", raw), ("text_config", raw.get("text_config")), ("vision_config", raw.get("vision_config")))
+    defaults = {"text_config": "llama", "vision_config": "clip_vision_model"}
+    for where, part in parts:
         if not isinstance(part or {}, dict):
             raise PmodError(f"config.json: {where} is no object")
-        kind = (part or {}).get("model_type") or where
+        kind = (part or {}).get("model_type") or defaults.get(where, "")
         if not isinstance(kind, str):
             raise PmodError(f"config.json: model_type is {kind!r}, not a name")
         of = f" of {kind}" if kind else ""
@@ -87,7 +89,6 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
     check_config(raw)
     text = {"model_type": "llama"} | (raw.get("text_config") or {})
     vision = {"model_type": "clip_vision_model"} | (raw.get("vision_config") or CLIP_LARGE_336)
-    check_config({**raw, "text_config": text, "vision_config": vision})
     kinds = (text["model_type"], vision["model_type"])
     if raw["model_type"] not in MODELS or not set(kinds) <= set(PARTS):
         full: dict[str, Any] = transformers_config(raw).to_dict()
