@@ -74,7 +74,8 @@ def check_config(raw: dict[str, Any]) -> None:
     for where, part in parts:
         if not isinstance(part or {}, dict):
             raise PmodError(f"config.json: {where} is no object")
-        kind = (part or {}).get("model_type") or defaults.get(where, "")
+        kind = (part or {}).get("model_type")
+        kind = defaults.get(where, "") if kind is None else kind
         if not isinstance(kind, str):
             raise PmodError(f"config.json: model_type is {kind!r}, not a name")
         of = f" of {kind}" if kind else ""
