@@ -112,6 +112,13 @@ class Source:
         }
 
 
+def _local(name: str | Path) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # no such user
+        return Path(name)
+
+
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name is meant for the hub: ``user/name``, where no such path exists."""
     return (
@@ -124,7 +131,7 @@ def is_hub_id(name: str | Path) -> bool:
 
 def check_exists(name: str | Path, what: str = "folder") -> None:
     """Refuse what is neither a folder (``what`` the error calls it) nor a hub id; the hub is not asked."""
-    path = Path(name).expanduser()
+    path = _local(name)
     if path.is_file():
         raise PmodError(f"{path} is a file, not the folder of a checkpoint")
     if not path.is_dir() and not is_hub_id(name):
@@ -153,7 +160,7 @@ def open_source(
     Raises:
         PmodError: Nothing there, or the hub cannot be reached.
     """
-    for path in ([near / name] if near else []) + [Path(name).expanduser()]:
+    for path in ([near / name] if near else []) + [_local(name)]:
         if path.is_dir():
             return Source(str(name), path)
     check_exists(name)

@@ -26,6 +26,13 @@ _CROWD = 200
 
 _PASSED_OVER = {"answers", "samples", "submissions", "images", "pictures"}
 _VISUALIZE = "pmod visualize"
+_NEEDED = {
+    "profile": ("ratios", "workload.batch"),
+    "eval": ("tasks", "model.source"),
+    "finetune": ("output", "steps", "samples", "seconds", "parts"),
+}
+_TRAINING = ("recipe.name", "model", "processes", *(f"result.{key}" for key in _NEEDED["finetune"]))
+"""Keys without which a command's result says nothing to a report."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +155,14 @@ def _unread(path: Path, found: Found) -> Iterator[None]:
 def _read_training(folder: Path, files: list[str], found: Found) -> None:
     if "metrics.jsonl" in files or "training.json" in files:
         summary = _load(folder / "training.json", found) if "training.json" in files else None
-        found.trainings.append(Training(folder, summary or {}, read_json_lines(folder / "metrics.jsonl")))
+        if summary is not None and not _holds(summary, _TRAINING):
+            found.unread[folder / "training.json"] = "it is not what pmod finetune writes"
+            summary = None
+        rows = [row for row in read_json_lines(folder / "metrics.jsonl") if isinstance(row, dict)]
+        found.trainings.append(Training(folder, summary or {}, rows))
     if "config.json" in files:
         config = _load(folder / "config.json", found) or {}
-        if isinstance(config.get("mod"), dict):
+        if isinstance(config.get("mod"), dict) and isinstance(config.get("pmod") or {}, dict):
             found.conversions[folder] = {"mod": config["mod"], **(config.get("pmod") or {})}
 
 
@@ -175,9 +186,14 @@ def _read_result(path: Path, found: Found) -> None:
     if document is None:
         return
     command, result = document.get("command"), document.get("result", document)
+    if command in _NEEDED and not _holds(result, _NEEDED[command]):
+        # --prepare, --diff, --sweep and --compare have no figures to show; a file that lost its keys has neither.
+        if command != "eval" or path.name == "results.json":
+            found.unread[path] = f"it is not what pmod {command} writes for a report"
+        return
     if command == "profile":
         found.profiles.append(result)
-    elif command == "eval" and "tasks" in result and "model" in result:  # --prepare and --diff have no scores
+    elif command == "eval":
         found.evaluations.append(Evaluation(path.parent if path.name == "results.json" else path, result))
     elif command == "finetune":
         found.trainings.append(Training(path, {"result": result}))
@@ -187,6 +203,17 @@ def _read_result(path: Path, found: Found) -> None:
         found.unread[path] = (
             "it does not say which command wrote it; run pmod eval again to bring it up to date"
         )
+
+
+def _holds(result: Any, keys: Sequence[str]) -> bool:
+    """Whether there is something under each of the dotted keys."""
+    for key in keys:
+        inner = result
+        for part in key.split("."):
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if inner is None:
+            return False
+    return True
 
 
 def _load(path: Path, found: Found) -> dict[str, Any] | None:
