@@ -41,6 +41,7 @@ _RC = {
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8),
     "legend.fontsize": 8.5,
+    "text.parse_math": False,  # a dollar sign in a name is one
     "legend.frameon": False,
     "figure.titlesize": 10.5,
     "figure.titleweight": "bold",

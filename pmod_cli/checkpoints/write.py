@@ -11,6 +11,7 @@ from pathlib import Path
 from pmod_cli.checkpoints.shards import CHUNK, StoredTensor, write_shard
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import check_place, replacing
+from pmod_cli.output.units import size
 
 Progress = Callable[[int], None]
 """Called with a number of bytes each time that many more are in place."""
@@ -54,7 +55,7 @@ def check_space(destination: Path, needed: int) -> None:
     free = free_space(destination)
     if needed > free:
         raise PmodError(
-            f"{destination} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            f"{destination} needs {size(needed)} and {size(free)} are free",
             "free some space or choose another disk",
         )
 

@@ -10,7 +10,7 @@ import typer
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Force
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, show_lines, stderr
+from pmod_cli.output.console import emit_json, show_lines, tell
 
 
 @app.command(
@@ -44,7 +44,7 @@ def report_command(
 
     result = write_report(places, output, force=force, include_path=include_path)
     for path, reason in result["unread"].items():
-        stderr.print(f"not read: {path}: {reason}", markup=False, soft_wrap=True)
+        tell(f"not read: {path}: {reason}")
     if as_json:
         emit_json("report", result)
         return

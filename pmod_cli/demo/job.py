@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL.PngImagePlugin import PngInfo
+from rich.markup import escape
 
 from pmod_cli import __version__
 from pmod_cli.demo import data, world
 from pmod_cli.extras import require, require_if_installed
 from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.output.files import TAG, locked, open_folder, read_json, replacing, tag, write_json
+from pmod_cli.output.text import plain
 
 BASELINE = Path(__file__).parent / "assets" / "baseline"
 """The trained baseline that travels with the package (see ``docs/demo.md``)."""
@@ -296,11 +298,11 @@ class _Steps:
         except PmodError:
             finished = {}
         if finished.get("digest") == digest:
-            self.announce(f"[dim]{name}: finished before, reused[/dim]")
+            self.announce(f"[dim]{escape(name)}: finished before, reused[/dim]")
             self.seconds[name] = finished["seconds"]
             return finished["result"]
         if command != "demo":
-            self.announce(f"[bold cyan]$ pmod {shlex.join(key)}[/bold cyan]")
+            self.announce(f"[bold cyan]$ pmod {escape(plain(shlex.join(key)))}[/bold cyan]")
         started = time.perf_counter()
         result = action()
         self.seconds[name] = time.perf_counter() - started

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
@@ -186,10 +187,25 @@ def write_json(path: Path, data: Any) -> None:
     write_file(path, to_json(data))
 
 
+def read_text(path: Path, largest: int = 64 * 2**20) -> str:
+    """The text of a regular file of no more than so many bytes: a pipe would wait, a device never end.
+
+    Raises:
+        PmodError: Another kind of file, or a larger one.
+        OSError, ValueError: It cannot be read, or is not UTF-8.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise PmodError(f"{path} is not a regular file")
+    if status.st_size > largest:
+        raise PmodError(f"{path} is larger than {largest >> 20} MiB", "it cannot be meant")
+    return path.read_text(encoding="utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that should hold an object; `PmodError` if it cannot be read or holds something else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise PmodError(f"cannot read {path}: {first_line(error)}") from error
     if not isinstance(data, dict):
