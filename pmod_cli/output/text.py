@@ -27,4 +27,4 @@ def markdown_text(text: str) -> str:
 
 def relative_link(path: str) -> str:
     """A path relative to a page as a link of HTML or Markdown; a name such as ``javascript:x`` stays a name."""
-    return "./" + quote(path.encode(errors="surrogateescape"))
+    return quote(path.encode(errors="surrogateescape"))
