@@ -55,7 +55,7 @@ def check_space(destination: Path, needed: int) -> None:
     free = free_space(destination)
     if needed > free:
         raise PmodError(
-            f"{destination} needs {size(needed)} and {size(free)} are free",
+            f"{destination} needs {size(needed)}, {size(needed - free)} more than are free",
             "free some space or choose another disk",
         )
 

@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from pmod_cli.modeling.twin import dense_twin
 from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.units import size
 from pmod_cli.profiling.closed_form import parameters
 from pmod_cli.profiling.prompt import DTYPE_BYTES
 from pmod_cli.profiling.subject import Subject, Variant
@@ -62,7 +63,7 @@ def _check_memory(variants: list[Variant], device: torch.device, dtype: str) -> 
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if free is not None and needed > free:
         raise PmodError(
-            f"the weights take {needed / 1e9:.1f} GB in {dtype} and {free / 1e9:.1f} GB are free on {device}",
+            f"the weights take {size(needed)} in {dtype}, {size(needed - free)} more than are free on {device}",
             "counting needs no weights: leave --latency out, or try --dtype bfloat16",
         )
 
