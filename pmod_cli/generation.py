@@ -120,9 +120,14 @@ class VisionLanguageModel:
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         try:
-            processor = AutoProcessor.from_pretrained(source, backend=image_backend)
+            processor = AutoProcessor.from_pretrained(source, backend=image_backend, trust_remote_code=False)
             model, info = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
+                source,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                **options,
             )
             model.to(device)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.extras import require
-from pmod_cli.output.files import check_output, write_file
+from pmod_cli.output.files import TAG, check_output, write_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,6 +41,7 @@ _RC = {
     **dict.fromkeys(("font.size", "axes.titlesize", "axes.labelsize"), 9),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 8),
     "legend.fontsize": 8.5,
+    "text.parse_math": False,  # a dollar sign in a name is one
     "legend.frameon": False,
     "figure.titlesize": 10.5,
     "figure.titleweight": "bold",
@@ -111,27 +112,36 @@ def check_target(path: Path, force: bool = False) -> None:
     check_output(path, "a picture", (".png", ".pdf", ".svg"), force)
 
 
-def save(drawn: Any, path: str | Path, *, title: str = "", program: str = "pmod", dpi: int = 160) -> None:
-    """Write a figure; a broken run leaves no half picture.
-
-    Args:
-        drawn: The figure.
-        path: The suffix says the format (png, pdf, svg).
-        title: Kept in a PNG's metadata.
-        program: Likewise; `pmod report` finds the pictures of `pmod visualize` by it.
-        dpi: Pixels per inch.
+def save(drawn: Any, path: Path, *, force: bool = True, **how: Any) -> None:
+    """Write a figure, in the format that the suffix says and as `render` takes it; a broken run leaves no half picture.
 
     Raises:
         PmodError: See `check_target`.
     """
-    path = Path(path)
-    check_target(path, force=True)
-    kind = path.suffix.removeprefix(".").lower()
-    metadata = {"Software": program, "Title": title} if kind == "png" else None
+    check_target(path, force)
+    write_file(path, render(drawn, path.suffix, **how), force=force)
+
+
+def render(drawn: Any, suffix: str, *, title: str = "", program: str = "pmod", dpi: int = 160) -> bytes:
+    """A figure as the contents of a file.
+
+    Args:
+        drawn: The figure.
+        suffix: The format (.png, .pdf, .svg).
+        title: Kept in a PNG's metadata.
+        program: Likewise; `pmod report` finds the pictures of `pmod visualize` by it.
+        dpi: Pixels per inch.
+    """
+    kind = suffix.removeprefix(".").lower()
+    metadata = {
+        "png": {"Software": program, "Title": title, "Comment": TAG},
+        "pdf": {"Creator": TAG},
+        "svg": {"Description": TAG},
+    }
     with look():
         buffer = io.BytesIO()
-        drawn.savefig(buffer, format=kind, dpi=dpi, metadata=metadata)
-    write_file(path, buffer.getvalue())
+        drawn.savefig(buffer, format=kind, dpi=dpi, metadata=metadata[kind])
+    return buffer.getvalue()
 
 
 def encode(picture: Image, longest: int, lossless_pixels: int) -> bytes:

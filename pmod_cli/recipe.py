@@ -27,10 +27,11 @@ from pmod_cli.modeling.schedule import SCHEDULES, Ratios
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import read_text
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModSettings(_Section):
@@ -42,8 +43,8 @@ class ModSettings(_Section):
     floor: float = Field(0.15, ge=0, le=1)
     ratio: float = Field(0.5, gt=0, le=1)
     first_layer: int = Field(2, ge=0)
-    last_layer: int | None = None
-    ratios: tuple[float | None, ...] | None = None
+    last_layer: int | None = Field(None, ge=0)
+    ratios: tuple[float | None, ...] | None = Field(None, max_length=1000)
     weight_norm: str = "tanh"
     weight_scale: float = 0.2
     weight_bias: float = 1.0
@@ -92,7 +93,7 @@ class TrainSettings(_Section):
     """How to fine-tune; the defaults are the paper's (section 4.1) unless the field says otherwise."""
 
     epochs: float = Field(1.0, gt=0)
-    max_steps: int = Field(-1, description="Stop after so many optimizer steps; -1 for whole epochs.")
+    max_steps: int = Field(-1, ge=-1, description="Stop after so many optimizer steps; -1 for whole epochs.")
     global_batch_size: int = Field(128, gt=0)
     micro_batch_size: int = Field(4, gt=0, description="Samples a device holds at once.")
     learning_rate: float = Field(2e-5, gt=0)
@@ -120,6 +121,13 @@ class TrainSettings(_Section):
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
     seed: int = 42
     lora: LoraSettings | None = None
+
+    @field_validator("max_steps")
+    @classmethod
+    def _some(cls, value: int) -> int:
+        if value == 0:
+            raise ValueError("0 steps train nothing; -1 stands for whole epochs")
+        return value
 
     @field_validator("report_to", mode="before")
     @classmethod
@@ -170,17 +178,34 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             raise PmodError(f"no recipe named {name!r}", suggestion(name, shipped_recipes()))
         path = shipped
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = _yaml(read_text(path, 2**20))
     except FileNotFoundError:
         raise PmodError(f"no recipe file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PmodError(f"cannot read recipe {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise PmodError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise PmodError(f"recipe {path} is not a mapping of keys to values")
     data.setdefault("name", path.stem)
     return parse_recipe(data, overrides, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: one of its values would be lost."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key.value, str) and key.value in seen:
+                raise yaml.YAMLError(f"{key.value} stands twice, again in line {key.start_mark.line + 1}")
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def default_recipe(overrides: Sequence[str] = ()) -> Recipe:
@@ -208,8 +233,8 @@ def _override(data: dict[str, Any], override: str) -> None:
         if not isinstance(data, dict):
             raise PmodError(f"--set {override}: {section} is not a section")
     try:
-        data[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        data[last] = _yaml(value)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise PmodError(f"--set {override}: {value!r} is not a YAML value") from error
 
 

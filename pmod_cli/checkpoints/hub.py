@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, StoredTensor, WeightFile
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json
+from pmod_cli.output.files import MARKER, read_json
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")
 """Everything but weights."""
@@ -107,5 +107,11 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
     with _one_line_errors(f"{folder} is complete, but could not be pushed to {repo}"):
         api = HfApi()
         api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="p-MoD checkpoint")
+        # TensorBoard's events hold the paths of the machine that trained.
+        commit = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="p-MoD checkpoint",
+            ignore_patterns=[MARKER, "runs/*"],
+        )
         return str(commit.commit_url)

@@ -53,7 +53,7 @@ def read_config(source: str | Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         where = "cannot load" if Path(source).is_dir() else "no such folder, nor to be had from the hub:"
         raise PmodError(f"{where} {source}: {first_line(error)}") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 from pmod_cli.checkpoints import hub
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header, read_pickle
+from pmod_cli.families.defaults import check_config
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import read_json
 
@@ -36,7 +37,9 @@ class Source:
     @cached_property
     def config(self) -> dict[str, Any]:
         """Contents of its ``config.json``; empty if it has none."""
-        return self.json("config.json") or {}
+        config = self.json("config.json") or {}
+        check_config(config)
+        return config
 
     @property
     def model_type(self) -> str:
@@ -109,6 +112,13 @@ class Source:
         }
 
 
+def _local(name: str | Path) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # no such user
+        return Path(name)
+
+
 def is_hub_id(name: str | Path) -> bool:
     """Whether a name is meant for the hub: ``user/name``, where no such path exists."""
     return (
@@ -121,7 +131,7 @@ def is_hub_id(name: str | Path) -> bool:
 
 def check_exists(name: str | Path, what: str = "folder") -> None:
     """Refuse what is neither a folder (``what`` the error calls it) nor a hub id; the hub is not asked."""
-    path = Path(name).expanduser()
+    path = _local(name)
     if path.is_file():
         raise PmodError(f"{path} is a file, not the folder of a checkpoint")
     if not path.is_dir() and not is_hub_id(name):
@@ -150,7 +160,7 @@ def open_source(
     Raises:
         PmodError: Nothing there, or the hub cannot be reached.
     """
-    for path in ([near / name] if near else []) + [Path(name).expanduser()]:
+    for path in ([near / name] if near else []) + [_local(name)]:
         if path.is_dir():
             return Source(str(name), path)
     check_exists(name)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from pmod_cli.checkpoints.shards import CHUNK, StoredTensor, write_shard
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import replacing
+from pmod_cli.output.files import check_place, replacing
+from pmod_cli.output.units import size
 
 Progress = Callable[[int], None]
 """Called with a number of bytes each time that many more are in place."""
@@ -19,8 +20,8 @@ Progress = Callable[[int], None]
 def check_destination(destination: Path, source: Path | None, force: bool) -> None:
     """Refuse a destination before any work is done.
 
-    With ``force`` a checkpoint that is there may be replaced, nothing else ever. The source may neither hold it nor lie
-    in it.
+    With ``force`` what pmod wrote there may be replaced, nothing else ever. The source may neither hold it nor lie in
+    it.
     """
     path = destination.resolve()
     if source is not None:
@@ -29,13 +30,9 @@ def check_destination(destination: Path, source: Path | None, force: bool) -> No
             raise PmodError(f"source and destination are the same folder: {destination}")
         if origin in path.parents or path in origin.parents:
             raise PmodError(f"{destination} and the source lie one inside the other", "choose another place")
-    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+    if destination.is_file():
         raise PmodError(f"{destination} exists and is not a folder")
-    if destination.is_dir():
-        if any(destination.iterdir()) and not (destination / "config.json").is_file():
-            raise PmodError(f"{destination} exists and is not a checkpoint", "it will not be replaced")
-        if not force:
-            raise PmodError(f"{destination} exists", "--force replaces it")
+    check_place(destination, force)
     above = existing_parent(destination)
     if not above.is_dir():
         raise PmodError(f"{above} is a file, so {destination} cannot be made")
@@ -58,7 +55,7 @@ def check_space(destination: Path, needed: int) -> None:
     free = free_space(destination)
     if needed > free:
         raise PmodError(
-            f"{destination} needs {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            f"{destination} needs {size(needed)}, {size(needed - free)} more than are free",
             "free some space or choose another disk",
         )
 
@@ -69,15 +66,17 @@ def write_checkpoint(
     files: Mapping[str, Path | bytes],
     *,
     copy: bool = False,
+    force: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, int]:
-    """Write a checkpoint; its folder appears whole or not at all, and replaces one that is there.
+    """Write a checkpoint; its folder appears whole or not at all.
 
     Args:
         destination: Its folder.
         weights: Its weight files by name: a file to link, or tensors to write.
         files: Every other file by name: one to copy, or its contents.
         copy: Copy weights where links would do.
+        force: Replace what pmod wrote there.
         progress: See `Progress`.
 
     Returns:
@@ -87,7 +86,7 @@ def write_checkpoint(
     destination.parent.mkdir(parents=True, exist_ok=True)
     progress = progress or (lambda count: None)
     methods: Counter[str] = Counter()
-    with replacing(destination) as folder:
+    with replacing(destination, force=force) as folder:
         folder.mkdir()
         for name, content in weights.items():
             if isinstance(content, Path):

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from pmod_cli import __version__
-from pmod_cli.output.console import buffer_stdout, report_error
+from pmod_cli.output.console import prepare_streams, report_error
+from pmod_cli.output.signals import listening
 
 app = typer.Typer(
     name="pmod",
@@ -37,30 +38,38 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error too; anywhere in the line.")
+    ] = False,
 ) -> None:
     pass
 
 
+@listening()
 def main(argv: list[str] | None = None) -> None:
     """Run the command line (``sys.argv[1:]`` by default) and exit.
 
-    The code is 0 if all is done, 1 if a gate was not met, 2 for bad input or environment, 130 after Ctrl-C.
+    The code is 0 if all is done, 1 if a gate was not met, 2 for bad input or environment, 130 after Ctrl-C,
+    143 after SIGTERM.
     """
-    buffer_stdout()
+    words = sys.argv[1:] if argv is None else list(argv)
+    options = words[: words.index("--")] if "--" in words else words
+    debug = "--debug" in options
+    if debug:
+        words.remove("--debug")
     # Whenever PEFT is imported, it warns about a kernel that only 4-bit weights on a CPU would use.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
+        prepare_streams()
         # Not standalone: typer would answer a mistake with a box instead of a line. It then returns the exit code of
         # ``typer.Exit``, and 130 on Ctrl-C.
-        result = app(args=argv, prog_name="pmod", standalone_mode=False)
+        result = app(args=words, prog_name="pmod", standalone_mode=False)
         code = result if isinstance(result, int) else 0
         if code == 130:
-            report_error(KeyboardInterrupt())
+            code = report_error(KeyboardInterrupt(), debug)
+        sys.stdout.flush()  # while what goes wrong can still be told
         sys.exit(code)
-    except Exception as error:
-        reported = report_error(error)
-        if reported is None:
-            raise
-        sys.exit(reported)
-    except KeyboardInterrupt as error:
-        sys.exit(report_error(error))
+    except SystemExit:
+        raise
+    except BaseException as error:  # Rust's panics are no Exceptions
+        sys.exit(report_error(error, debug))

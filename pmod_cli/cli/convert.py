@@ -12,7 +12,7 @@ import typer
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Overrides, RecipeName, Revision
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
+from pmod_cli.output.console import emit_json, show_lines, stderr, stdout, tell
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.tables import Table
 from pmod_cli.output.units import share, si, size
@@ -172,5 +172,4 @@ def _show_preview(planned: dict[str, Any]) -> None:
 
 
 def _show_notes(notes: list[str]) -> None:
-    for note in notes:
-        stderr.print(f"note: {note}", markup=False, soft_wrap=True)
+    tell(*(f"note: {note}" for note in notes))

@@ -10,6 +10,7 @@ from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson
 from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.text import plain
 
 
 @app.command(
@@ -70,7 +71,9 @@ def _show(result: dict[str, Any]) -> None:
     table.add_row("python", result["python"], _MARKS["works"], "")
     for package in result["packages"]:
         notes = "\n".join(filter(None, (package["error"], package["remedy"])))
-        table.add_row(package["name"], package["version"] or "", _MARKS[package["status"]], escape(notes))
+        table.add_row(
+            package["name"], package["version"] or "", _MARKS[package["status"]], escape(plain(notes))
+        )
     stdout.print(table)
     show_lines(*_machine(result))
     table = Table("command", "", "why, what mends it", title="Commands", title_justify="left")
@@ -78,7 +81,7 @@ def _show(result: dict[str, Any]) -> None:
         limits = [f"{limit['what']}: {limit['remedy']}" for limit in command["limits"]]
         notes = "\n".join(filter(None, (command["reason"], command["remedy"], *limits)))
         mark = _MARKS["works"] if command["works"] else "[red]does not[/red]"
-        table.add_row(command["command"], mark, escape(notes))
+        table.add_row(command["command"], mark, escape(plain(notes)))
     stdout.print(table)
 
 

@@ -10,7 +10,7 @@ import typer
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Images, Overrides, RecipeName
 from pmod_cli.extras import require_if_installed, starting
-from pmod_cli.output.console import emit_json, show_lines, stderr
+from pmod_cli.output.console import emit_json, show_lines, stderr, tell
 from pmod_cli.output.progress import late_progress
 from pmod_cli.output.tables import Table
 
@@ -89,4 +89,4 @@ def _announce(parts: list[dict[str, Any]], memory: dict[str, Any]) -> None:
 
     rows = [[part["part"], f"{part['trained']:,}", f"{part['frozen']:,}"] for part in parts]
     stderr.print(Table("Parameters", ("part", "trained", "frozen"), rows).to_rich())
-    stderr.print(memory_text(memory), markup=False, soft_wrap=True)
+    tell(memory_text(memory))

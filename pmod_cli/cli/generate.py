@@ -11,7 +11,7 @@ import typer
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, CacheKind, Device, Dtype, Kernels, MaxNewTokens, Prompt
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, stdout
+from pmod_cli.output.console import emit_json, show_lines
 
 
 @app.command(
@@ -46,7 +46,7 @@ def generate_command(
     [answer] = loaded.generate([generation.Prompt(prompt, images)], max_new_tokens=max_new_tokens)
     seconds = time.perf_counter() - started
     if not as_json:
-        stdout.print(answer.text, markup=False, soft_wrap=True)
+        show_lines(answer.text)
         return
     emit_json(
         "generate",

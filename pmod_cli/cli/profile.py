@@ -38,6 +38,7 @@ from pmod_cli.profiling.options import ProfileOptions
     counter="auto: fvcore if it is installed, else the closed formula.",
     convention="paper: count as the paper's table did.",
     latency="Measure time and memory too.",
+    allow_pickle="With --latency: load .bin weights (with torch's weights_only reader).",
     device=Device,
     repeats=typer.Option(min=1, help="Measured runs."),
     kernels=Kernels,

@@ -10,7 +10,7 @@ import typer
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Force
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, show_lines, stderr
+from pmod_cli.output.console import emit_json, show_lines, tell
 
 
 @app.command(
@@ -31,6 +31,10 @@ def report_command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The page; a Markdown file is put beside it.")
     ] = Path("report.html"),
+    include_path: Annotated[
+        list[Path] | None,
+        typer.Option("--include-path", help="Folder of your own tasks, to show their pictures; repeatable."),
+    ] = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -38,9 +42,9 @@ def report_command(
     with starting("report"):
         from pmod_cli.report import write_report
 
-    result = write_report(places, output, force=force)
+    result = write_report(places, output, force=force, include_path=include_path)
     for path, reason in result["unread"].items():
-        stderr.print(f"not read: {path}: {reason}", markup=False, soft_wrap=True)
+        tell(f"not read: {path}: {reason}")
     if as_json:
         emit_json("report", result)
         return

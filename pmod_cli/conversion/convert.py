@@ -168,4 +168,5 @@ def _write(
     write.check_destination(destination, source.folder, force)
     write.check_space(destination, bytes_needed(checkpoint, destination, copy))
     weights = {shard.name: shard.linked or shard.tensors for shard in checkpoint.shards}
-    return write.write_checkpoint(destination, weights, checkpoint.files, copy=copy, progress=progress)
+    files = checkpoint.files
+    return write.write_checkpoint(destination, weights, files, copy=copy, force=force, progress=progress)

@@ -19,7 +19,7 @@ from pmod_cli.families import Family, check_decoder, find_family
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import to_json
+from pmod_cli.output.files import public_name, to_json
 from pmod_cli.recipe import Recipe, check_recipe, default_recipe, mod_config
 
 ROUTERS = "model-routers.safetensors"
@@ -71,7 +71,7 @@ class Plan:
         # transformers keeps this section through fine-tuning.
         origin = {
             "version": __version__,
-            "source": self.source.name,
+            "source": self.source.name if self.source.revision else public_name(self.source.name),
             "revision": self.source.revision,
             "format": self.format,
             "recipe": {"name": recipe.name, "mod": recipe.mod.model_dump(mode="json")} if recipe else None,

@@ -10,7 +10,7 @@ from typing import Any
 
 from pmod_cli.data.dataset import open_data
 from pmod_cli.data.records import BadSample, parse_record
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import check_place
 
 
 def check_data(
@@ -32,7 +32,7 @@ def check_data(
             ``max_length``; None leaves that out.
         max_length: In tokens.
         fix: Write the good records here, as they were (JSON, or JSONL by the suffix; of a table, a folder).
-        force: Overwrite ``fix``.
+        force: Replace ``fix``, if pmod wrote it.
         progress: Called with the records done and the records in all.
 
     Returns:
@@ -41,11 +41,12 @@ def check_data(
     Raises:
         PmodError: The data cannot be read, or ``fix`` exists or cannot be written.
     """
-    if fix is not None and fix.exists() and not force:
-        raise PmodError(f"{fix} exists", "--force replaces it")
+    if fix is not None and not force:
+        check_place(fix, force)
     source = open_data(data, images)
     if fix is not None:
         source.check_writable(fix)
+        check_place(fix, force, [data, *([images] if images else [])])
     encoder = None
     if processor is not None:
         from pmod_cli.data.batches import EncodedDataset  # imports torch
@@ -80,7 +81,7 @@ def check_data(
         if progress is not None:
             progress(index + 1, len(source.records))
     if fix is not None:
-        source.write(good, fix)
+        source.write(good, fix, force=force)
     return {
         "records": len(source.records),
         "good": len(good),

@@ -16,7 +16,7 @@ from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
 from pmod_cli.data.records import BadSample, Conversation, parse_json, parse_record
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import replacing, write_file
+from pmod_cli.output.files import BLANK_TAG, replacing, write_file
 
 
 @dataclass(frozen=True)
@@ -82,17 +82,18 @@ class DataSource:
         if not os.access(path.parent, os.W_OK):
             raise PmodError(f"cannot write {path}: {path.parent} is not writable")
 
-    def write(self, indices: Sequence[int], path: Path) -> None:
+    def write(self, indices: Sequence[int], path: Path, *, force: bool = False) -> None:
         """Write some records as they are: a JSON (or JSONL) file, or a table's folder. Complete or absent."""
         if self.table is not None:
-            with replacing(path) as partial:
+            with replacing(path, force=force) as partial:
                 self.table.select(indices).save_to_disk(str(partial))
             return
         chosen = [self.records[index] for index in indices]
         if path.suffix == ".jsonl":
-            write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
+            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
         else:
-            write_file(path, json.dumps(chosen, ensure_ascii=False, indent=1))
+            text = json.dumps(chosen, ensure_ascii=False, indent=1)
+        write_file(path, text + BLANK_TAG, force=force)
 
 
 def open_data(data: str | Path, images: Path | None) -> DataSource:

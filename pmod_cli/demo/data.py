@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,4 +108,3 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     with replacing(folder) as partial:
         partial.mkdir()
         yield partial
-        shutil.rmtree(folder, ignore_errors=True)

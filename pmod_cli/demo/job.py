@@ -18,11 +18,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from PIL.PngImagePlugin import PngInfo
+from rich.markup import escape
+
 from pmod_cli import __version__
 from pmod_cli.demo import data, world
 from pmod_cli.extras import require, require_if_installed
 from pmod_cli.output.errors import GateError, PmodError
-from pmod_cli.output.files import read_json, tag, write_json
+from pmod_cli.output.files import TAG, locked, open_folder, read_json, replacing, tag, write_json
+from pmod_cli.output.text import plain
 
 BASELINE = Path(__file__).parent / "assets" / "baseline"
 """The trained baseline that travels with the package (see ``docs/demo.md``)."""
@@ -83,9 +87,7 @@ def run_demo(
         MissingExtraError: A package that a step needs is not installed; nothing has been made then.
         BrokenPackageError: It cannot be imported; likewise.
     """
-    from pmod_cli.demo.summary import accuracy, retention, summarize
     from pmod_cli.evaluation.catalogue import import_lmms_eval
-    from pmod_cli.report import write_report
 
     # All that a later step needs: nothing should be found missing after minutes of training.
     import_lmms_eval()
@@ -94,8 +96,22 @@ def run_demo(
     require_if_installed("peft")  # transformers' Trainer imports it wherever it is
 
     folder = folder.resolve()
-    models = folder / "models"
-    steps = _Steps(folder / "steps", announce)
+    open_folder(folder, ("data", "eval", "models", "steps", "tasks"))
+    (folder / "steps").mkdir(exist_ok=True)
+    with locked(folder, folder):
+        return _run_steps(folder, settings, announce, progress)
+
+
+def _run_steps(
+    folder: Path,
+    settings: DemoSettings,
+    announce: Callable[[str], None],
+    progress: Callable[[str, int, int], None] | None,
+) -> dict[str, Any]:
+    from pmod_cli.demo.summary import accuracy, retention, summarize
+    from pmod_cli.report import write_report
+
+    models, steps = folder / "models", _Steps(folder / "steps", announce)
     made = steps.run("data", vars(settings), lambda: _make_data(folder, settings))
     shipped = [(path.name, sha256(path.read_bytes()).hexdigest()) for path in sorted(BASELINE.iterdir())]
     steps.run("baseline", shipped, lambda: _copy_baseline(models / "baseline"))
@@ -122,7 +138,7 @@ def run_demo(
         "files": {name: str(path) for name, path in files.items()},
     }
     write_json(files["json"], tag("demo") | report)  # before the page, which takes the models' names from it
-    write_report([folder], files["report"], force=True)
+    write_report([folder], files["report"], force=True, include_path=folder / "tasks")
     return report
 
 
@@ -258,7 +274,6 @@ class _Steps:
     """
 
     def __init__(self, folder: Path, announce: Callable[[str], None]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.announce = folder, announce
         self.seconds: dict[str, float] = {}
         self._digests: dict[str, str] = {}
@@ -283,11 +298,11 @@ class _Steps:
         except PmodError:
             finished = {}
         if finished.get("digest") == digest:
-            self.announce(f"[dim]{name}: finished before, reused[/dim]")
+            self.announce(f"[dim]{escape(name)}: finished before, reused[/dim]")
             self.seconds[name] = finished["seconds"]
             return finished["result"]
         if command != "demo":
-            self.announce(f"[bold cyan]$ pmod {shlex.join(key)}[/bold cyan]")
+            self.announce(f"[bold cyan]$ pmod {escape(plain(shlex.join(key)))}[/bold cyan]")
         started = time.perf_counter()
         result = action()
         self.seconds[name] = time.perf_counter() - started
@@ -314,7 +329,10 @@ def _make_data(folder: Path, settings: DemoSettings) -> dict[str, Any]:
     heldout = data.heldout_samples(settings.heldout_images)
     # A picture of two shapes shows more than one of one.
     example = next((question for question in heldout if question.answer == "two"), heldout[0])
-    example.image.save(folder / "data" / "example.png")
+    tagged = PngInfo()
+    tagged.add_text("Comment", TAG)
+    with replacing(folder / "data" / "example.png") as path:
+        example.image.save(path, pnginfo=tagged)
     return {"guessing": _guessing_level(train, heldout)}
 
 

@@ -25,6 +25,7 @@ from pmod_cli.output.console import OS_HINTS, emit_json, show_lines, stderr, std
 from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.output.progress import late_progress
 from pmod_cli.output.tables import Table
+from pmod_cli.output.text import plain
 from pmod_cli.recipe import nearest
 
 FULL_MARKS = {"mme": 2000.0}
@@ -33,10 +34,10 @@ FULL_MARKS = {"mme": 2000.0}
 
 def run(options: EvalOptions) -> None:
     """Do what the options ask for, and print what came of it; a `GateError` if a limit was not met."""
+    if options.diff:
+        _show_differences(*options.diff, options.include_path, options.as_json)
+        return
     with _problems_shown(options.output):
-        if options.diff:
-            _show_differences(*options.diff, options.as_json)
-            return
         names = [name.strip() for name in options.tasks.split(",") if name.strip()]
         if not names:
             raise PmodError("--tasks is missing", "e.g. --tasks gqa,pope_full, or --tasks paper")
@@ -118,7 +119,7 @@ def _show(result: EvalResult, missed: list[str], as_json: bool) -> None:
     for table in tables(result, errors=not result.baseline):
         _print_whole(table)
     for note in notes(result):
-        stdout.print(note, style="dim", soft_wrap=True, markup=False)
+        stdout.print(plain(note), style="dim", soft_wrap=True, markup=False)
 
 
 def _print_whole(table: Table) -> None:
@@ -138,8 +139,8 @@ def _prepare(options: EvalOptions, names: list[str]) -> None:
         show_lines(*(f"{task}: {rows} documents" for task, rows in ready.items()))
 
 
-def _show_differences(first: Path, second: Path, as_json: bool) -> None:
-    found = differences(first, second)
+def _show_differences(first: Path, second: Path, include_path: list[Path] | None, as_json: bool) -> None:
+    found = differences(first, second, include_path)
     if as_json:
         emit_json("eval", found)
         return

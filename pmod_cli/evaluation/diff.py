@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import read_json, read_json_lines
+from pmod_cli.output.files import is_inside, open_folder, read_json, read_json_lines, write_file
 
 Answers = dict[int, dict[str, Any]]
 """One model's answers to a task. By document: ``prompt``, ``target``, ``answer``, ``score`` and more."""
@@ -44,9 +46,17 @@ class Comparison:
     better: list[Change] = field(default_factory=list)
 
 
+def check_task_name(task: Any) -> str:
+    """Refuse a task's name that leads out of the folder of its evaluation, which may be a stranger's."""
+    if not isinstance(task, str) or not re.fullmatch(r"[^./\\\0][^/\\\0]*", task):
+        raise PmodError(f"{task!r} is no name of a task", "these results were not written by pmod eval")
+    return task
+
+
 def read_answers(folder: Path, task: str, role: str = "model") -> Answers:
     """One model's answers to a task, from an evaluation's folder; empty if they were not kept."""
-    rows = read_json_lines(folder / "samples" / f"{task}.jsonl")
+    path = folder / "samples" / f"{check_task_name(task)}.jsonl"
+    rows = read_json_lines(path) if is_inside(path, folder) else []
     return {
         row["doc_id"]: {"prompt": row["prompt"], "target": row["target"]} | row[role]
         for row in rows
@@ -71,8 +81,13 @@ def compare_answers(before: Mapping[str, Answers], after: Mapping[str, Answers])
     return found
 
 
-def differences(first: Path, second: Path) -> dict[str, Any]:
+def differences(
+    first: Path, second: Path, include_path: Sequence[str | Path] | None = None
+) -> dict[str, Any]:
     """Compare the models of two output folders; pictures of changed documents are written below the second.
+
+    The pictures come from the tasks' data. Tasks of the user's own are found in ``include_path``; which folder the
+    results name is not followed: it would run a stranger's code.
 
     Returns:
         ``tasks``: what was compared; ``compared``, ``left_out``, ``better``, ``worse``: numbers of documents (see
@@ -87,14 +102,17 @@ def differences(first: Path, second: Path) -> dict[str, Any]:
         raise PmodError(f"{first} and {second} have no task in common")
     found = compare_answers(before, after)
     changed = [*found.worse, *found.better]
-    pictures = pictures_of([(change.task, change.doc_id) for change in changed], second)
+    pictures = pictures_of([(change.task, change.doc_id) for change in changed], include_path)
     entries = []
     for task, doc_id, old, new in changed:
         paths = []
         for index, picture in enumerate(pictures.get((task, doc_id), [])):
             path = second / "pictures" / task / f"{doc_id}-{index}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(path)
+            path.parent.parent.mkdir(exist_ok=True)
+            open_folder(path.parent)
+            buffer = io.BytesIO()
+            picture.save(buffer, "PNG")
+            write_file(path, buffer.getvalue())
             paths.append(str(path))
         entries.append(
             {
@@ -126,12 +144,14 @@ def _all_answers(folder: Path) -> dict[str, Answers]:
     return {leaf: read_answers(folder, leaf) for task in finished for leaf in task["tasks"]}
 
 
-def pictures_of(wanted: Sequence[tuple[str, int]], folder: Path) -> dict[tuple[str, int], list[Any]]:
+def pictures_of(
+    wanted: Sequence[tuple[str, int]], include_path: str | Path | Sequence[str | Path] | None
+) -> dict[tuple[str, int], list[Any]]:
     """PIL images of documents, by task and number, from the tasks' data; none where these are gone."""
     if not wanted:
         return {}
     names = sorted({task for task, _ in wanted})
-    catalogue = Tasks(names, read_json(folder / "results.json")["settings"].get("include_path"))
+    catalogue = Tasks(names, include_path)
     loaded = {}
     for name in names:
         with contextlib.suppress(PmodError):

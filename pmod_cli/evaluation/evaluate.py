@@ -18,6 +18,7 @@ from pmod_cli.evaluation.folder import AnswerStore
 from pmod_cli.evaluation.harness import SEEDS, TaskRun, run_task
 from pmod_cli.evaluation.options import EvalSettings, Progress, document_limit
 from pmod_cli.evaluation.results import EvalResult, TaskResult
+from pmod_cli.output.files import locked, open_folder
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.adapter import PmodLmms
@@ -71,6 +72,9 @@ def evaluate(
         leaves = requirements.check(catalogue, names, checkpoints=checkpoints, offline=offline)
         join(settings.device)
         path = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
+        if is_main_process():
+            open_folder(path, folder.HOLDS)
+            stack.enter_context(locked(path, path))
         path.mkdir(parents=True, exist_ok=True)
         with one_first():
             # Before a model is loaded: gqa's code starts processes for it, and data may turn out to be broken.

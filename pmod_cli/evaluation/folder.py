@@ -22,7 +22,9 @@ from pmod_cli.evaluation.results import EvalResult
 from pmod_cli.evaluation.tables import markdown
 from pmod_cli.generation import Answer
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import read_json, read_json_lines, tag, write_file, write_json
+from pmod_cli.output.files import TAG, read_json, read_json_lines, tag, write_file, write_json
+
+HOLDS = ("results.json", "report.md", "samples", "answers", "submissions", "pictures", "*.log")
 
 
 def answers_cache() -> Path:
@@ -61,7 +63,7 @@ def write_samples(folder: Path, task: str, samples: Mapping[str, Sequence[dict[s
 def write_results(folder: Path, result: EvalResult) -> None:
     """Write ``results.json`` and ``report.md``."""
     write_json(folder / "results.json", tag("eval") | result.to_dict())
-    write_file(folder / "report.md", markdown(result))
+    write_file(folder / "report.md", f"{markdown(result)}\n<!-- {TAG} -->\n")
 
 
 class AnswerStore:

@@ -74,7 +74,7 @@ def check(
             for leaf in leaves[name]:
                 problems += _task_problems(leaf, catalogue.config(leaf), hub)
         except PmodError as error:
-            problems.append(Problem(name, error.message, error.hint or "pmod eval --help"))
+            problems.append(Problem(name, error.message, error.hint or "mend the task, or leave it out"))
     problems += hub.disk_problems()
     if problems:
         raise PreflightError(list(dict.fromkeys(problems)))

@@ -57,14 +57,37 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 """By ``model_type`` of the language model or vision tower."""
 
-_SIZES = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "num_channels",
-    "image_size", "patch_size",
-)  # fmt: skip
+_LARGEST = dict.fromkeys(
+    ("hidden_size", "intermediate_size", "num_attention_heads", "num_channels", "image_size", "patch_size"),
+    10**6,
+) | {"num_hidden_layers": 1000, "vocab_size": 10**8}
+_OPTIONAL = {"num_key_value_heads": 10**6, "head_dim": 10**6}
+
+
+def check_config(raw: dict[str, Any]) -> None:
+    """Refuse a ``config.json`` of a model that cannot be: a size that is no number, below 1 or beyond all reason.
+
+    What it leaves out, or sets to None, is not looked at.
+    """
+    parts = (("", raw), ("text_config", raw.get("text_config")), ("vision_config", raw.get("vision_config")))
+    defaults = {"text_config": "llama", "vision_config": "clip_vision_model"}
+    for where, part in parts:
+        if not isinstance(part or {}, dict):
+            raise PmodError(f"config.json: {where} is no object")
+        kind = (part or {}).get("model_type")
+        kind = defaults.get(where, "") if kind is None else kind
+        if not isinstance(kind, str):
+            raise PmodError(f"config.json: model_type is {kind!r}, not a name")
+        of = f" of {kind}" if kind else ""
+        for key, largest in (_LARGEST | _OPTIONAL).items():
+            size = (part or {}).get(key)
+            if size is not None and (type(size) is not int or not 1 <= size <= largest):
+                raise PmodError(f"config.json: {key}{of} is {size!r}, not a number from 1 to {largest}")
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:
-    """A dense ``config.json`` with its defaults filled in; `PmodError` if a size is not a number above 0."""
+    """A dense ``config.json`` with its defaults filled in; `PmodError` as `check_config` says."""
+    check_config(raw)
     text = {"model_type": "llama"} | (raw.get("text_config") or {})
     vision = {"model_type": "clip_vision_model"} | (raw.get("vision_config") or CLIP_LARGE_336)
     kinds = (text["model_type"], vision["model_type"])
@@ -73,10 +96,9 @@ def complete(raw: dict[str, Any]) -> dict[str, Any]:
         return full
     for part, kind in zip((text, vision), kinds, strict=True):
         part |= {key: value for key, value in PARTS[kind].items() if key not in part}
-        for key in _SIZES:
-            size = part.get(key, 1)
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise PmodError(f"config.json: {key} of {kind} is {size!r}, not a number above 0")
+        for key in _LARGEST:
+            if part.get(key, 1) is None:
+                raise PmodError(f"config.json: {key} of {kind} is None, not a number above 0")
     given = {key: value for key, value in raw.items() if value is not None}
     if "image_token_id" in given:
         given.setdefault("image_token_index", given["image_token_id"])

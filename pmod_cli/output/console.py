@@ -7,12 +7,16 @@ import io
 import json
 import os
 import sys
+import tempfile
+import traceback
 from typing import Any
 
 from rich.console import Console
 
+from pmod_cli.output import signals
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import tag
+from pmod_cli.output.text import plain
 
 
 class _PipeConsole(Console):
@@ -24,27 +28,52 @@ class _PipeConsole(Console):
 def _console(error: bool) -> Console:
     stream = sys.stderr if error else sys.stdout
     # In a pipe or a CI log there is no terminal to fit a table into.
-    width = None if stream.isatty() or "COLUMNS" in os.environ else 120
+    width = None if (stream and stream.isatty()) or "COLUMNS" in os.environ else 120
     return _PipeConsole(stderr=error, highlight=False, width=width)
 
 
 stdout, stderr = _console(error=False), _console(error=True)
 
 
-def buffer_stdout() -> None:
-    """Buffer stdout in spite of PYTHONUNBUFFERED, under which Python loses what a full disk does not take."""
+def prepare_streams() -> None:
+    """Make stdout and stderr take every text, and report every failure.
+
+    stdout is buffered in spite of PYTHONUNBUFFERED, under which Python loses what a full disk does not take. What an
+    encoding lacks is spelled out. A closed stream's number would go to the next file that is opened.
+
+    Raises:
+        PmodError: stdout is closed.
+    """
+    closed = sys.stdout is None
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
+    if closed:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+        raise PmodError(
+            "stdout is closed, so there is no place for the result", "> /dev/null if it is not wanted"
+        )
     stream = sys.__stdout__
-    if stream is None or sys.stdout is not stream or not isinstance(stream.buffer, io.RawIOBase):
-        return
-    sys.stdout = open(  # noqa: SIM115
-        stream.fileno(), "w", buffering=1, encoding=stream.encoding, errors=stream.errors, closefd=False
-    )
+    if stream is not None and sys.stdout is stream and isinstance(stream.buffer, io.RawIOBase):
+        sys.stdout = open(stream.fileno(), "w", buffering=1, encoding=stream.encoding, closefd=False)  # noqa: SIM115
+    for each in (sys.stdout, sys.stderr):
+        if isinstance(each, io.TextIOWrapper):
+            each.reconfigure(errors="backslashreplace")
 
 
 def show_lines(*lines: str) -> None:
-    """Print lines on stdout as they are: nothing in them is markup, and none is wrapped."""
+    """Print lines on stdout as they are: nothing in them is markup or a control code, and none is wrapped."""
     for line in lines:
-        stdout.print(line, markup=False, soft_wrap=True)
+        stdout.print(plain(line), markup=False, soft_wrap=True)
+
+
+def tell(*lines: str) -> None:
+    """The same on stderr."""
+    for line in lines:
+        stderr.print(plain(line), markup=False, soft_wrap=True)
 
 
 def emit_json(command: str, result: Any) -> None:
@@ -57,12 +86,16 @@ def emit_json(command: str, result: Any) -> None:
         raise BrokenPipeError from None  # without its number, on which typer would exit with code 1
 
 
-def report_error(error: BaseException) -> int | None:
-    """Print a user-facing error on stderr as one line.
+def report_error(error: BaseException, debug: bool = False) -> int:
+    """Print an error on stderr as one line, after its traceback if ``debug``; returns the exit code.
 
-    Returns:
-        The exit code, or None when the error is not one of the user's making and should be seen whole.
+    The traceback of an error that no one foresaw is kept in a file, which the line names.
     """
+    if debug:
+        traceback.print_exception(error)
+    if (number := signals.arrived()) is not None:  # libraries turn it into errors of their own
+        _line("interrupted; what was finished is kept")
+        return 128 + number
     if isinstance(error, PmodError):
         _line(str(error))
         return error.exit_code
@@ -76,18 +109,39 @@ def report_error(error: BaseException) -> int | None:
         _discard_stdout()
         return 0
     if isinstance(error, OSError) and error.errno in OS_HINTS:
-        try:
-            sys.stdout.flush()
-        except OSError:  # stdout itself is full: what it still holds would end in exit code 120
-            _discard_stdout()
+        _flush_stdout()
         where = f" ({error.filename})" if error.filename else ""
         _line(f"{os.strerror(error.errno)}{where}: {OS_HINTS[error.errno]}")
         return 2
-    return None
+    _flush_stdout()
+    what = f"{type(error).__name__}: {plain(str(error))[:_LONGEST]}" if str(error) else type(error).__name__
+    _line(f"{what} (unforeseen; {'see above' if debug else _keep_traceback(error)})")
+    return 2
+
+
+def _keep_traceback(error: BaseException) -> str:
+    try:
+        number, path = tempfile.mkstemp(prefix="pmod-error-", suffix=".txt")
+        with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exception(error, file=file)
+    except OSError:
+        return "--debug shows the traceback"
+    return f"the traceback is in {path}, --debug shows it"
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # stdout itself is full: what it still holds would end in exit code 120
+        _discard_stdout()
 
 
 def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+_LONGEST = 300
+"""Characters of an unforeseen error's message that are shown."""
 
 
 OS_HINTS = {
@@ -100,6 +154,13 @@ OS_HINTS = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
     errno.EISDIR: "give a file, not a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "a link leads to itself; check the path",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the system has too many open files",
+    errno.ENXIO: "give a regular file",
+    errno.ENODEV: "give a regular file",
+    errno.EIO: "the disk or network drive fails; choose another place",
 }
 
 
@@ -114,5 +175,8 @@ def _usage_error(error: Any) -> int:
 
 
 def _line(message: str) -> None:
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
-    sys.stderr.flush()
+    try:
+        sys.stderr.write(f"error: {plain(' '.join(message.split()))}\n")
+        sys.stderr.flush()
+    except OSError:  # no one can be told; the exit code still says it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

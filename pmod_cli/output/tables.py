@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from pmod_cli.output.text import markdown_text, plain
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -32,18 +33,18 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=Text(self.title) if self.title else None, title_justify="left")
+        table = RichTable(title=Text(plain(self.title)) if self.title else None, title_justify="left")
         for index, name in enumerate(self.header):
             # Where the terminal is narrow the header wraps, figures do not.
-            widest = max((len(row[index]) for row in self.rows if len(row) > index), default=0)
+            widest = max((len(plain(row[index])) for row in self.rows if len(row) > index), default=0)
             text = index < self.left
             table.add_column(Text(name), justify="left" if text else "right", min_width=widest, no_wrap=text)
         for row in self.rows:
             if len(row) == 1 and len(self.header) > 1:
                 table.add_section()
-                table.add_row(Text(row[0], style="bold"))
+                table.add_row(Text(plain(row[0]), style="bold"))
             else:
-                table.add_row(*map(Text, row))
+                table.add_row(*(Text(plain(cell)) for cell in row))
         return table
 
     def to_markdown(self) -> str:
@@ -57,11 +58,6 @@ class Table:
             cells = [f"**{cells[0]}**"] if len(row) == 1 and width > 1 else cells
             lines.append(_line([*cells, *[""] * (width - len(cells))]))
         return "\n".join(lines)
-
-
-def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
 def _line(cells: Sequence[str]) -> str:

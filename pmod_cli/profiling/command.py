@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.devices import find_device
-from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
+from pmod_cli.output.console import emit_json, show_lines, stdout
 from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.output.files import read_json
+from pmod_cli.output.progress import working
 from pmod_cli.output.tables import Table
 from pmod_cli.plots import check_target
 from pmod_cli.profiling.options import ProfileOptions
@@ -53,13 +54,13 @@ def run(options: ProfileOptions) -> None:
     if options.sweep or options.schedules:
         _sweep(options, subject)
         return
-    with stderr.status("profiling") as status:
-        result = profile(subject, options, status.update)
+    with working("profiling") as show:
+        result = profile(subject, options, show)
     _print(options, result, profile_table(result), notes(result))
     if options.plot is not None:
         from pmod_cli.profiling.plots import plot_profile
 
-        plot_profile(result, options.plot)
+        plot_profile(result, options.plot, force=options.force)
     check_gates(result["ratios"], limits)
 
 
@@ -105,8 +106,8 @@ def check_gates(ratios: Mapping[str, float], limits: Mapping[str, float]) -> Non
 def _sweep(options: ProfileOptions, subject: Subject) -> None:
     from pmod_cli.profiling.sweep import sweep
 
-    with stderr.status("profiling") as status:
-        rows = sweep(subject, options, options.sweep or "schedules", status.update)
+    with working("profiling") as show:
+        rows = sweep(subject, options, options.sweep or "schedules", show)
     what = f"sweep of {options.sweep}" if options.sweep else "schedules at equal mean retention"
     result = {"model": subject.name, "sweep": options.sweep or "schedules", "rows": rows}
     _print(options, result, rows_table(f"{subject.name}: {what}, p-MoD / dense", rows))
@@ -120,8 +121,7 @@ def _print(options: ProfileOptions, result: dict[str, Any], table: Table, lines:
         show_lines(table.to_markdown(), *([""] if lines else []), *lines)
     else:
         stdout.print(table.to_rich())
-        for line in lines:
-            stdout.print(line, markup=False)
+        show_lines(*lines)
 
 
 def compare_files(before: Path, after: Path) -> dict[str, Any]:

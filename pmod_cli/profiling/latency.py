@@ -118,7 +118,7 @@ def measure(
     static = options.cache == "static"
     try:
         with quiet_transformers():
-            models = load_models(subject, target, dtype)
+            models = load_models(subject, target, dtype, options.allow_pickle)
             inputs = {role: make_inputs(model, works[role]) for role, model in models.items()}
             for role, model in models.items():
                 say("warm-up")

@@ -50,6 +50,7 @@ class ProfileOptions:
     counter: Literal["auto", "fvcore", "formula"] = "auto"
     convention: Literal["full", "paper"] = "full"
     latency: bool = False
+    allow_pickle: bool = False
     device: str = "auto"
     repeats: int = 5
     kernels: Literal["auto", "torch", "liger"] = "auto"

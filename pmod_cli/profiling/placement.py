@@ -14,12 +14,15 @@ from transformers.utils import logging as transformers_logging
 
 from pmod_cli.modeling.twin import dense_twin
 from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.units import size
 from pmod_cli.profiling.closed_form import parameters
 from pmod_cli.profiling.prompt import DTYPE_BYTES
 from pmod_cli.profiling.subject import Subject, Variant
 
 
-def load_models(subject: Subject, device: torch.device, dtype: str) -> dict[str, Any]:
+def load_models(
+    subject: Subject, device: torch.device, dtype: str, allow_pickle: bool = False
+) -> dict[str, Any]:
     """Load the models by ``pmod`` and ``dense``; random weights where only a config is known.
 
     Raises:
@@ -28,22 +31,29 @@ def load_models(subject: Subject, device: torch.device, dtype: str) -> dict[str,
     pmod, dense = subject.pmod, subject.dense
     if pmod and dense and (pmod.raw, pmod.weights) == (dense.raw, dense.weights):
         _check_memory([pmod], device, dtype)
-        model = _load(pmod, device, dtype)
+        model = _load(pmod, device, dtype, allow_pickle)
         return {"pmod": model, "dense": dense_twin(model, dense.config, dtype)}
     _check_memory(list(subject.variants.values()), device, dtype)
-    return {role: _load(variant, device, dtype) for role, variant in subject.variants.items()}
+    return {role: _load(variant, device, dtype, allow_pickle) for role, variant in subject.variants.items()}
 
 
-def _load(variant: Variant, device: torch.device, dtype: str) -> Any:
+def _load(variant: Variant, device: torch.device, dtype: str, allow_pickle: bool) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "attn_implementation": "sdpa"}
     if variant.weights is None:
         torch.manual_seed(0)
         with torch.device(device):
             return AutoModelForImageTextToText.from_config(variant.config, **options).eval()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(variant.weights, config=variant.config, **options)
+        model = AutoModelForImageTextToText.from_pretrained(
+            variant.weights,
+            config=variant.config,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=False,
+            **options,
+        )
     except (OSError, ValueError) as error:
-        raise PmodError(f"cannot load {variant.weights}: {first_line(error)}") from error
+        hint = None if allow_pickle else "--allow-pickle reads .bin weights, with torch's weights_only reader"
+        raise PmodError(f"cannot load {variant.weights}: {first_line(error)}", hint) from error
     return model.to(device).eval()
 
 
@@ -53,7 +63,7 @@ def _check_memory(variants: list[Variant], device: torch.device, dtype: str) -> 
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     if free is not None and needed > free:
         raise PmodError(
-            f"the weights take {needed / 1e9:.1f} GB in {dtype} and {free / 1e9:.1f} GB are free on {device}",
+            f"the weights take {size(needed)} in {dtype}, {size(needed - free)} more than are free on {device}",
             "counting needs no weights: leave --latency out, or try --dtype bfloat16",
         )
 

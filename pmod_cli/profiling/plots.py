@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli import plots
+from pmod_cli.output.files import public_name
 from pmod_cli.output.units import prefix
 from pmod_cli.profiling.profile import sides
 
 
 @plots.look()
-def plot_profile(result: dict[str, Any], path: Path) -> None:
+def plot_profile(result: dict[str, Any], path: Path, *, force: bool = True) -> None:
     """Draw retention, FLOPs and KV cache by layer, and time by phase (FLOPs by phase if nothing was measured).
 
     Raises:
@@ -42,10 +43,10 @@ def plot_profile(result: dict[str, Any], path: Path) -> None:
     axes[0][0].legend()
     _draw_phases(axes[1][1], result, models)
     drawn.suptitle(
-        f"{result['model']}: {work['vision_tokens']} vision + {work['text_tokens']} text tokens, "
+        f"{public_name(result['model'])}: {work['vision_tokens']} vision + {work['text_tokens']} text tokens, "
         f"batch {work['batch']}"
     )
-    plots.save(drawn, path)
+    plots.save(drawn, Path(path), force=force)
 
 
 def _draw_phases(axis: Any, result: Mapping[str, Any], models: Mapping[str, Mapping[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -149,7 +150,11 @@ def _published(family: str, tasks: Sequence[str] | None) -> list[figures.Point]:
     return points
 
 
-def differences(models: Sequence[Model], other: Model | None) -> Section:
+def differences(
+    models: Sequence[Model],
+    other: Model | None,
+    include_path: str | Path | Sequence[str | Path] | None = None,
+) -> Section:
     """For each p-MoD model what it gains and loses against the dense one; of the examples half are losses."""
     blocks: list[Block] = []
     for model in models:
@@ -166,7 +171,7 @@ def differences(models: Sequence[Model], other: Model | None) -> Section:
             f"{model.label} against {other.label}: of {found.compared} samples {len(found.better)} became right "
             f"or better, {len(found.worse)} wrong or worse."
         )
-        pictures = _pictures(model, [(change.task, change.doc_id) for change in chosen])
+        pictures = _pictures([(change.task, change.doc_id) for change in chosen], include_path)
         blocks.append(Text(words))
         blocks += [
             Example(
@@ -185,13 +190,12 @@ def differences(models: Sequence[Model], other: Model | None) -> Section:
     return Section("Samples that differ", blocks)
 
 
-def _pictures(model: Model, wanted: Sequence[tuple[str, int]]) -> dict[tuple[str, int], list[bytes]]:
+def _pictures(
+    wanted: Sequence[tuple[str, int]], include_path: str | Path | Sequence[str | Path] | None
+) -> dict[tuple[str, int], list[bytes]]:
     """Pictures of documents, from the tasks' data; none where the data, or lmms-eval, are not there."""
-    if not wanted:
-        return {}
-    evaluation, _ = model.samples[wanted[0][0]]
     try:
-        found = pictures_of(wanted, evaluation.path)
+        found = pictures_of(wanted, include_path)
     except (PmodError, OSError):
         return {}
     return {

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image
 
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json_lines
+from pmod_cli.output.files import is_inside, read_json_lines, read_text
 
 _DEPTH = 5
 _LARGEST = 32 * 2**20
@@ -26,6 +26,13 @@ _CROWD = 200
 
 _PASSED_OVER = {"answers", "samples", "submissions", "images", "pictures"}
 _VISUALIZE = "pmod visualize"
+_NEEDED = {
+    "profile": ("ratios", "workload.batch"),
+    "eval": ("tasks", "model.source"),
+    "finetune": ("output", "steps", "samples", "seconds", "parts"),
+}
+_TRAINING = ("recipe.name", "model", "processes", *(f"result.{key}" for key in _NEEDED["finetune"]))
+"""Keys without which a command's result says nothing to a report."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,8 @@ def collect(paths: Sequence[Path]) -> Found:
             raise PmodError(f"no folder {path}")
         before = found.counts
         if path.is_file():
-            _read_result(path, found)
+            with _unread(path, found):
+                _read_result(path, found)
         for folder, names, files in os.walk(path):
             here = Path(folder)
             # NAME_files holds the pictures of a report.
@@ -105,18 +113,23 @@ def collect(paths: Sequence[Path]) -> Found:
             names[:] = [name for name in names if name not in _PASSED_OVER]
             if len(here.relative_to(path).parts) >= _DEPTH:
                 names.clear()
-            _read_folder(here, sorted(files), found)
+            outside = {here / name for name in files if not is_inside(here / name, path)}
+            found.unread |= dict.fromkeys(sorted(outside), "a link out of the folder")
+            _read_folder(here, sorted(name for name in files if here / name not in outside), found)
         if found.counts == before:
             broken = next((f"; {path} could not be read: {why}" for path, why in found.unread.items()), "")
             raise PmodError(
                 f"{path} holds no output of pmod profile, finetune or eval{broken}",
                 "give a checkpoint of finetune, an --output of eval, or a file with a command's --json",
             )
+
     # What --json printed is left out where the folder that the same run wrote was found too: it holds more.
-    trained = [run.summary.get("result") for run in found.trainings if run.path.is_dir()]
-    found.trainings = [
-        run for run in found.trainings if run.path.is_dir() or run.summary["result"] not in trained
-    ]
+    def told(run: Training) -> Any:
+        result = run.summary.get("result")
+        return result and {key: value for key, value in result.items() if key != "output"}
+
+    trained = [told(run) for run in found.trainings if run.path.is_dir()]
+    found.trainings = [run for run in found.trainings if run.path.is_dir() or told(run) not in trained]
     evaluated = [run.started for run in found.evaluations if run.path.is_dir()]
     found.evaluations = [
         run for run in found.evaluations if run.path.is_dir() or run.started not in evaluated
@@ -125,25 +138,51 @@ def collect(paths: Sequence[Path]) -> Found:
 
 
 def _read_folder(folder: Path, files: list[str], found: Found) -> None:
-    if "metrics.jsonl" in files or "training.json" in files:
-        summary = _load(folder / "training.json", found) if "training.json" in files else None
-        found.trainings.append(Training(folder, summary or {}, read_json_lines(folder / "metrics.jsonl")))
-    if "config.json" in files:
-        config = _load(folder / "config.json", found) or {}
-        if isinstance(config.get("mod"), dict):
-            found.conversions[folder] = {"mod": config["mod"], **(config.get("pmod") or {})}
+    with _unread(folder / "training.json", found):
+        _read_training(folder, files, found)
     if sum(name.endswith((".png", ".jpg", ".json")) for name in files) > _CROWD:
         return
     for path in (folder / name for name in files if name not in ("training.json", "config.json")):
-        if path.suffix == ".json":
-            _read_result(path, found)
-        elif path.suffix == ".png":
-            with suppress(OSError), Image.open(path) as image:
-                found.pictures += [path] if image.info.get("Software") == _VISUALIZE else []
-        elif path.suffix == ".html":
-            with path.open(encoding="utf-8", errors="replace") as file:
-                if f'<meta name="generator" content="{_VISUALIZE}">' in file.read(1000):
-                    found.pages.append(path)
+        with _unread(path, found):
+            _read_file(path, found)
+
+
+@contextmanager
+def _unread(path: Path, found: Found) -> Iterator[None]:
+    """List a file that cannot be used, for whatever reason, and go on."""
+    try:
+        yield
+    except Exception as error:
+        known = isinstance(error, OSError | ValueError | PmodError)
+        found.unread[path] = first_line(error) if known else f"not what pmod wrote: {type(error).__name__}"
+
+
+def _read_training(folder: Path, files: list[str], found: Found) -> None:
+    if "metrics.jsonl" in files or "training.json" in files:
+        summary = _load(folder / "training.json", found) if "training.json" in files else None
+        if summary is not None and not _holds(summary, _TRAINING):
+            found.unread[folder / "training.json"] = "it is not what pmod finetune writes"
+            summary = None
+        rows = [row for row in read_json_lines(folder / "metrics.jsonl") if isinstance(row, dict)]
+        found.trainings.append(Training(folder, summary or {}, rows))
+    if "config.json" in files:
+        config = _load(folder / "config.json", found) or {}
+        if isinstance(config.get("mod"), dict) and isinstance(config.get("pmod") or {}, dict):
+            found.conversions[folder] = {"mod": config["mod"], **(config.get("pmod") or {})}
+
+
+def _read_file(path: Path, found: Found) -> None:
+    if not path.is_file():  # a pipe would wait
+        return
+    if path.suffix == ".json":
+        _read_result(path, found)
+    elif path.suffix == ".png":
+        with Image.open(path) as image:
+            found.pictures += [path] if image.info.get("Software") == _VISUALIZE else []
+    elif path.suffix == ".html":
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if f'<meta name="generator" content="{_VISUALIZE}">' in file.read(1000):
+                found.pages.append(path)
 
 
 def _read_result(path: Path, found: Found) -> None:
@@ -152,9 +191,14 @@ def _read_result(path: Path, found: Found) -> None:
     if document is None:
         return
     command, result = document.get("command"), document.get("result", document)
+    if command in _NEEDED and not _holds(result, _NEEDED[command]):
+        # --prepare, --diff, --sweep and --compare have no figures to show; a file that lost its keys has neither.
+        if command != "eval" or path.name == "results.json":
+            found.unread[path] = f"it is not what pmod {command} writes for a report"
+        return
     if command == "profile":
         found.profiles.append(result)
-    elif command == "eval" and "tasks" in result and "model" in result:  # --prepare and --diff have no scores
+    elif command == "eval":
         found.evaluations.append(Evaluation(path.parent if path.name == "results.json" else path, result))
     elif command == "finetune":
         found.trainings.append(Training(path, {"result": result}))
@@ -166,13 +210,24 @@ def _read_result(path: Path, found: Found) -> None:
         )
 
 
+def _holds(result: Any, keys: Sequence[str]) -> bool:
+    """Whether there is something under each of the dotted keys."""
+    for key in keys:
+        inner = result
+        for part in key.split("."):
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if inner is None:
+            return False
+    return True
+
+
 def _load(path: Path, found: Found) -> dict[str, Any] | None:
     """A JSON object; None if it is something else, too large for a result, or cannot be read."""
     try:
         if path.stat().st_size > _LARGEST:
             return None
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        document = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError, PmodError) as error:
         found.unread[path] = first_line(error)
         return None
     return document if isinstance(document, dict) else None

@@ -11,7 +11,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from pmod_cli import plots
-from pmod_cli.output.tables import Table, markdown_text
+from pmod_cli.output.tables import Table
+from pmod_cli.output.text import html_text, markdown_text, relative_link
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,12 @@ def _render(template: str, document: Document, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("pmod_cli.report", "."),
         autoescape=template.endswith(".html.jinja"),
+        finalize=html_text,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"anchor": _anchor, "runs": _runs, "text": markdown_text}
+    environment.filters |= {"anchor": _anchor, "runs": _runs, "text": markdown_text, "link": relative_link}
     return environment.get_template(template).render(document=document, **values)
 
 

@@ -88,7 +88,10 @@ def _flops(model: Model, profiles: Sequence[dict[str, Any]]) -> float | None:
 def main_model(models: list[Model], found: Found) -> Model | None:
     """The p-MoD model that the report is about: the one that was profiled, else the last one that was trained."""
     profiled = {(profile.get("pmod") or {}).get("name") for profile in found.profiles}
-    trained = {str(training.summary["result"]["output"]) for training in found.trainings if training.summary}
+    runs = [training for training in found.trainings if training.summary]
+    trained = {
+        str(run.path.resolve() if run.path.is_dir() else run.summary["result"]["output"]) for run in runs
+    }
     return _named([model for model in reversed(models) if model.is_pmod], profiled, trained)
 
 
@@ -102,7 +105,13 @@ def reference(models: list[Model], found: Found) -> Model | None:
 def _named(models: list[Model], *names: set[Any]) -> Model | None:
     """The first model that is in the first set of names that has any, else the first."""
     return next(
-        (model for some in names for model in models if model.source in some), next(iter(models), None)
+        (
+            model
+            for some in names
+            for model in models
+            if some & {model.source, str(Path(model.source).resolve())}
+        ),
+        next(iter(models), None),
     )
 
 

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pmod_cli import __version__
-from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import check_output, replacing, write_file
+from pmod_cli.output.files import TAG, check_output, check_place, public_name, replacing_all
 from pmod_cli.report import accuracy, sections
 from pmod_cli.report.collect import collect
 from pmod_cli.report.document import Document, to_html, to_markdown
 from pmod_cli.report.models import gather, main_model, reference
 
-_PICTURES = {".png", ".jpg", ".jpeg"}
 
-
-def write_report(paths: Sequence[str | Path], output: str | Path, *, force: bool = False) -> dict[str, Any]:
+def write_report(
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    force: bool = False,
+    include_path: str | Path | Sequence[str | Path] | None = None,
+) -> dict[str, Any]:
     """Collect the outputs of one or more runs into one page.
 
     Args:
         paths: Folders that commands wrote to, or files with a command's ``--json``.
         output: The HTML page; the Markdown file and the folder of its pictures get its name.
-        force: Whether to replace them if they exist.
+        force: Whether to replace those that pmod wrote.
+        include_path: Folders with the YAML of the user's own tasks, whose pictures are then shown.
 
     Returns:
         What ``pmod report --json`` prints (see ``docs/json.md``).
@@ -36,9 +39,8 @@ def write_report(paths: Sequence[str | Path], output: str | Path, *, force: bool
     page = Path(output)
     check_output(page, "a report", (".html", ".htm"), force)
     markdown, folder = page.with_suffix(".md"), page.with_name(f"{page.stem}_files")
-    for path in (markdown, folder):
-        if path.exists() and not force:
-            raise PmodError(f"{path} exists", "--force replaces it")
+    for path in (page, markdown, folder):
+        check_place(path, force, paths)
     found = collect([Path(path) for path in paths])
     models = gather(found)
     other = reference(models, found)
@@ -50,25 +52,22 @@ def write_report(paths: Sequence[str | Path], output: str | Path, *, force: bool
         accuracy.accuracy(models, other),
         accuracy.accuracy_and_flops(models),
         sections.training(found),
-        accuracy.differences(models, other),
+        accuracy.differences(models, other, include_path),
         sections.environment(found),
     ]
     counts = found.counts
     summary = ", ".join(f"{n} {name if n != 1 else name[:-1]}" for name, n in counts.items() if n)
-    names = ", ".join(str(path) for path in paths)
+    names = ", ".join(public_name(path) for path in paths)
     document = Document(
         "p-MoD report", f"{summary} in {names}; pmod {__version__}", [c for c in chapters if c.blocks]
     )
     text, pictures = to_markdown(document, folder.name)
-    if folder.exists() and not (folder.is_dir() and {path.suffix for path in folder.iterdir()} <= _PICTURES):
-        raise PmodError(f"{folder} is not a folder of a report's pictures", "choose another output")
-    with replacing(folder) as partial:
-        partial.mkdir()
+    with replacing_all([folder, markdown, page], force=force) as [new_folder, new_markdown, new_page]:
+        new_folder.mkdir()
         for name, data in pictures.items():
-            (partial / name).write_bytes(data)
-        shutil.rmtree(folder, ignore_errors=True)
-    write_file(markdown, text)
-    write_file(page, to_html(document))
+            (new_folder / name).write_bytes(data)
+        new_markdown.write_text(f"{text}\n<!-- {TAG} -->\n", encoding="utf-8")
+        new_page.write_text(f"{to_html(document)}\n<!-- {TAG} -->\n", encoding="utf-8")
     return {
         "files": {"html": str(page), "markdown": str(markdown), "pictures": str(folder)},
         "found": counts,

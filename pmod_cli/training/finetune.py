@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ from pmod_cli.checkpoints.write import check_space
 from pmod_cli.data.batches import Collator, EncodedDataset, OrderedSampler, longest_sample
 from pmod_cli.data.dataset import open_data
 from pmod_cli.devices import world_size
-from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import read_json_lines
+from pmod_cli.output.errors import GateError, PmodError
+from pmod_cli.output.files import MARKER, locked, open_folder, public_name, read_json_lines, remove_folder
 from pmod_cli.recipe import Recipe
 from pmod_cli.training import preflight
 from pmod_cli.training.callbacks import Preempted, RatioWarmup, StopAtSignal
-from pmod_cli.training.finish import METRICS, save_result
+from pmod_cli.training.finish import EVENTS, METRICS, save_result
 from pmod_cli.training.memory import describe, device_memory, estimate
 from pmod_cli.training.model import count_parts, load_for_training
 from pmod_cli.training.monitor import BadSampleLog, Monitor, ProgressCallback, make_probe
@@ -36,6 +38,9 @@ from pmod_cli.training.trainer import (
 
 Announce = Callable[[list[dict[str, Any]], dict[str, Any]], None]
 """Called once before the first step, with what is trained (`count_parts`) and the memory it will take (`estimate`)."""
+
+_HOLDS = ("checkpoint-*", "*.jsonl", "run.json", STAGING, EVENTS, ".*.partial")
+"""What a training folder holds."""
 
 
 def finetune(
@@ -79,14 +84,14 @@ def finetune(
     if merge_lora and recipe.train.lora is None:
         raise PmodError("--merge is for LoRA, and the recipe has no train.lora")
     run = _Run(model, data, images, output, recipe, resume=resume, force=force)
-    run.open_folder(anew=force and not resume)
-    set_seed(recipe.train.seed)  # the Trainer does it too, but LoRA's weights are drawn before
-    run.load()
-    if announce is not None and run.main:
-        announce(run.parts, run.memory)
-    trainer = run.make_trainer(progress)
-    seconds = run.train(trainer)
-    return run.finish(trainer, seconds, merge_lora)
+    with run.open_folder(anew=force and not resume):
+        set_seed(recipe.train.seed)  # the Trainer does it too, but LoRA's weights are drawn before
+        run.load()
+        if announce is not None and run.main:
+            announce(run.parts, run.memory)
+        trainer = run.make_trainer(progress)
+        seconds = run.train(trainer)
+        return run.finish(trainer, seconds, merge_lora)
 
 
 class _Run:
@@ -104,14 +109,16 @@ class _Run:
         force: bool,
     ) -> None:
         self.model, self.data, self.recipe, self.settings = model, data, recipe, recipe.train
-        self.output = output.resolve()
+        self.force = force
+        self.output = Path(os.path.abspath(output.expanduser()))  # noqa: PTH100 - a link is refused, not followed
         self.work = self.output.with_name(self.output.name + ".training")
         self.checkpoint = last_checkpoint(self.work) if resume else None
         self.shards = preflight.sharding()
         # LoRA adapters and shards are no ordinary checkpoints: the Trainer itself loads them into the wrapped model.
         self.loads_checkpoint = self.checkpoint is not None and recipe.train.lora is None and not self.shards
         preflight.check_model(model, recipe)
-        preflight.check_output(self.output, self.work, resume=resume, force=force)
+        inputs = [model, data, *([images] if images else [])]
+        preflight.check_output(self.output, self.work, inputs, resume=resume, force=force)
         self.conversations = open_data(data, images)
         preflight.check_data_fits(self.conversations, self.settings.max_bad_samples)
         self.steps, accumulation = preflight.plan_steps(
@@ -120,22 +127,38 @@ class _Run:
         self.arguments = preflight.training_arguments(self.settings, self.work, self.steps, accumulation)
         self.main = self.arguments.process_index == 0
 
-    def open_folder(self, *, anew: bool) -> None:
-        """Make the training folder, or check that it is of the same run; the other processes wait."""
-        try:
-            if self.main:
-                if anew:
-                    shutil.rmtree(self.work, ignore_errors=True)
-                self.work.mkdir(parents=True, exist_ok=True)
-                shutil.rmtree(self.work / STAGING, ignore_errors=True)  # a checkpoint that a kill cut off
-                digest, resuming = self.conversations.fingerprint, self.checkpoint is not None
-                preflight.check_identity(self.work, self.recipe, self.model, digest, resuming)
-        except OSError as error:
-            raise PmodError(
-                f"cannot write {self.work}: {error.strerror}", "choose another --output"
-            ) from error
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()
+    @contextlib.contextmanager
+    def open_folder(self, *, anew: bool) -> Iterator[None]:
+        """Make the training folder, or check that it is of the same run, and keep others out; other processes wait.
+
+        A run that breaks off before its first checkpoint leaves none, but where a limit was not met: what it logged
+        tells why.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                if self.main:
+                    open_folder(self.work, _HOLDS)
+                    stack.enter_context(locked(self.work, self.output))
+                    for path in self.work.iterdir():
+                        if path.name == STAGING or (
+                            anew and path.name != MARKER
+                        ):  # STAGING: a kill cut it off
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    digest, resuming = self.conversations.fingerprint, self.checkpoint is not None
+                    preflight.check_identity(self.work, self.recipe, self.model, digest, resuming)
+            except OSError as error:
+                raise PmodError(
+                    f"cannot write {self.work}: {error.strerror}", "choose another --output"
+                ) from error
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.barrier()
+            try:
+                yield
+            except BaseException as error:
+                if self.main and not isinstance(error, GateError) and last_checkpoint(self.work) is None:
+                    with contextlib.suppress(PmodError):
+                        remove_folder(self.work)
+                raise
 
     def load(self) -> None:
         """Load model and processor; check that the disk takes the checkpoints; estimate the memory."""
@@ -215,11 +238,11 @@ class _Run:
         network = trainer.whole_network()
         if self.main:
             summary = {
-                "result": result,
+                "result": result | {"output": self.output.name},
                 "recipe": self.recipe.model_dump(mode="json"),
-                "model": str(self.model),
+                "model": public_name(self.model),
                 "seed": self.settings.seed,
-                "data": str(self.data),
+                "data": public_name(self.data),
                 "data_sha256": self.conversations.fingerprint,
                 "processes": self.arguments.world_size,
             }
@@ -231,5 +254,6 @@ class _Run:
                 recipe=self.recipe,
                 summary=summary,
                 merge_lora=merge_lora,
+                force=self.force,
             )
         return result

@@ -13,7 +13,7 @@ import yaml
 
 from pmod_cli import __version__, plots
 from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
-from pmod_cli.output.files import read_json_lines, replacing, tag, write_json
+from pmod_cli.output.files import is_ours, read_json_lines, remove_folder, replacing, tag, to_json
 from pmod_cli.output.versions import versions
 from pmod_cli.recipe import Recipe
 from pmod_cli.training.trainer import unwritable
@@ -39,6 +39,7 @@ def save_result(
     recipe: Recipe,
     summary: dict[str, Any],
     merge_lora: bool = False,
+    force: bool = False,
 ) -> None:
     """Write the checkpoint beside its place, move it there, and remove the training folder ``work``.
 
@@ -48,7 +49,7 @@ def save_result(
         network = network.merge_and_unload()
     network.to(getattr(torch, recipe.train.dtype))
     try:
-        with replacing(output) as folder:
+        with replacing(output, force=force) as folder:
             folder.mkdir()
             network.save_pretrained(folder)
             processor.save_pretrained(folder)
@@ -56,7 +57,9 @@ def save_result(
             if (work / EVENTS).is_dir():
                 shutil.copytree(work / EVENTS, folder / EVENTS)
             made_with = {"pmod": __version__, **versions("torch", "transformers", "accelerate")}
-            write_json(folder / "training.json", {**tag("finetune"), **summary, "versions": made_with})
+            (folder / "training.json").write_bytes(
+                to_json({**tag("finetune"), **summary, "versions": made_with})
+            )
             text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
             (folder / "recipe.yaml").write_text(text)
             try:
@@ -70,7 +73,10 @@ def save_result(
         raise PmodError(
             f"cannot write {output}: {reason}", "the last checkpoint is kept: free some space and --resume"
         ) from error
-    shutil.rmtree(work)
+    if is_ours(work):
+        remove_folder(work)
+    else:
+        _log.warning("%s holds files that pmod did not write, so it stays", work)
 
 
 @plots.look()
@@ -92,7 +98,7 @@ def _draw(rows: list[dict[str, Any]], path: Path) -> None:
     rates.set_ylim(bottom=0)
     for row, (name, title) in zip(axes[1:], statistics, strict=True):
         _draw_routers(figure, row[0], looks, name, title)
-    plots.save(figure, path, title="training")
+    path.write_bytes(plots.render(figure, path.suffix, title="training"))
 
 
 def _draw_routers(figure: Any, axis: Any, looks: list[dict[str, Any]], name: str, title: str) -> None:

@@ -81,7 +81,7 @@ def load_processor(model: str | Path, settings: TrainSettings) -> Any:
     """The processor alone, as training would use it; `PmodError` as in `load_for_training`."""
     config = read_config(model)
     try:
-        processor = AutoProcessor.from_pretrained(model, backend=IMAGE_BACKEND)
+        processor = AutoProcessor.from_pretrained(model, backend=IMAGE_BACKEND, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise PmodError(f"cannot load the processor of {model}: {first_line(error)}") from error
     return _set_up(config, processor, settings)

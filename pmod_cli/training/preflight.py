@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from pmod_cli.devices import world_size
 from pmod_cli.extras import installed, require
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json, write_json
+from pmod_cli.output.files import check_place, read_json, write_json
 from pmod_cli.recipe import Recipe, TrainSettings, check_recipe
 from pmod_cli.training.trainer import KEPT_CHECKPOINTS, last_checkpoint
 
@@ -52,12 +53,14 @@ def check_model(model: str | Path, recipe: Recipe) -> None:
         raise PmodError("wandb is not installed", "pip install wandb")
 
 
-def check_output(output: Path, work: Path, *, resume: bool, force: bool) -> None:
-    """Refuse to overwrite a result or an unfinished run without being asked to."""
-    if output.exists() and not force:
-        raise PmodError(f"{output} exists", "--force replaces it")
+def check_output(
+    output: Path, work: Path, inputs: Sequence[str | Path], *, resume: bool, force: bool
+) -> None:
+    """Refuse to overwrite a result or an unfinished run without being asked to, and what pmod did not write ever."""
     if output.is_file():
         raise PmodError(f"{output} is a file, not a folder")
+    check_place(output, force, inputs)
+    check_place(work, True, inputs)
     if last_checkpoint(work) is not None and not (resume or force):
         raise PmodError(f"{work} holds an unfinished run", "--resume goes on with it, --force starts anew")
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pmod_cli import plots
+from pmod_cli.output.files import TAG
 from pmod_cli.visualize.layout import Layout, View
 from pmod_cli.visualize.trace import Trace
 
@@ -120,7 +121,14 @@ def draw_animation(trace: Trace, image: Image.Image) -> bytes:
     ]
     buffer = io.BytesIO()
     first.save(
-        buffer, "GIF", save_all=True, append_images=rest, duration=_FRAME_MILLISECONDS, loop=0, optimize=False
+        buffer,
+        "GIF",
+        save_all=True,
+        append_images=rest,
+        duration=_FRAME_MILLISECONDS,
+        loop=0,
+        optimize=False,
+        comment=TAG.encode(),
     )
     return buffer.getvalue()
 

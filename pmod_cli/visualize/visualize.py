@@ -11,7 +11,7 @@ from pmod_cli.checkpoints.load import read_config
 from pmod_cli.extras import require
 from pmod_cli.generation import Prompt, VisionLanguageModel
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import check_output, write_file
+from pmod_cli.output.files import TAG, check_output, public_name, replacing_all
 from pmod_cli.pictures import open_image
 from pmod_cli.visualize.options import VisualizeOptions
 from pmod_cli.visualize.trace import check_routes, dense_twin, trace
@@ -54,20 +54,28 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
         "answer": answer.text,
         "baseline": dense_answer,
     }
+    made: dict[str, bytes] = {}
     if "sheet" in files:
         from pmod_cli.visualize.draw import default_layers, draw_sheet
 
         heading = f"“{_cut(options.prompt, 70)}”  →  “{_cut(answer.text, 40)}”"
         sheet = draw_sheet(traced, picture, chosen or default_layers(traced), heading)
-        plots.save(sheet, files["sheet"], title=heading, program=PROGRAM, dpi=200)
+        made["sheet"] = plots.render(sheet, files["sheet"].suffix, title=heading, program=PROGRAM, dpi=200)
     if "gif" in files:
         from pmod_cli.visualize.draw import draw_animation
 
-        write_file(files["gif"], draw_animation(traced, picture))
+        made["gif"] = draw_animation(traced, picture)
     if "html" in files:
         from pmod_cli.visualize.page import build_page
 
-        write_file(files["html"], build_page(traced, picture, **texts))
+        shown = texts | {"model": public_name(options.model)}
+        if dense_answer:
+            shown["baseline"] = dense_answer | {"name": public_name(dense_answer["name"])}
+        page = build_page(traced, picture, **shown)
+        made["html"] = f"{page}\n<!-- {TAG} -->\n".encode()
+    with replacing_all(list(files.values()), force=options.force) as places:
+        for kind, place in zip(files, places, strict=True):
+            place.write_bytes(made[kind])
     return {
         **texts,
         "image": str(options.image),
@@ -91,8 +99,10 @@ def _check(options: VisualizeOptions) -> tuple[dict[str, Path], list[int]]:
     files = {kind: path for kind, path in wanted.items() if path}
     if not files:
         raise PmodError("nothing to draw", "give -o FILE.png, --gif FILE.gif or --html FILE.html")
+    inputs = (options.image, options.model, options.baseline)
     for kind, path in files.items():
-        check_output(path, "a page" if kind == "html" else "a picture", _SUFFIXES[kind], options.force)
+        what = "a page" if kind == "html" else "a picture"
+        check_output(path, what, _SUFFIXES[kind], options.force, inputs)
     if files.keys() & {"sheet", "gif"}:
         require("matplotlib")
     try:

@@ -14,6 +14,8 @@ import pytest
 from pmod_cli.checkpoints.write import write_checkpoint
 from pmod_cli.conversion.convert import convert
 from pmod_cli.conversion.plan import plan_conversion
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import replacing
 from pmod_cli.recipe import default_recipe
 from tests.common.checkpoints import contents, make_checkpoint
 
@@ -67,16 +69,15 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 
 
 def test_a_run_that_is_alive_is_left_alone(tmp_path):
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    stale, alive = tmp_path / f".pmod.{gone.pid}.partial", tmp_path / f".pmod.{os.getppid()}.partial"
-    other = tmp_path / f".other.{gone.pid}.partial"
-    for folder in (stale, alive, other):
-        folder.mkdir()
-    convert(plan_conversion(make_checkpoint(tmp_path / "source")), tmp_path / "pmod")
-    assert not stale.exists()
-    assert alive.exists()
-    assert other.exists()
+    plan = plan_conversion(make_checkpoint(tmp_path / "source"))
+    with replacing(tmp_path / "pmod") as room:
+        room.mkdir()
+        with pytest.raises(PmodError, match="another pmod is writing"):
+            convert(plan, tmp_path / "pmod")
+        assert room.exists()
+        room.rmdir()
+        room.write_text("")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pmod", "source"]
 
 
 def test_permissions_are_the_users(tmp_path):

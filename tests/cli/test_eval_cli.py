@@ -175,7 +175,8 @@ def test_markdown(place):
 
 
 def test_differences_between_two_evaluations(place, capsys):
-    code, out, _ = run("--diff", place / "dense", place / "out", "--json", capture=capsys)
+    diff = ["--diff", place / "dense", place / "out", "--include-path", place / "fixtures" / "yaml"]
+    code, out, _ = run(*diff, "--json", capture=capsys)
     found = json.loads(out)["result"]
     assert code == 0
     assert found["compared"] > 60
@@ -186,7 +187,7 @@ def test_differences_between_two_evaluations(place, capsys):
     rows[1]["model"] |= {"answer": "blue", "score": 1.0}
     try:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        code, out, _ = run("--diff", place / "dense", place / "out", "--json", capture=capsys)
+        code, out, _ = run(*diff, "--json", capture=capsys)
         changed = json.loads(out)["result"]
         assert changed["better"] == found["better"] + 1
         [entry] = [entry for entry in changed["changed"] if entry["task"] == "gqa" and entry["doc_id"] == 1]
@@ -194,14 +195,14 @@ def test_differences_between_two_evaluations(place, capsys):
         assert entry["target"] == "blue"
         [picture] = entry["pictures"]
         assert Image.open(picture).size[0] >= 8
-        code, out, _ = run("--diff", place / "dense", place / "out", capture=capsys)
+        code, out, _ = run(*diff, capture=capsys)
         assert picture in out
         # A sample that failed is not compared, and is counted; nor is what is left of a task of other results.
         rows[1]["model"] |= {"answer": None, "score": None}
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         (path.parent / "stale.jsonl").write_text(before)
         shutil.copy(path.parent / "stale.jsonl", place / "dense" / "samples")
-        code, out, _ = run("--diff", place / "dense", place / "out", "--json", capture=capsys)
+        code, out, _ = run(*diff, "--json", capture=capsys)
         less = json.loads(out)["result"]
         assert less["compared"] == found["compared"] - 1
         assert less["left_out"] == found["left_out"] + 1

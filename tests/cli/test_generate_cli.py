@@ -8,6 +8,7 @@ import random
 import pytest
 
 from pmod_cli.cli import main
+from pmod_cli.output.text import plain
 from tests.common.eval_models import noise, save_llava
 
 
@@ -47,7 +48,7 @@ def test_plain_output_is_the_answer_alone(llava, picture, capsys):
     assert run(llava, "--image", picture, "--prompt", "What is it?", "--max-new-tokens", "6", "--json") == 0
     answer = json.loads(capsys.readouterr().out)["result"]["answer"]
     assert run(llava, "--image", picture, "--prompt", "What is it?", "--max-new-tokens", "6") == 0
-    assert capsys.readouterr().out.strip() == answer.strip()
+    assert capsys.readouterr().out.strip() == plain(answer).strip()
 
 
 def test_errors_are_one_line_and_exit_code_2(llava, picture, tmp_path, capsys):

@@ -130,6 +130,12 @@ def test_plot_is_never_overwritten_unasked(capsys, tmp_path):
     assert code == 2
     assert "--force" in err
     assert picture.read_text(encoding="utf-8") == "mine"
+    code, _, err = run(capsys, *common, "--force")
+    assert (code, picture.read_text(encoding="utf-8")) == (2, "mine")
+    assert "not written by pmod" in err
+    picture.unlink()
+    assert run(capsys, *common)[0] == 0
+    assert run(capsys, *common)[0] == 2
     assert run(capsys, *common, "--force")[0] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pmod_cli.checkpoints.shards import StoredTensor, read_header, write_shard
 from pmod_cli.demo.job import BASELINE
+from pmod_cli.output.files import MARKER
 
 LAYERS = 8
 HIDDEN = 96
@@ -74,5 +75,6 @@ def make_checkpoint(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below a folder, but the marker that says what pmod wrote."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MARKER]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -35,7 +35,7 @@ def test_a_converted_checkpoint(pmod):
     assert (found["initial_routers"], found["initial_share"]) == (6, 1.0)
     assert (found["router_dtype"], found["router_parameters"]) == ("BF16", 6 * (HIDDEN + 1))
     assert found["provenance"] is not None
-    assert found["provenance"]["source"] == str(BASELINE)
+    assert found["provenance"]["source"] == BASELINE.name
     assert found["provenance"]["recipe"]["name"] == "demo"
     assert found["training"] is None
     json.dumps(found, allow_nan=False)

@@ -71,8 +71,18 @@ def test_errors_are_one_line(error, code, line, capsys):
     assert err.count("\n") == 1
 
 
-def test_a_bug_is_not_hidden():
-    assert report_error(TypeError("ours")) is None
+def test_an_unforeseen_error_is_a_line_and_its_traceback_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for debug in (False, True):
+        assert report_error(TypeError("ours\x1b[31m"), debug) == 2
+    [kept] = tmp_path.iterdir()
+    assert "TypeError: ours" in kept.read_text(encoding="utf-8").splitlines()[-1]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(
+        "error: TypeError: ours\\x1b[31m (unforeseen; the traceback is in " + str(kept)
+    )
+    assert lines[1].startswith("TypeError: ours")
+    assert sum(line.startswith("error: ") for line in lines) == 2
 
 
 def test_help_needs_no_torch():

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pmod_cli.evaluation.diff import read_answers
 from pmod_cli.evaluation.paper import TASKS, average
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.tables import Table
@@ -150,7 +152,7 @@ def test_markdown_says_the_same(demo_folder, demo_page):
 def test_changed_answers_come_with_their_pictures(evaluations, tmp_path):
     from pmod_cli.demo import data
 
-    result = write_report([evaluations / "both"], tmp_path / "both.html")
+    result = write_report([evaluations / "both"], tmp_path / "both.html", include_path=evaluations / "tasks")
     page = Page((tmp_path / "both.html").read_text(encoding="utf-8"))
     rows = [
         json.loads(line)
@@ -361,3 +363,23 @@ def test_nothing_is_half_written(demo_folder, tmp_path, monkeypatch):
         write_report([demo_folder / "models" / "pmod"], target, force=True)
     assert target.read_bytes() == before[target]
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_results_are_data(evaluations, tmp_path):
+    """Neither the folder of tasks that results name is followed, nor a task's name or a link out of their folder."""
+    strange = tmp_path / "strange"
+    shutil.copytree(evaluations / "both", strange)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "shapes.yaml").write_text("task: shapes\ndoc_to_text: !function utils.run\n")
+    (tmp_path / "code" / "utils.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nrun = None\n")
+    results = json.loads((strange / "results.json").read_text())
+    results["settings"]["include_path"] = [str(tmp_path / "code")]
+    (strange / "results.json").write_text(json.dumps(results))
+    (tmp_path / "secret.json").write_text(json.dumps({"command": "profile", "result": {}}))
+    (strange / "link.json").symlink_to(tmp_path / "secret.json")
+    result = write_report([strange], tmp_path / "page.html")
+    assert result["found"]["evaluations"] == 1
+    assert result["unread"] == {str(strange / "link.json"): "a link out of the folder"}
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(PmodError, match="no name of a task"):
+        read_answers(strange, "../../secret")

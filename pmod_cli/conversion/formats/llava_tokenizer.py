@@ -62,7 +62,9 @@ def find_tokenizer(
         files: dict[str, Path | bytes] = {path.name: path.read_bytes() for path in folder.iterdir()}
         files.pop("chat_template.jinja", None)
         if template:
-            fitted = fit_template(template, AutoTokenizer.from_pretrained(folder), IMAGE_TOKEN)
+            fitted = fit_template(
+                template, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), IMAGE_TOKEN
+            )
             files["chat_template.jinja"] = fitted.encode()
     return TokenizerFiles(files, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.pad_token_id)
 
@@ -78,7 +80,7 @@ def _load(folder: Path) -> Any:
             for name in _FILES:
                 if (folder / name).is_file():
                     (Path(alone) / name).write_bytes((folder / name).read_bytes())
-            return AutoTokenizer.from_pretrained(alone)
+            return AutoTokenizer.from_pretrained(alone, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PmodError(f"{folder} holds no usable tokenizer: {first_line(error)}") from error
 

@@ -121,12 +121,20 @@ def find_tower(
     """
     if not name:
         raise PmodError("the checkpoint names no vision tower", "--vision-tower: a folder or a hub id")
-    # What the user names lies where they are; what a checkpoint names lies inside it or beside it.
-    here, beside = [Path(name).expanduser()], [near / name, near.parent / name] if near else []
-    local = next((path for path in (here + beside if chosen else beside + here) if path.is_dir()), None)
+    # What the user names lies where they are; what a checkpoint names lies inside it or beside it, nowhere else.
+    own, here = chosen or near is None, Path(name).expanduser()
+    places = [here] if own else []
+    if near and not here.is_absolute() and ".." not in here.parts:
+        places += [near / name, near.parent / name]
+    local = next((path for path in places if path.is_dir()), None)
     known = _KNOWN_TOWERS.get(Path(name).name)
     if inside and known and local is None and not chosen:
         return Tower(known, None)
+    if local is None and not own and here.exists():
+        raise PmodError(
+            f"the checkpoint names a vision tower outside its folder: {name}",
+            f"--vision-tower {name}, if you trust it",
+        )
     try:
         source = open_source(local or name, allow_pickle=allow_pickle)
     except PmodError as error:

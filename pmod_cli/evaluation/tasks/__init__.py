@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from pmod_cli.output.files import TAG, write_file
+
 _TEMPLATE = Path(__file__).parent / "_short_answer_yaml"
 
 
@@ -39,5 +41,5 @@ def write_task(folder: str | Path, name: str, dataset: str | Path, kinds: Iterab
     }
     path = Path(folder) / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    write_file(path, f"# {TAG}\n{yaml.safe_dump(config, sort_keys=False)}")
     return path

@@ -16,7 +16,7 @@ import transformers
 from pmod_cli import __version__
 from pmod_cli.devices import find_device
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json, write_json
+from pmod_cli.output.files import read_json, tag, write_json
 from tests.benchmarks.gpu_bench.models import Session
 from tests.benchmarks.gpu_bench.sections import CASES, Case
 
@@ -31,14 +31,12 @@ def run(limits: dict[str, float], output: Path, device: str, tiny: bool) -> dict
         tiny: Whether to take tiny models.
 
     Returns:
-        What the file has: ``schema_version``, ``machine``, ``sections`` (see `run_section`).
+        What the file has: ``schema_version``, ``command``, ``machine``, ``sections`` (see `run_section`).
     """
     try:
         target = find_device(device)
         machine = describe(target, tiny)
-        result: dict[str, Any] = (
-            read_json(output) if output.exists() else {"schema_version": 1, "sections": {}}
-        )
+        result: dict[str, Any] = read_json(output) if output.exists() else tag("benchmark") | {"sections": {}}
         if result.setdefault("machine", machine) != machine:
             raise PmodError(f"{output} is of another machine or other versions", "give another --output")
     except PmodError as error:

@@ -1,0 +1,129 @@
+"""Places to write to: only what pmod wrote is replaced, as it is at that moment, by one process at a time."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import (
+    TAG,
+    check_place,
+    is_ours,
+    locked,
+    open_folder,
+    remove_folder,
+    replacing,
+    replacing_all,
+    write_file,
+)
+
+
+def make(folder, text="new"):
+    with replacing(folder) as partial:
+        partial.mkdir()
+        (partial / "weights").write_text(text)
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_pmod_wrote_is_replaced_and_what_a_user_added_is_not(tmp_path):
+    make(tmp_path / "out", "old")
+    make(tmp_path / "out")
+    assert (tmp_path / "out" / "weights").read_text() == "new"
+    (tmp_path / "out" / "photo.png").write_text("a user's")
+    before = tree(tmp_path)
+    with pytest.raises(PmodError, match="not written by pmod"):
+        make(tmp_path / "out", "newer")
+    with pytest.raises(PmodError, match="not written by pmod"):
+        remove_folder(tmp_path / "out")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_appears_while_pmod_works_stays(tmp_path, force):
+    def work():
+        with replacing_all([tmp_path / "a.html", tmp_path / "b.md"], force=force) as [page, text]:
+            page.write_text(TAG)
+            text.write_text(TAG)
+            (tmp_path / "b.md").write_text("a user's")
+
+    with pytest.raises(PmodError, match="it stays as it is"):
+        work()
+    assert tree(tmp_path) == {"b.md": "a user's"}
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    write_file(tmp_path / "a.html", TAG)
+
+    def work():
+        with replacing_all([tmp_path / "a.html", tmp_path / "b.md"]) as [page, _]:
+            page.write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        work()
+    assert tree(tmp_path) == {"a.html": TAG}
+
+
+def test_places_that_are_never_written(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_text("a user's")
+    (tmp_path / "link").symlink_to("photos")
+    os.mkfifo(tmp_path / "fifo")
+    make(tmp_path / "model")
+    make(tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    for name, why in (
+        ("photos", "not written by pmod"),
+        ("link", "symbolic link"),
+        ("fifo", "neither a file nor a folder"),
+        ("model", "an input"),
+        ("here", "the working folder"),
+        (".", "the working folder"),
+    ):
+        with pytest.raises(PmodError, match=why):
+            check_place(tmp_path / name, True, [tmp_path / "model" / "weights"])
+    with pytest.raises(PmodError, match="exists"):
+        check_place(tmp_path / "model", False)
+
+
+def test_a_folder_to_work_in_is_new_or_pmod_s_own(tmp_path):
+    open_folder(tmp_path / "work", ["*.jsonl"])
+    (tmp_path / "work" / "a.jsonl").write_text("")
+    open_folder(tmp_path / "work", ["*.jsonl"])
+    assert is_ours(tmp_path / "work")
+    (tmp_path / "work" / "photo.png").write_text("a user's")
+    assert not is_ours(tmp_path / "work")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "photo.png").write_text("a user's")
+    with pytest.raises(PmodError, match="did not write"):
+        open_folder(tmp_path / "photos")
+
+
+def test_one_writer(tmp_path):
+    open_folder(tmp_path / "work")
+    with (
+        locked(tmp_path / "work", tmp_path / "out"),
+        pytest.raises(PmodError, match=r"another pmod is writing .*out"),
+        locked(tmp_path / "work", tmp_path / "out"),
+    ):
+        pass
+    with locked(tmp_path / "work", tmp_path / "out"):
+        pass
+
+
+def test_leftovers_of_a_killed_process_go_and_a_user_s_folder_of_that_name_stays(tmp_path):
+    room = tmp_path / ".a.html.partial"
+    open_folder(room)
+    (room / "a.html").write_text("half")
+    write_file(tmp_path / "a.html", TAG)
+    assert tree(tmp_path) == {"a.html": TAG}
+    room.mkdir()
+    (room / "photo.png").write_text("a user's")
+    with pytest.raises(PmodError, match="is in the way"):
+        write_file(tmp_path / "a.html", TAG)
+    assert tree(tmp_path) == {"a.html": TAG, ".a.html.partial/photo.png": "a user's"}
