@@ -134,13 +134,16 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
 def _open_table(name: str, folder: Path | None) -> DataSource:
     require("datasets", "train")
     from datasets import Image as ImageFeature
-    from datasets import config, load_dataset, load_from_disk
+    from datasets import List, config, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     kinds = ("state.json", "dataset_dict.json")
     saved = folder is not None and any((folder / kind).is_file() for kind in kinds)
     try:
-        table = load_from_disk(name) if saved else load_dataset(name)
+        if folder is not None and folder.is_file():
+            table = load_dataset("parquet", data_files=name, split="train")
+        else:
+            table = load_from_disk(name) if saved else load_dataset(name)
     except (DatasetsError, OSError, ValueError, KeyError) as error:
         raise PmodError(
             f"cannot open data set {name}: {first_line(error)}",
@@ -160,19 +163,39 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
         raise PmodError(f"data set {name} holds no records")
     feature = table.features[column]
     if not isinstance(getattr(feature, "feature", feature), ImageFeature):
-        raise PmodError(
-            f"column {column} of data set {name} holds no images but {feature}",
-            "a LLaVA file whose records name image files goes with --images",
-        )
+        # Written without `datasets`: the bytes themselves, or a struct of bytes and path.
+        listed = hasattr(feature, "feature")
+        one = feature.feature if listed else feature
+        plain = isinstance(one, dict) and one.keys() <= {"bytes", "path"}
+        if not plain and getattr(one, "dtype", None) not in ("binary", "large_binary"):
+            raise PmodError(
+                f"column {column} of data set {name} holds no images but {feature}",
+                "a LLaVA file whose records name image files goes with --images",
+            )
+        images = ImageFeature()
+        table = table.cast_column(column, List(images) if listed else images)
     texts = [other for other in ("id", "conversations") if other in table.column_names]
     records = table.select_columns(texts).to_list()
     for record, names in zip(records, _picture_names(table, column), strict=True):
         record["image"] = names
+        record["conversations"] = _turns(record["conversations"])
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps(record, sort_keys=True, default=str).encode())
-    root = folder if folder is not None else Path(config.HF_CACHE_HOME)
+    root = Path(config.HF_CACHE_HOME) if folder is None else folder.parent if folder.is_file() else folder
     return DataSource(name, records, ImageColumn(table, column, root), digest.hexdigest(), table)
+
+
+def _turns(cell: Any) -> Any:
+    """A row's conversation as a list of turns; some tables hold it as JSON, or as one list per key."""
+    if isinstance(cell, str):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            return cell  # `parse_record` says what is wrong
+    if isinstance(cell, dict) and cell and all(isinstance(column, list) for column in cell.values()):
+        return [dict(zip(cell, turn, strict=False)) for turn in zip(*cell.values(), strict=False)]
+    return cell
 
 
 def _picture_names(table: Any, column: str) -> Iterator[list[str]]:

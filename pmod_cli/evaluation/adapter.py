@@ -17,7 +17,7 @@ from pmod_cli.devices import own_device
 from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all
 from pmod_cli.evaluation.identity import preparation
 from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
-from pmod_cli.pictures import as_rgb
+from pmod_cli.pictures import as_rgb, open_image
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.folder import AnswerStore
@@ -128,7 +128,8 @@ class PmodLmms(lmms):
     ) -> Question:
         def make() -> Prompt:
             visuals = doc_to_visual(viewed(self.task_dict[task][split][doc_id])) or ()
-            return Prompt(text, tuple(visuals) if isinstance(visuals, (list, tuple)) else (visuals,))
+            visuals = visuals if isinstance(visuals, (list, tuple)) else [visuals]
+            return Prompt(text, tuple(open_image(one) if isinstance(one, str) else one for one in visuals))
 
         return Question(text, make)
 
