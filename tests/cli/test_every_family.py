@@ -77,9 +77,7 @@ def run(*arguments):
 
 @pytest.fixture(
     scope="module",
-    params=[
-        (make, layout) for make in (llava, llava_next, llava_onevision) for layout in ("old", "new")
-    ],
+    params=[(make, layout) for make in (llava, llava_next, llava_onevision) for layout in ("old", "new")],
     ids=lambda param: f"{param[0].__name__}-{param[1]}",
 )
 def place(request, tmp_path_factory):
@@ -99,7 +97,9 @@ def place(request, tmp_path_factory):
         turns = [{"from": "human", "value": f"{asked} w{number + 5}"}, {"from": "gpt", "value": "w6 w7"}]
         records.append({"id": number, "image": names, "conversations": turns})
     (folder / "data.json").write_text(json.dumps(records))
-    write_task(folder / "task", "family_qa", write_questions(folder / "questions", ["red"] * 4), ["colour", "shape"])
+    write_task(
+        folder / "task", "family_qa", write_questions(folder / "questions", ["red"] * 4), ["colour", "shape"]
+    )
     return folder
 
 
