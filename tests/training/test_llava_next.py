@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from pmod_cli.data.batches import image_tokens
+from pmod_cli.families.processing import image_tokens
 from pmod_cli.training.finetune import finetune
 
 PINPOINTS = [[80, 160], [160, 80], [160, 160], [240, 80], [80, 240], [240, 240]]
