@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
 from pmod_cli.checkpoints.load import check_tokenizer, read_config
 from pmod_cli.devices import check_dtype, find_device
+from pmod_cli.families.chat_templates import PLACEHOLDER
+from pmod_cli.families.processing import IMAGE_BACKEND, image_tokens, in_groups, load_processor, message
 from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.pictures import as_rgb
-
-IMAGE_BACKEND = "pil"
-"""Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 """What lmms-eval's LLaVA models use where a task does not say."""
@@ -35,10 +34,25 @@ _SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's turn: text and the pictures that come before it."""
+    """A user's turn: text, and pictures that go where ``<image>`` stands in it, or before it if that stands nowhere.
+
+    Pictures are made RGB as `as_rgb` does. Without pictures, ``<image>`` in the text is left out.
+
+    Raises:
+        PmodError: The text has another number of ``<image>`` than there are pictures.
+    """
 
     text: str
     images: tuple[Image.Image, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(map(as_rgb, self.images)))
+        places = self.text.count(PLACEHOLDER)
+        if self.images and places not in (0, len(self.images)):
+            raise PmodError(
+                f"the prompt has {places} {PLACEHOLDER} and {len(self.images)} pictures",
+                f"write one {PLACEHOLDER} for each picture, or none: then all come first",
+            )
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,7 @@ class VisionLanguageModel:
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         try:
-            processor = AutoProcessor.from_pretrained(source, backend=image_backend)
+            processor = load_processor(source, image_backend)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
             )
@@ -141,29 +155,26 @@ class VisionLanguageModel:
 
     def render(self, prompt: Prompt) -> str:
         """The prompt with the chat template applied, up to where the answer begins."""
-        token = self.processor.image_token
-        # A literal image token in a question would be taken for one more picture.
-        text = prompt.text.replace(token, "")
-        content = [{"type": "image"} for _ in prompt.images] + [{"type": "text", "text": text}]
+        text = prompt.text
+        if not prompt.images:
+            text = text.replace(PLACEHOLDER, "")
+        elif PLACEHOLDER not in text:
+            text = PLACEHOLDER * len(prompt.images) + text
         return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            [message(self.processor, "user", text)], add_generation_prompt=True, tokenize=False
         )
 
     def length(self, prompt: Prompt) -> int:
         """Tokens of the prompt, vision tokens included; without running the image processor."""
         text_ids = self.processor.tokenizer(self.render(prompt)).input_ids
-        sizes = [(image.height, image.width) for image in prompt.images]
-        vision = (
-            self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
-        )
-        return len(text_ids) - len(sizes) + sum(vision)
+        vision = image_tokens(self.processor, prompt.images)
+        return len(text_ids) - len(vision) + sum(vision)
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """The model's inputs for a batch of prompts, padded on the left, on the CPU."""
-        images = [as_rgb(image) for prompt in prompts for image in prompt.images]
         return self.processor(
             text=[self.render(prompt) for prompt in prompts],
-            images=images or None,
+            images=in_groups(self.processor, [prompt.images for prompt in prompts]),
             padding=True,
             return_tensors="pt",
         )

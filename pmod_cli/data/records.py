@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.families.chat_templates import PLACEHOLDER
 from pmod_cli.output.errors import PmodError
 
-IMAGE_PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_READ = {"id", "image", "images", "conversations", "messages", "system"}
+_READ_OF_TURN = {"from", "value", "role", "content"}
+_ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
 
 
 class BadSample(ValueError):
@@ -23,11 +28,20 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: its role in the chat template, its text, and how many images come with it."""
+    """One message: its role in the chat template, and its text with ``<image>`` where a picture goes."""
 
     role: str
     text: str
-    images: int = 0
+
+    @property
+    def images(self) -> int:
+        """How many pictures it has."""
+        return self.text.count(PLACEHOLDER)
+
+    @property
+    def words(self) -> str:
+        """The text without its pictures."""
+        return self.text.replace(PLACEHOLDER, "").strip()
 
 
 @dataclass(frozen=True)
@@ -47,16 +61,16 @@ class Conversation:
 
 def parse_json(content: bytes, path: Path) -> list[Any]:
     """The records of a JSON list or, by the path's suffix ``.jsonl``, of JSON lines, without looking into them."""
+    lines = is_lines(path)
     try:
-        text = content.decode("utf-8")
-        if path.suffix == ".jsonl":
-            # Not splitlines: strings in JSON may hold U+2028, which ends a line for Python.
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            records = json.loads(text)
+        text = content.decode("utf-8-sig")
+        # Not splitlines: strings in JSON may hold U+2028, which ends a line for Python.
+        parts = [line for line in text.split("\n") if line.strip()] if lines else [text]
+        read = [json.loads(part) for part in parts]
+        records = read if lines else read[0]
     except UnicodeDecodeError as error:
         raise PmodError(f"cannot read {path}: {error}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise PmodError(f"{path} is not valid JSON: {error}", "JSON-lines files end in .jsonl") from error
     if not isinstance(records, list):
         raise PmodError(f"{path} is not a list of records", 'expected [{"conversations": [...]}, ...]')
@@ -65,42 +79,84 @@ def parse_json(content: bytes, path: Path) -> list[Any]:
     return records
 
 
+def dump_json(records: list[Any], path: Path) -> str:
+    """The text of a file that `parse_json` reads; every reader splits its lines at the same places.
+
+    What other programs take for the end of a line, and halves of surrogate pairs, are escaped.
+    """
+    lines = is_lines(path)
+    if lines:
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    else:
+        text = json.dumps(records, ensure_ascii=False, indent=1)
+    return _ESCAPED.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
+
+
+def is_lines(path: Path) -> bool:
+    """Whether a file holds JSON lines, by its suffix."""
+    return path.suffix.lower() == ".jsonl"
+
+
+def image_names(record: Any) -> list[Any]:
+    """What a record has under ``image`` or ``images``, as a list; `BadSample` if it is none of a picture's names."""
+    given = [record[key] for key in ("image", "images") if record.get(key) not in (None, [], "")]
+    if len(given) == 2:
+        raise BadSample("bad image field", "both image and images")
+    images = given[0] if given else []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise BadSample("bad image field", "absent, a string or a list of strings is expected")
+    return images
+
+
 def parse_record(record: Any, index: int) -> Conversation:
     """Read one record strictly, else `BadSample`; ``index`` is its id if it has none of its own.
 
-    It is ``{"id", "image": absent | str | list, "conversations": [{"from", "value"}, ...]}``.
+    It is ``{"id", "image": absent | str | list, "conversations": [{"from", "value"}, ...]}``; ``images``,
+    ``messages`` of ``role`` and ``content``, and ``system`` are read too.
     """
     if not isinstance(record, dict):
         raise BadSample("not a record", f"a {type(record).__name__}")
-    images = record.get("image")
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise BadSample("bad image field", "absent, a string or a list of strings is expected")
-    conversation = record.get("conversations")
+    if media := [key for key in _OTHER_MEDIA if record.get(key)]:
+        raise BadSample("other media", f"the key {media[0]}; training takes pictures (image) and text only")
+    images = image_names(record)
+    conversation = record.get("conversations") or record.get("messages")
     if not isinstance(conversation, list) or not conversation:
         raise BadSample("no conversations")
     turns = tuple(_parse_turn(turn) for turn in conversation)
+    if system := record.get("system"):
+        turns = (_parse_turn({"from": "system", "value": system}), *turns)
     spoken = [turn.role for turn in turns[turns[0].role == "system" :]]
     if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
         raise BadSample("turns out of order", " ".join(spoken) or "no turns")
     placeholders = sum(turn.images for turn in turns)
     if placeholders != len(images):
         raise BadSample("<image> count", f"{placeholders} placeholders, {len(images)} images")
-    return Conversation(str(record.get("id", index)), tuple(images), turns)
+    name = record.get("id")
+    return Conversation(str(index if name is None else name), tuple(images), turns)
+
+
+def unread_keys(record: dict[str, Any]) -> set[str]:
+    """Keys of a record and of its turns that `parse_record` does not look at."""
+    turns = record.get("conversations") or record.get("messages") or []
+    unread = record.keys() - _READ | {key for turn in turns for key in turn.keys() - _READ_OF_TURN}
+    return {str(key) for key in unread}
 
 
 def _parse_turn(turn: Any) -> Turn:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise BadSample("bad turn", 'expected {"from": ..., "value": ...}')
-    role = ROLES.get(str(turn.get("from", "")))
-    if role is None:
-        raise BadSample("unknown role", repr(turn.get("from")))
-    if any("\ud800" <= character <= "\udfff" for character in turn["value"]):
+    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    value = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+    if not isinstance(value, str):
+        raise BadSample("bad turn", 'expected {"from": ..., "value": text} or {"role": ..., "content": text}')
+    if str(role or "") not in ROLES:
+        raise BadSample("unknown role", repr(role))
+    role = ROLES[str(role)]
+    if any("\ud800" <= character <= "\udfff" for character in value):
         raise BadSample("bad turn", "half of a surrogate pair, which is no text")
-    images = turn["value"].count(IMAGE_PLACEHOLDER)
-    if images and role != "user":
-        raise BadSample("<image> count", f"a placeholder in a turn of {turn['from']}")
-    text = turn["value"].replace(IMAGE_PLACEHOLDER, "").strip()
-    if not text and role == "assistant":
+    if PLACEHOLDER in value and role != "user":
+        raise BadSample("<image> count", f"a placeholder in a turn of {role}")
+    # The first line of an answer may be indented: code is.
+    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", value).rstrip() if role == "assistant" else value.strip()
+    if not text.strip() and role == "assistant":
         raise BadSample("empty answer")
-    return Turn(role, text, images)
+    return Turn(role, text)
