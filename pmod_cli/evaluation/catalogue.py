@@ -71,7 +71,9 @@ class Tasks:
         try:
             return self.manager._get_config(name)
         except Exception as error:
-            raise PmodError(f"task {name} cannot be loaded: {reason(error)}") from error
+            # Some tasks make their judge's client as soon as they are imported.
+            judge = "export OPENAI_API_KEY=..." if type(error).__name__ == "OpenAIError" else None
+            raise PmodError(f"task {name} cannot be loaded: {reason(error)}", judge) from error
 
     def load(self, name: str) -> Any:
         """Load a task with its data; a `PmodError` if they cannot be had."""
