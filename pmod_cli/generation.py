@@ -23,6 +23,7 @@ from transformers import (
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
 from pmod_cli.checkpoints.load import check_tokenizer, read_config
 from pmod_cli.devices import check_dtype, find_device
+from pmod_cli.families.agreement import agree
 from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.pictures import as_rgb
@@ -145,6 +146,7 @@ class VisionLanguageModel:
             # transformers would go on with random numbers there.
             missing = sorted(info["missing_keys"])
             raise PmodError(f"{source} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}")
+        agree(model.config, processor)
         used = use_kernels(model, kernels)
         return cls(model, processor, cache, used)
 

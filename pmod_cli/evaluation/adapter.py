@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from lmms_eval.api.model import lmms
 
 from pmod_cli.devices import own_device
 from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all
-from pmod_cli.evaluation.identity import preparation
+from pmod_cli.evaluation.identity import preparation, prompt_digest
 from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -95,23 +95,27 @@ class PmodLmms(lmms):
         if (most := self.max_new_tokens) is not None:
             settings["max_new_tokens"] = min(settings.get("max_new_tokens", most), most)
         waiting = []
+        keys: dict[int, str] = {}  # of prompts that were made, by position
+        repeats: Counter[tuple[int, str]] = Counter()
+        questions = []
         for position in positions:
             text, _, _, doc_id, _, _ = requests[position].args
-            known = self.store.get(doc_id, text) if self.store is not None else None
-            if known is None:
-                waiting.append(position)
-            else:
+            question = self._question(*requests[position].args, repeats[doc_id, text], keys, position)
+            repeats[doc_id, text] += 1
+            if known := self._kept(doc_id, question, keys, position):
                 results[position] = _finish(known, until)
+            else:
+                waiting.append(position)
+                questions.append(question)
         self.recalled += len(positions) - len(waiting)
         self.on_answers(self.recalled + self.generated)
-        questions = [self._question(*requests[position].args) for position in waiting]
         started = time.perf_counter()
         for batch in answer_all(self.vlm, questions, settings, self.sizer):
             answered = []
             for index, outcome in batch.items():
-                text, _, _, doc_id, task, _ = requests[waiting[index]].args
+                _, _, _, doc_id, task, _ = requests[waiting[index]].args
                 if isinstance(outcome, Answer):
-                    answered.append((doc_id, text, outcome))
+                    answered.append((doc_id, keys[waiting[index]], outcome))
                     results[waiting[index]] = _finish(outcome, until)
                 else:
                     self.failures[task, doc_id] = f"{type(outcome).__name__}: {outcome}"
@@ -121,11 +125,32 @@ class PmodLmms(lmms):
             self.on_answers(self.recalled + self.generated)
         self.seconds += time.perf_counter() - started
 
+    def _kept(self, doc_id: int, question: Question, keys: dict[int, str], position: int) -> Answer | None:
+        """The answer that is kept for this very prompt, pictures included."""
+        if self.store is None or not self.store.knows(doc_id):
+            return None
+        try:
+            question.make()
+        except Exception:  # it will be tried again, and recorded
+            return None
+        return self.store.get(doc_id, keys[position])
+
     def _question(
-        self, text: str, _: Any, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str
+        self,
+        text: str,
+        _: Any,
+        doc_to_visual: Callable[[Any], Any],
+        doc_id: int,
+        task: str,
+        split: str,
+        repeat: int,
+        keys: dict[int, str],
+        position: int,
     ) -> Question:
         def make() -> Prompt:
-            return Prompt(text, tuple(doc_to_visual(self.task_dict[task][split][doc_id]) or ()))
+            prompt = Prompt(text, tuple(doc_to_visual(self.task_dict[task][split][doc_id]) or ()))
+            keys[position] = prompt_digest(prompt, repeat)
+            return prompt
 
         return Question(text, make)
 

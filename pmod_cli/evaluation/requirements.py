@@ -70,7 +70,13 @@ def check(
         try:
             leaves[name] = catalogue.leaves(name)
             for leaf in leaves[name]:
-                problems += _task_problems(leaf, catalogue.config(leaf), hub)
+                config = catalogue.config(leaf)
+                if missing := catalogue.missing_folder(leaf, config):
+                    problems.append(
+                        Problem(leaf, f"has no data at {missing}", f"correct {catalogue.file(leaf)}")
+                    )
+                else:
+                    problems += _task_problems(leaf, config, hub)
         except PmodError as error:
             problems.append(Problem(name, error.message, error.hint or "pmod eval --help"))
     problems += hub.disk_problems()
