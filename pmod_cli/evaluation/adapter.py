@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,21 +96,34 @@ class PmodLmms(lmms):
         until = settings.get("until") or []
         if (most := self.max_new_tokens) is not None:
             settings["max_new_tokens"] = min(settings.get("max_new_tokens", most), most)
-        waiting = []
-        keys: dict[int, str] = {}  # of prompts that were made, by position
-        repeats: Counter[tuple[int, str]] = Counter()
-        questions = []
+        asked: Counter[tuple[int, str]] = Counter()
+        repeats, keys = (
+            {},
+            {},
+        )  # by position: how often the same was asked before, and what its answer is kept by
         for position in positions:
             text, _, _, doc_id, _, _ = requests[position].args
-            question = self._question(*requests[position].args, repeats[doc_id, text], keys, position)
-            repeats[doc_id, text] += 1
-            if known := self._kept(doc_id, question, keys, position):
-                results[position] = _finish(known, until)
-            else:
-                waiting.append(position)
-                questions.append(question)
+            repeats[position] = asked[doc_id, text]
+            asked[doc_id, text] += 1
+
+        def make(position: int) -> Prompt:
+            prompt = self._prompt(*requests[position].args)
+            keys[position] = prompt_digest(prompt, repeats[position])
+            return prompt
+
+        waiting = []
+        for position in positions:
+            doc_id = requests[position].args[3]
+            if self.store is not None and self.store.knows(doc_id):
+                with contextlib.suppress(Exception):  # it is made once more below, and its error recorded
+                    make(position)
+                    if known := self.store.get(doc_id, keys[position]):
+                        results[position] = _finish(known, until)
+                        continue
+            waiting.append(position)
         self.recalled += len(positions) - len(waiting)
         self.on_answers(self.recalled + self.generated)
+        questions = [Question(requests[position].args[0], partial(make, position)) for position in waiting]
         started = time.perf_counter()
         for batch in answer_all(self.vlm, questions, settings, self.sizer):
             answered = []
@@ -125,34 +140,10 @@ class PmodLmms(lmms):
             self.on_answers(self.recalled + self.generated)
         self.seconds += time.perf_counter() - started
 
-    def _kept(self, doc_id: int, question: Question, keys: dict[int, str], position: int) -> Answer | None:
-        """The answer that is kept for this very prompt, pictures included."""
-        if self.store is None or not self.store.knows(doc_id):
-            return None
-        try:
-            question.make()
-        except Exception:  # it will be tried again, and recorded
-            return None
-        return self.store.get(doc_id, keys[position])
-
-    def _question(
-        self,
-        text: str,
-        _: Any,
-        doc_to_visual: Callable[[Any], Any],
-        doc_id: int,
-        task: str,
-        split: str,
-        repeat: int,
-        keys: dict[int, str],
-        position: int,
-    ) -> Question:
-        def make() -> Prompt:
-            prompt = Prompt(text, tuple(doc_to_visual(self.task_dict[task][split][doc_id]) or ()))
-            keys[position] = prompt_digest(prompt, repeat)
-            return prompt
-
-        return Question(text, make)
+    def _prompt(
+        self, text: str, _: Any, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str
+    ) -> Prompt:
+        return Prompt(text, tuple(doc_to_visual(self.task_dict[task][split][doc_id]) or ()))
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
         """Not supported: the paper's tasks all generate, in one round."""

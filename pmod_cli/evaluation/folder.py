@@ -100,7 +100,7 @@ class AnswerStore:
         return self._answers.get((doc_id, prompt))
 
     def add(self, answers: Iterable[tuple[int, str, Answer]]) -> None:
-        """Store a batch's answers, each with its document and its prompt's digest; when this returns they are on the disk."""
+        """Store a batch's answers, with document and prompt's digest; when this returns they are on the disk."""
         lines = []
         for doc_id, prompt, answer in answers:
             self._keep(doc_id, prompt, answer)

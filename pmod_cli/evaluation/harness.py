@@ -30,7 +30,8 @@ class TaskRun:
         metric: How it is scored; None if it has no number at all.
         metrics: ``metric,filter`` to aggregated value, as lmms-eval names them; only numbers.
         samples: One dictionary per document, in order: ``doc_id``, ``doc`` (no pictures), ``target``, ``prompt``,
-            ``answer`` (a list, where the task repeats its questions), ``tokens``, ``metrics``, ``score``, and ``error`` (None unless it failed).
+            ``answer`` (a list where the task repeats its questions), ``tokens``, ``metrics``, ``score``, and ``error``
+            (None unless it failed).
         broken_metrics: Errors by metric whose aggregation raised; not always one that matters.
     """
 
