@@ -34,19 +34,20 @@ def missing_key(config: Mapping[str, Any]) -> str | None:
     metrics = [entry.get("aggregation") for entry in config.get("metric_list") or []]
     names = _reachable([config.get("process_results"), *metrics])
     kind = os.environ.get("API_TYPE", "openai")
-    posts = {"requests", "post"} <= names and any(
-        "API_KEY" in name or name == "Authorization" for name in names
-    )
+    posts = {"requests", "post"} <= names and any("API_KEY" in name for name in names)
     judged = posts or any(name.startswith((*_CLIENTS, *_JUDGES)) for name in names)
     if not judged or kind not in ("openai", "azure", "async_openai", "async_azure"):
         return None  # without a judge; or with one that has other credentials, or needs none
     variables = ["AZURE_API_KEY" if "azure" in kind else "OPENAI_API_KEY"]
-    variables += sorted(name for name in names if name.endswith("API_KEY") and name.isupper())
+    variables += sorted(name for name in names if name.endswith("_API_KEY") and name.isupper())
     return None if any(map(os.environ.get, variables)) else variables[0]
 
 
 def _reachable(functions: list[Any]) -> set[str]:
-    """All names and strings in the code of functions and of what they call in the tasks' own files."""
+    """All names and strings in the code of functions and of what they call in the tasks' own files.
+
+    Keys are often read where the module begins: their names count too.
+    """
     names: set[str] = set()
     seen: set[int] = set()
     waiting: list[Any] = [function for function in functions if callable(function)]
@@ -71,6 +72,7 @@ def _reachable(functions: list[Any]) -> set[str]:
             names.add(value.__module__)
         if path.startswith(_LIBRARIES) and "lmms_eval/tasks" not in path:
             continue
+        names |= {name for name in value.__globals__ if name.endswith("API_KEY")}
         codes: list[CodeType] = [value.__code__]
         for code in codes:
             codes += [each for each in code.co_consts if isinstance(each, CodeType)]
