@@ -5,17 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
 from pmod_cli.checkpoints.load import check_tokenizer, read_config
 from pmod_cli.devices import check_dtype, find_device
+from pmod_cli.families.agreement import agree
 from pmod_cli.families.chat_templates import PLACEHOLDER
 from pmod_cli.families.processing import IMAGE_BACKEND, image_tokens, in_groups, load_processor, message
 from pmod_cli.kernels import use_kernels
@@ -94,6 +101,13 @@ class VisionLanguageModel:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        # Of the checkpoint's own settings (sampling, beams, static cache ...) only what ends an answer counts.
+        given = model.generation_config
+        self.model.generation_config = GenerationConfig(
+            bos_token_id=given.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id if given.eos_token_id is None else given.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         if not getattr(processor, "chat_template", None):
             raise PmodError(
                 "the checkpoint has no chat template", "add chat_template.jinja, as llava-hf's have"
@@ -145,6 +159,7 @@ class VisionLanguageModel:
             # transformers would go on with random numbers there.
             missing = sorted(info["missing_keys"])
             raise PmodError(f"{source} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}")
+        agree(model.config, processor)
         used = use_kernels(model, kernels)
         return cls(model, processor, cache, used)
 
@@ -181,22 +196,65 @@ class VisionLanguageModel:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
-        """Answer a batch of prompts, with `generation_settings`; an answer does not depend on the other prompts."""
+        """Answer a batch of prompts, with `generation_settings`; an answer does not depend on the other prompts.
+
+        A setting ``until``, a string or several, ends an answer with the first of them that it contains.
+        """
         inputs = self.encode(prompts).to(self.device)
+        until = settings.get("until") or []
+        strings = [string for string in ([until] if isinstance(until, str) else until) if string]
+        # Beams change places, so that a row that stopped need not be the answer's.
+        stops = strings and settings.get("num_beams") in (None, 1)
+        stop = _StopStrings(self.processor.tokenizer, strings, inputs["input_ids"].shape)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             kept = {"cache_implementation": "static"} if self.cache == "static" else {}
-            output = self.model.generate(**inputs, **generation_settings(settings), **kept)
+            output = self.model.generate(
+                **inputs,
+                **generation_settings(settings),
+                **kept,
+                stopping_criteria=StoppingCriteriaList([stop] if stops else []),
+            )
         new_ids = output[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
+        ends = [stop.ends.get(row, new_ids.shape[1]) for row in range(len(new_ids))]
+        rows = [ids[:end] for ids, end in zip(new_ids, ends, strict=True)]
+        texts = self.processor.batch_decode(rows, skip_special_tokens=True)
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()
         eos = self.model.generation_config.eos_token_id
         # Up to and with the first end-of-sequence token.
         ended = torch.isin(new_ids, torch.as_tensor([] if eos is None else eos, device=new_ids.device)).int()
         new_tokens = (ended.cumsum(1) - ended == 0).sum(1).tolist()
         return [
-            Answer(text.strip(), length, new)
-            for text, length, new in zip(texts, prompt_tokens, new_tokens, strict=True)
+            Answer(text.strip(), length, min(new, end))
+            for text, length, new, end in zip(texts, prompt_tokens, new_tokens, ends, strict=True)
         ]
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends each row of a batch at the first stop string after the white space that its answer begins with.
+
+    ``shape`` is that of the prompts' tokens. ``ends`` is the number of new tokens by row, of rows that have ended.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], shape: Sequence[int]) -> None:
+        self.tokenizer, self.strings = tokenizer, strings
+        self.start = shape[1]
+        # A token is a byte at least, but for special ones; white space at its beginning can be lost in decoding.
+        self.tail = max((len(string.encode()) for string in strings), default=0) + 4
+        self.ends: dict[int, int] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
+        new = input_ids[:, self.start :].cpu()
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        for row, ids in enumerate(new):
+            # The whole answer is decoded only where its end has a stop string.
+            if row in self.ends or not self._in(decode(ids[-self.tail :])):
+                continue
+            if self._in(decode(ids).lstrip()):
+                self.ends[row] = new.shape[1]
+        return torch.tensor([row in self.ends for row in range(len(new))], device=input_ids.device)
+
+    def _in(self, text: str) -> bool:
+        return any(string in text for string in self.strings)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,7 @@ from PIL import Image
 
 from pmod_cli.devices import own_device
 from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all
-from pmod_cli.evaluation.identity import preparation
+from pmod_cli.evaluation.identity import preparation, prompt_digest
 from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
 from pmod_cli.pictures import as_rgb, open_image
 
@@ -96,24 +98,39 @@ class PmodLmms(lmms):
         until = settings.get("until") or []
         if (most := self.max_new_tokens) is not None:
             settings["max_new_tokens"] = min(settings.get("max_new_tokens", most), most)
-        waiting = []
+        asked: Counter[tuple[int, str]] = Counter()
+        repeats: dict[int, int] = {}  # by position: how often the same was asked before
+        keys: dict[int, str] = {}  # by position: what its answer is kept by
         for position in positions:
             text, _, _, doc_id, _, _ = requests[position].args
-            known = self.store.get(doc_id, text) if self.store is not None else None
-            if known is None:
-                waiting.append(position)
-            else:
-                results[position] = _finish(known, until)
+            repeats[position] = asked[doc_id, text]
+            asked[doc_id, text] += 1
+
+        def make(position: int) -> Prompt:
+            prompt = self._prompt(*requests[position].args)
+            keys[position] = prompt_digest(prompt, repeats[position])
+            return prompt
+
+        waiting = []
+        for position in positions:
+            doc_id = requests[position].args[3]
+            if self.store is not None and self.store.knows(doc_id):
+                with contextlib.suppress(Exception):  # it is made once more below, and its error recorded
+                    make(position)
+                    if known := self.store.get(doc_id, keys[position]):
+                        results[position] = _finish(known, until)
+                        continue
+            waiting.append(position)
         self.recalled += len(positions) - len(waiting)
         self.on_answers(self.recalled + self.generated)
-        questions = [self._question(*requests[position].args) for position in waiting]
+        questions = [Question(requests[position].args[0], partial(make, position)) for position in waiting]
         started = time.perf_counter()
         for batch in answer_all(self.vlm, questions, settings, self.sizer):
             answered = []
             for index, outcome in batch.items():
-                text, _, _, doc_id, task, _ = requests[waiting[index]].args
+                _, _, _, doc_id, task, _ = requests[waiting[index]].args
                 if isinstance(outcome, Answer):
-                    answered.append((doc_id, text, outcome))
+                    answered.append((doc_id, keys[waiting[index]], outcome))
                     results[waiting[index]] = _finish(outcome, until)
                 else:
                     self.failures[task, doc_id] = f"{type(outcome).__name__}: {outcome}"
@@ -123,15 +140,12 @@ class PmodLmms(lmms):
             self.on_answers(self.recalled + self.generated)
         self.seconds += time.perf_counter() - started
 
-    def _question(
+    def _prompt(
         self, text: str, _: Any, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str
-    ) -> Question:
-        def make() -> Prompt:
-            visuals = doc_to_visual(viewed(self.task_dict[task][split][doc_id])) or ()
-            visuals = visuals if isinstance(visuals, (list, tuple)) else [visuals]
-            return Prompt(text, tuple(open_image(one) if isinstance(one, str) else one for one in visuals))
-
-        return Question(text, make)
+    ) -> Prompt:
+        visuals = doc_to_visual(viewed(self.task_dict[task][split][doc_id])) or ()
+        visuals = visuals if isinstance(visuals, (list, tuple)) else [visuals]
+        return Prompt(text, tuple(open_image(one) if isinstance(one, str) else one for one in visuals))
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
         """Not supported: the paper's tasks all generate, in one round."""

@@ -12,6 +12,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from pmod_cli.checkpoints.load import read_config
 from pmod_cli.extras import require
 from pmod_cli.families import processing
+from pmod_cli.families.agreement import agree
 from pmod_cli.families.chat_templates import VICUNA_V1, fit_template
 from pmod_cli.families.image_processors import PmodLlavaImageProcessor
 from pmod_cli.generation import VisionLanguageModel
@@ -84,7 +85,7 @@ def load_processor(model: str | Path, settings: TrainSettings) -> Any:
         processor = processing.load_processor(model)
     except (OSError, ValueError, KeyError) as error:
         raise PmodError(f"cannot load the processor of {model}: {first_line(error)}") from error
-    return _set_up(config, processor, settings)
+    return _set_up(config, agree(config, processor), settings)
 
 
 def _set_up(config: Any, processor: Any, settings: TrainSettings) -> Any:
