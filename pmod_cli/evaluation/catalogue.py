@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,10 @@ class Tasks:
         try:
             return self.manager._get_config(name)
         except Exception as error:
-            # Some tasks make their judge's client as soon as they are imported.
-            judge = "export OPENAI_API_KEY=..." if type(error).__name__ == "OpenAIError" else None
-            raise PmodError(f"task {name} cannot be loaded: {reason(error)}", judge) from error
+            # Some tasks make their judge's client, or read a variable, as soon as they are imported.
+            variable = "OPENAI_API_KEY" if type(error).__name__ == "OpenAIError" else str(error).strip("'")
+            hint = f"export {variable}=..." if re.fullmatch("[A-Z]+_[A-Z_]+", variable) else None
+            raise PmodError(f"task {name} cannot be loaded: {reason(error)}", hint) from error
 
     def load(self, name: str) -> Any:
         """Load a task with its data; a `PmodError` if they cannot be had."""

@@ -44,7 +44,21 @@ import random
 def process_results(doc, results):
     return {"exact_match": float(random.choice("ABCD") in "ABCD")}
 """,
+    "one of two": """
+def process_results(doc, results):
+    points = [requests.post(address, json={"question": number}, timeout=5).ok / 2 for number in range(2)]
+    return {"exact_match": sum(points)}
+""",
     "retried": """
+def process_results(doc, results):
+    for attempt in range(2):
+        if requests.post(address, json={"question": 1}, timeout=5).ok:
+            return {"exact_match": 1.0}
+        logger.error("once more")
+""",
+}
+
+JUDGE = """
 import http.server, threading
 import requests
 from loguru import logger
@@ -53,6 +67,7 @@ class Judge(http.server.BaseHTTPRequestHandler):
     answers = [500, 200] * 100
 
     def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
         self.send_response(Judge.answers.pop(0))
         self.end_headers()
 
@@ -61,14 +76,9 @@ class Judge(http.server.BaseHTTPRequestHandler):
 
 server = http.server.HTTPServer(("127.0.0.1", 0), Judge)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-
-def process_results(doc, results):
-    for attempt in range(2):
-        if requests.post(f"http://127.0.0.1:{server.server_port}", timeout=5).ok:
-            return {"exact_match": 1.0}
-        logger.error("once more")
-""",
-}
+address = f"http://127.0.0.1:{server.server_port}"
+"""
+"""Fails every second time; stands before the code of "one of two" and "retried"."""
 
 
 def make_task(folder, scoring=None, more="", count=3):
@@ -86,10 +96,11 @@ def make_task(folder, scoring=None, more="", count=3):
         ("judge", "the judge did not answer: ConnectionError"),
         ("logged", "cannot read the review"),
         ("guess", "the score would be a guess"),
+        ("one of two", "the judge did not answer: HTTP status 500"),
     ],
 )
 def test_what_falls_back_has_no_score(llava, tmp_path, kind, message):
-    make_task(tmp_path, SCORING[kind])
+    make_task(tmp_path, (JUDGE if kind == "one of two" else "") + SCORING[kind])
     result = evaluate(llava, ["mine"], include_path=tmp_path, settings=SETTINGS)
     assert score_of(result, "mine") is None
     assert result.failed_samples == 3
@@ -97,7 +108,7 @@ def test_what_falls_back_has_no_score(llava, tmp_path, kind, message):
 
 
 def test_a_judge_that_answers_in_the_end_has_judged(llava, tmp_path):
-    make_task(tmp_path, SCORING["retried"])
+    make_task(tmp_path, JUDGE + SCORING["retried"])
     assert score_of(evaluate(llava, ["mine"], include_path=tmp_path, settings=SETTINGS), "mine") == 100.0
 
 
@@ -121,11 +132,13 @@ def broken(items):
 
 
 def test_judges_are_found_in_the_code_that_scores(monkeypatch):
-    for name in ("OPENAI_API_KEY", "AZURE_API_KEY", "API_TYPE"):
+    for name in ("OPENAI_API_KEY", "OPENAI_API_URL", "AZURE_API_KEY", "API_TYPE"):
         monkeypatch.delenv(name, raising=False)
     tasks = Tasks(["llava_in_the_wild"])
-    judged = ("llava_in_the_wild", "hallusion_bench_image", "mmbench_en_dev", "mia_bench")
-    assert [missing_key(tasks.config(name)) for name in judged] == ["OPENAI_API_KEY"] * 4
+    # The client is in the function, in an object's class, in a dictionary of functions; reached by its address alone.
+    judged = ("llava_in_the_wild", "hallusion_bench_image", "mmbench_en_dev", "hrbench4k", "spatialtreebench")
+    assert [missing_key(tasks.config(name)) for name in judged] == ["OPENAI_API_KEY"] * 5
+    assert missing_key(tasks.config("captionqa_natural")) == "OPENAI_API_URL"
     by_rule = ("gqa", "mmbench_en_dev_static", "mmmu_val", "pope", "textvqa_val", "egoschema")
     assert [missing_key(tasks.config(name)) for name in by_rule] == [None] * 6
     monkeypatch.setenv("API_TYPE", "azure")
