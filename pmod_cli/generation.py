@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -23,8 +24,15 @@ import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto cl
 from pmod_cli.checkpoints.load import check_tokenizer, read_config
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.families.agreement import agree
-from pmod_cli.families.chat_templates import PLACEHOLDER
-from pmod_cli.families.processing import IMAGE_BACKEND, image_tokens, in_groups, load_processor, message
+from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
+from pmod_cli.families.processing import (
+    IMAGE_BACKEND,
+    image_tokens,
+    in_groups,
+    load_processor,
+    message,
+    video_tokens,
+)
 from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.pictures import as_rgb
@@ -43,23 +51,37 @@ _SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 class Prompt:
     """A user's turn: text, and pictures that go where ``<image>`` stands in it, or before it if that stands nowhere.
 
-    Pictures are made RGB as `as_rgb` does. Without pictures, ``<image>`` in the text is left out.
+    Pictures are made RGB as `as_rgb` does. Without pictures, ``<image>`` in the text is left out. Likewise ``<video>``
+    and videos, as `open_video` gives them.
 
     Raises:
-        PmodError: The text has another number of ``<image>`` than there are pictures.
+        PmodError: The text has another number of ``<image>`` than there are pictures, or of ``<video>`` than videos.
     """
 
     text: str
     images: tuple[Image.Image, ...] = ()
+    videos: tuple[np.ndarray, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", tuple(map(as_rgb, self.images)))
-        places = self.text.count(PLACEHOLDER)
-        if self.images and places not in (0, len(self.images)):
-            raise PmodError(
-                f"the prompt has {places} {PLACEHOLDER} and {len(self.images)} pictures",
-                f"write one {PLACEHOLDER} for each picture, or none: then all come first",
-            )
+        given: dict[str, tuple[str, Sequence[Any]]] = {
+            PLACEHOLDER: ("pictures", self.images),
+            VIDEO_PLACEHOLDER: ("videos", self.videos),
+        }
+        for place, (kind, media) in given.items():
+            places = self.text.count(place)
+            if media and places not in (0, len(media)):
+                raise PmodError(
+                    f"the prompt has {places} {place} and {len(media)} {kind}",
+                    f"write one {place} for each, or none: then all come first",
+                )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that its pictures and videos take."""
+        return sum(3 * image.width * image.height for image in self.images) + sum(
+            video.nbytes for video in self.videos
+        )
 
 
 @dataclass(frozen=True)
@@ -169,27 +191,33 @@ class VisionLanguageModel:
         return self.model.device
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt with the chat template applied, up to where the answer begins."""
+        """The prompt in the chat template, up to where the answer begins; `PmodError` if the model takes no videos."""
         text = prompt.text
+        if prompt.videos and not hasattr(self.processor, "video_token"):
+            raise PmodError("the model takes no videos", "LLaVA-OneVision does")
         if not prompt.images:
             text = text.replace(PLACEHOLDER, "")
         elif PLACEHOLDER not in text:
             text = PLACEHOLDER * len(prompt.images) + text
-        return self.processor.apply_chat_template(
-            [message(self.processor, "user", text)], add_generation_prompt=True, tokenize=False
-        )
+        if prompt.videos and VIDEO_PLACEHOLDER not in text:
+            text = VIDEO_PLACEHOLDER * len(prompt.videos) + text
+        turn = message(self.processor, "user", text, videos=bool(prompt.videos))
+        return self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
 
     def length(self, prompt: Prompt) -> int:
         """Tokens of the prompt, vision tokens included; without running the image processor."""
         text_ids = self.processor.tokenizer(self.render(prompt)).input_ids
         vision = image_tokens(self.processor, prompt.images)
+        vision += video_tokens(self.processor, [len(video) for video in prompt.videos])
         return len(text_ids) - len(vision) + sum(vision)
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """The model's inputs for a batch of prompts, padded on the left, on the CPU."""
+        videos = [video for prompt in prompts for video in prompt.videos]
         return self.processor(
             text=[self.render(prompt) for prompt in prompts],
             images=in_groups(self.processor, [prompt.images for prompt in prompts]),
+            **({"videos": videos, "do_sample_frames": False} if videos else {}),
             padding=True,
             return_tensors="pt",
         )
@@ -206,8 +234,8 @@ class VisionLanguageModel:
         # Beams change places, so that a row that stopped need not be the answer's.
         stops = strings and settings.get("num_beams") in (None, 1)
         stop = _StopStrings(self.processor.tokenizer, strings, inputs["input_ids"].shape)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        for name in inputs.keys() & {"pixel_values", "pixel_values_videos"}:
+            inputs[name] = inputs[name].to(self.model.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             kept = {"cache_implementation": "static"} if self.cache == "static" else {}

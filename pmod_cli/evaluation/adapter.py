@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
-from PIL import Image
 
 from pmod_cli.devices import own_device
 from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all
 from pmod_cli.evaluation.identity import preparation, prompt_digest
+from pmod_cli.evaluation.visuals import prompt_of
 from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
-from pmod_cli.pictures import as_rgb, open_image
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.folder import AnswerStore
@@ -143,9 +142,7 @@ class PmodLmms(lmms):
     def _prompt(
         self, text: str, _: Any, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str
     ) -> Prompt:
-        visuals = doc_to_visual(viewed(self.task_dict[task][split][doc_id])) or ()
-        visuals = visuals if isinstance(visuals, (list, tuple)) else [visuals]
-        return Prompt(text, tuple(open_image(one) if isinstance(one, str) else one for one in visuals))
+        return prompt_of(text, doc_to_visual, self.task_dict[task][split][doc_id])
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
         """Not supported: the paper's tasks all generate, in one round."""
@@ -163,15 +160,6 @@ class PmodLmms(lmms):
             "cache": self.vlm.cache,
             "preparation": preparation(self.vlm.processor),
         }
-
-
-def viewed(value: Any) -> Any:
-    """A document with its pictures as `as_rgb` gives them, before a task's own code drops bits or transparency."""
-    if isinstance(value, Image.Image):
-        return as_rgb(value)
-    if isinstance(value, dict):
-        return {key: viewed(item) for key, item in value.items()}
-    return [viewed(item) for item in value] if isinstance(value, list) else value
 
 
 def _finish(answer: Answer, until: str | Sequence[str]) -> GenerationResult:

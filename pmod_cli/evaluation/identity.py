@@ -85,11 +85,14 @@ def environment() -> dict[str, str]:
 
 
 def prompt_digest(prompt: Prompt, repeat: int) -> str:
-    """What a prompt is kept by: its text, its pictures' pixels, and how often it was asked before."""
+    """What a prompt is kept by: its text, the pixels of pictures and videos, and how often it was asked before."""
     state = hashlib.sha256(json.dumps([prompt.text, repeat]).encode())
     for image in prompt.images:
         state.update(repr((image.mode, image.size)).encode())
         state.update(image.tobytes())
+    for video in prompt.videos:
+        state.update(repr(video.shape).encode())
+        state.update(video.tobytes())
     return state.hexdigest()[:16]
 
 

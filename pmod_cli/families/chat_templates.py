@@ -9,6 +9,9 @@ from typing import Any
 PLACEHOLDER = "<image>"
 """Where a picture goes, in records and prompts."""
 
+VIDEO_PLACEHOLDER = "<video>"
+"""Where a video goes, in prompts."""
+
 
 def _read(name: str) -> str:
     """A template of the folder ``templates``, without the line breaks and indents that only people need."""

@@ -11,12 +11,10 @@ from typing import Any
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
-from pmod_cli.families.chat_templates import PLACEHOLDER
+from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
 
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
-
-_LEADING = re.compile(rf"(?:\s*{PLACEHOLDER})+\s*")
 
 
 def load_processor(source: str | Path, backend: str = IMAGE_BACKEND) -> Any:
@@ -27,21 +25,29 @@ def load_processor(source: str | Path, backend: str = IMAGE_BACKEND) -> Any:
     return processor
 
 
-def message(processor: Any, role: str, text: str) -> dict[str, Any]:
+def message(processor: Any, role: str, text: str, *, videos: bool = False) -> dict[str, Any]:
     """One turn for ``apply_chat_template``, its pictures where `PLACEHOLDER` stands in the text.
 
-    Pictures in front of all words are the template's image parts. Others are written into the text: llava-hf's
-    templates would move image parts to the front. What reads like another special token is text: ``</s>`` becomes
-    ``< /s>``.
+    With ``videos`` they stand where `VIDEO_PLACEHOLDER` does. What is in front of all words is the template's image
+    and video parts. Where it is not, all is written into the text: llava-hf's templates would move parts to the front.
+    What reads like another special token is text: ``</s>`` becomes ``< /s>``.
     """
-    leading = _LEADING.match(text)
-    images, rest = (leading[0].count(PLACEHOLDER), text[leading.end() :]) if leading else (0, text)
-    if PLACEHOLDER in rest:
-        images, rest = 0, text
+    kinds = {PLACEHOLDER: "image"} | ({VIDEO_PLACEHOLDER: "video"} if videos else {})
+    words, *following = re.split(f"({'|'.join(kinds)})", text)
+    places, texts = following[::2], [words, *following[1::2]]
     special = _special_tokens(processor.tokenizer)
-    pieces = [special.sub(_broken, piece) for piece in rest.split(PLACEHOLDER)]
-    written = {"type": "text", "text": processor.image_token.join(pieces)}
-    return {"role": role, "content": [{"type": "image"}] * images + [written]}
+    texts = [special.sub(_broken, piece) for piece in texts]
+    if not any(piece.strip() for piece in texts[:-1]):
+        last = texts[-1].lstrip() if places else texts[-1]
+        parts = [{"type": kinds[place]} for place in places]
+        return {"role": role, "content": [*parts, {"type": "text", "text": last}]}
+    # LLaVA's own tokenizer puts a blank before the text behind an image: see `fit_template`.
+    blank = " " if rf"{processor.image_token} \n" in processor.chat_template else ""
+    written = texts[0]
+    for number, (place, piece) in enumerate(zip(places, texts[1:], strict=True), 1):
+        token = processor.image_token if kinds[place] == "image" else processor.video_token
+        written += token + (blank if piece or number == len(places) else "") + piece
+    return {"role": role, "content": [{"type": "text", "text": written}]}
 
 
 @lru_cache(maxsize=8)
@@ -68,6 +74,14 @@ def image_tokens(processor: Any, images: Sequence[Image.Image]) -> list[int]:
         return [processor.num_image_tokens + 1 - cut] * len(images)  # the newline's too
     sizes = [(image.height, image.width) for image in images]
     return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+
+
+def video_tokens(processor: Any, frames: Sequence[int]) -> list[int]:
+    """How many tokens videos of so many frames take in the prompt."""
+    if not frames:
+        return []
+    sizes = [(count, 1, 1) for count in frames]
+    return list(processor._get_num_multimodal_tokens(video_sizes=sizes)["num_video_tokens"])
 
 
 def in_groups(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> list[Any] | None:
