@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.data.dataset import open_data
-from pmod_cli.data.records import BadSample, parse_record, unread_keys
+from pmod_cli.data.records import READ, BadSample, parse_record, unread_keys
 from pmod_cli.output.errors import PmodError
 from pmod_cli.pictures import notes_of
 
@@ -56,7 +56,8 @@ def check_data(
     problems: list[dict[str, Any]] = []
     good: list[int] = []
     with_images, longest = 0, None
-    notes: Counter[str] = Counter()
+    columns = source.table.column_names if source.table is not None else ()
+    notes = Counter({f"key {name} is not read": len(source.records) for name in columns if name not in READ})
     seen: set[Any] = set()
     readable: set[str] = set()  # many records may name one image
     for index, record in enumerate(source.records):

@@ -13,7 +13,14 @@ from typing import Any
 
 from pmod_cli.checkpoints.source import is_hub_id
 from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
-from pmod_cli.data.records import BadSample, Conversation, dump_json, parse_json, parse_record
+from pmod_cli.data.records import (
+    BadSample,
+    Conversation,
+    dump_json,
+    parse_json,
+    parse_record,
+    picture_names,
+)
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import replacing, write_file
@@ -103,7 +110,7 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
 
     Args:
         data: A LLaVA JSON or JSONL file; or a Parquet file, folder or hub id that `datasets` opens, with the columns
-            ``conversations`` and ``image`` (or ``images``).
+            ``conversations`` (or ``messages``) and ``image`` (or ``images``).
         images: The folder that a file's image names are relative to; a table holds its images.
 
     Raises:
@@ -122,13 +129,20 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     except OSError as error:
         raise PmodError(f"cannot read {path}: {error.strerror}") from error
     records = parse_json(content, path)
-    if any(isinstance(record, dict) and (record.get("image") or record.get("images")) for record in records):
+    if any(map(_has_pictures, records)):
         if images is None:
             raise PmodError(f"{path} names image files", "--images says which folder they are in")
         if not images.is_dir():
             raise PmodError(f"no image folder {images}")
     folder = images if images is not None else path.parent
     return DataSource(str(path), records, ImageFolder(folder), hashlib.sha256(content).hexdigest())
+
+
+def _has_pictures(record: Any) -> bool:
+    try:
+        return isinstance(record, dict) and bool(picture_names(record))
+    except BadSample:
+        return True
 
 
 def _open_table(name: str, folder: Path | None) -> DataSource:
@@ -154,7 +168,8 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
             raise PmodError(f"data set {name} has no split named train", f"it has: {', '.join(table)}")
         table = table["train"] if "train" in table else next(iter(table.values()))
     column = next((column for column in ("image", "images") if column in table.column_names), None)
-    if "conversations" not in table.column_names or column is None:
+    talk = next((name for name in ("conversations", "messages") if name in table.column_names), None)
+    if talk is None or column is None:
         raise PmodError(
             f"data set {name} lacks the columns conversations and image",
             f"it has: {', '.join(table.column_names)}",
@@ -174,11 +189,11 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
             )
         images = ImageFeature()
         table = table.cast_column(column, List(images) if listed else images)
-    texts = [other for other in ("id", "conversations") if other in table.column_names]
+    texts = [other for other in ("id", talk, "system") if other in table.column_names]
     records = table.select_columns(texts).to_list()
     for record, names in zip(records, _picture_names(table, column), strict=True):
         record["image"] = names
-        record["conversations"] = _turns(record["conversations"])
+        record["conversations"] = _turns(record.pop(talk))
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps(record, sort_keys=True, default=str).encode())

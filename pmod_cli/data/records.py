@@ -12,10 +12,15 @@ from pmod_cli.families.chat_templates import PLACEHOLDER
 from pmod_cli.output.errors import PmodError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_READ = {"id", "image", "images", "conversations", "messages", "system"}
+READ = {"id", "image", "images", "conversations", "messages", "system"}
+"""Keys of a record that `parse_record` looks at."""
+
 _READ_OF_TURN = {"from", "value", "role", "content"}
 _ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_MEDIA = re.compile(
+    r"^data:(image|video|audio)/|\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac)$", re.I
+)
 
 
 class BadSample(ValueError):
@@ -97,33 +102,22 @@ def is_lines(path: Path) -> bool:
     return path.suffix.lower() == ".jsonl"
 
 
-def image_names(record: Any) -> list[Any]:
-    """What a record has under ``image`` or ``images``, as a list; `BadSample` if it is none of a picture's names."""
-    given = [record[key] for key in ("image", "images") if record.get(key) not in (None, [], "")]
-    if len(given) == 2:
-        raise BadSample("bad image field", "both image and images")
-    images = given[0] if given else []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise BadSample("bad image field", "absent, a string or a list of strings is expected")
-    return images
-
-
 def parse_record(record: Any, index: int) -> Conversation:
     """Read one record strictly, else `BadSample`; ``index`` is its id if it has none of its own.
 
     It is ``{"id", "image": absent | str | list, "conversations": [{"from", "value"}, ...]}``; ``images``,
-    ``messages`` of ``role`` and ``content``, and ``system`` are read too.
+    ``messages`` of ``role`` and ``content``, and ``system`` are read too. A ``content`` may be a list of parts of
+    ``type`` ``text`` or ``image``, which may name their pictures.
     """
     if not isinstance(record, dict):
         raise BadSample("not a record", f"a {type(record).__name__}")
     if media := [key for key in _OTHER_MEDIA if record.get(key)]:
         raise BadSample("other media", f"the key {media[0]}; training takes pictures (image) and text only")
-    images = image_names(record)
     conversation = record.get("conversations") or record.get("messages")
     if not isinstance(conversation, list) or not conversation:
         raise BadSample("no conversations")
-    turns = tuple(_parse_turn(turn) for turn in conversation)
+    images = picture_names(record)
+    turns = tuple(map(_parse_turn, conversation))
     if system := record.get("system"):
         turns = (_parse_turn({"from": "system", "value": system}), *turns)
     spoken = [turn.role for turn in turns[turns[0].role == "system" :]]
@@ -132,20 +126,71 @@ def parse_record(record: Any, index: int) -> Conversation:
     placeholders = sum(turn.images for turn in turns)
     if placeholders != len(images):
         raise BadSample("<image> count", f"{placeholders} placeholders, {len(images)} images")
+    if not images and (key := next((key for key, value in _unread(record) if _names_media(value)), None)):
+        raise BadSample("other media", f"the key {key} names media, and is not read; pictures go into image")
     name = record.get("id")
     return Conversation(str(index if name is None else name), tuple(images), turns)
 
 
+def picture_names(record: dict[str, Any]) -> list[str]:
+    """What a record has under ``image`` or ``images``, or in the parts of its turns.
+
+    `BadSample` if it is in several places, or is none of a picture's names.
+    """
+    given = [record[key] for key in ("image", "images") if record.get(key) not in (None, [], "")]
+    parts = [_name_in(part) for turn in _turns(record) for part in _parts(turn) if part.get("type") != "text"]
+    if any(name is not None for name in parts):
+        given.append(parts)
+    if len(given) > 1:
+        raise BadSample("bad image field", "pictures in several places: image, images or parts of turns")
+    images = given[0] if given else []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise BadSample("bad image field", "absent, a string or a list of strings is expected")
+    return images
+
+
 def unread_keys(record: dict[str, Any]) -> set[str]:
     """Keys of a record and of its turns that `parse_record` does not look at."""
-    turns = record.get("conversations") or record.get("messages") or []
-    unread = record.keys() - _READ | {key for turn in turns for key in turn.keys() - _READ_OF_TURN}
-    return {str(key) for key in unread}
+    return {key for key, _ in _unread(record)}
+
+
+def _unread(record: dict[str, Any]) -> list[tuple[str, Any]]:
+    pairs = [(key, value) for key, value in record.items() if key not in READ]
+    pairs += [
+        (key, value) for turn in _turns(record) for key, value in turn.items() if key not in _READ_OF_TURN
+    ]
+    return [(str(key), value) for key, value in pairs]
+
+
+def _names_media(value: Any) -> bool:
+    """Whether a value is the name of a picture, a video or a sound, or a list of some."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_names_media, value))
+    return isinstance(value, str) and bool(_MEDIA.search(value))
+
+
+def _turns(record: dict[str, Any]) -> list[dict[str, Any]]:
+    turns = record.get("conversations") or record.get("messages")
+    return [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+
+
+def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    content = turn.get("value", turn.get("content"))
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+def _name_in(part: dict[str, Any]) -> Any:
+    """The name that an image part has; None if the record's ``images`` has it."""
+    name = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), None)
+    return name.get("url") if isinstance(name, dict) else name
 
 
 def _parse_turn(turn: Any) -> Turn:
     role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
     value = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+    if isinstance(value, list):
+        value = "".join(map(_written, value))
     if not isinstance(value, str):
         raise BadSample("bad turn", 'expected {"from": ..., "value": text} or {"role": ..., "content": text}')
     if str(role or "") not in ROLES:
@@ -160,3 +205,13 @@ def _parse_turn(turn: Any) -> Turn:
     if not text.strip() and role == "assistant":
         raise BadSample("empty answer")
     return Turn(role, text)
+
+
+def _written(part: Any) -> str:
+    """One part of a turn's content as text."""
+    if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
+        return PLACEHOLDER
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type") in (None, "text"):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise BadSample("other media", f"a part of type {kind}; training takes image and text only")

@@ -78,6 +78,12 @@ def test_other_names_of_what_is_read():
         {"images": ["a.png"], "messages": spoken},
     ):
         assert parse_record({"id": "1", **other}, 0) == expected
+    image, text = {"type": "image"}, {"type": "text", "text": "\nWhat?"}
+    named = [image | {"image": "a.png"}, image | {"url": "a.png"}]
+    named += [{"type": "image_url", "image_url": {"url": "a.png"}}]
+    records = [{"image": "a.png", "messages": [{"role": "user", "content": [image, text]}, spoken[1]]}]
+    records += [{"messages": [{"role": "user", "content": [part, text]}, spoken[1]]} for part in named]
+    assert [parse_record({"id": "1", **record}, 0) for record in records] == [expected] * 4
     led = parse_record({"system": "Be short.", "conversations": turns("Hello?")}, 0)
     assert led.turns[0] == Turn("system", "Be short.")
 
@@ -87,6 +93,13 @@ def test_other_names_of_what_is_read():
     [
         ({"video": "clip.mp4", "conversations": turns("<video>\nWhat?")}, "other media"),
         ({"video": "clip.mp4", "conversations": turns("<image>\nWhat?")}, "other media"),
+        ({"img": "a.png", "conversations": turns("What?")}, "other media"),
+        ({"frames": ["a.JPG"], "conversations": turns("What?")}, "other media"),
+        (
+            {"conversations": [{"from": "human", "value": "What?", "picture": "a.png"}, turns()[1]]},
+            "other media",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}]}]}, "other media"),
         ({"images": ["a.png"], "conversations": turns("What?")}, "<image> count"),
         ({"image": "a.png", "images": ["b.png"], "conversations": turns()}, "bad image field"),
     ],
