@@ -5,23 +5,37 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
 from pmod_cli.checkpoints.load import check_tokenizer, read_config
 from pmod_cli.devices import check_dtype, find_device
+from pmod_cli.families.agreement import agree
+from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
+from pmod_cli.families.processing import (
+    IMAGE_BACKEND,
+    image_tokens,
+    in_groups,
+    load_processor,
+    message,
+    video_tokens,
+)
 from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.pictures import as_rgb
-
-IMAGE_BACKEND = "pil"
-"""Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 """What lmms-eval's LLaVA models use where a task does not say."""
@@ -35,10 +49,39 @@ _SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A user's turn: text and the pictures that come before it."""
+    """A user's turn: text, and pictures that go where ``<image>`` stands in it, or before it if that stands nowhere.
+
+    Pictures are made RGB as `as_rgb` does. Without pictures, ``<image>`` in the text is left out. Likewise ``<video>``
+    and videos, as `open_video` gives them.
+
+    Raises:
+        PmodError: The text has another number of ``<image>`` than there are pictures, or of ``<video>`` than videos.
+    """
 
     text: str
     images: tuple[Image.Image, ...] = ()
+    videos: tuple[np.ndarray, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(map(as_rgb, self.images)))
+        given: dict[str, tuple[str, Sequence[Any]]] = {
+            PLACEHOLDER: ("pictures", self.images),
+            VIDEO_PLACEHOLDER: ("videos", self.videos),
+        }
+        for place, (kind, media) in given.items():
+            places = self.text.count(place)
+            if media and places not in (0, len(media)):
+                raise PmodError(
+                    f"the prompt has {places} {place} and {len(media)} {kind}",
+                    f"write one {place} for each, or none: then all come first",
+                )
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that its pictures and videos take."""
+        return sum(3 * image.width * image.height for image in self.images) + sum(
+            video.nbytes for video in self.videos
+        )
 
 
 @dataclass(frozen=True)
@@ -80,6 +123,13 @@ class VisionLanguageModel:
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        # Of the checkpoint's own settings (sampling, beams, static cache ...) only what ends an answer counts.
+        given = model.generation_config
+        self.model.generation_config = GenerationConfig(
+            bos_token_id=given.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id if given.eos_token_id is None else given.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         if not getattr(processor, "chat_template", None):
             raise PmodError(
                 "the checkpoint has no chat template", "add chat_template.jinja, as llava-hf's have"
@@ -120,7 +170,7 @@ class VisionLanguageModel:
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
         try:
-            processor = AutoProcessor.from_pretrained(source, backend=image_backend, trust_remote_code=False)
+            processor = load_processor(source, image_backend)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source,
                 dtype=dtype,
@@ -136,6 +186,7 @@ class VisionLanguageModel:
             # transformers would go on with random numbers there.
             missing = sorted(info["missing_keys"])
             raise PmodError(f"{source} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}")
+        agree(model.config, processor)
         used = use_kernels(model, kernels)
         return cls(model, processor, cache, used)
 
@@ -145,52 +196,98 @@ class VisionLanguageModel:
         return self.model.device
 
     def render(self, prompt: Prompt) -> str:
-        """The prompt with the chat template applied, up to where the answer begins."""
-        token = self.processor.image_token
-        # A literal image token in a question would be taken for one more picture.
-        text = prompt.text.replace(token, "")
-        content = [{"type": "image"} for _ in prompt.images] + [{"type": "text", "text": text}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        """The prompt in the chat template, up to where the answer begins; `PmodError` if the model takes no videos."""
+        text = prompt.text
+        if prompt.videos and not hasattr(self.processor, "video_token"):
+            raise PmodError("the model takes no videos", "LLaVA-OneVision does")
+        if not prompt.images:
+            text = text.replace(PLACEHOLDER, "")
+        elif PLACEHOLDER not in text:
+            text = PLACEHOLDER * len(prompt.images) + text
+        if prompt.videos and VIDEO_PLACEHOLDER not in text:
+            text = VIDEO_PLACEHOLDER * len(prompt.videos) + text
+        turn = message(self.processor, "user", text, videos=bool(prompt.videos))
+        return self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
 
     def length(self, prompt: Prompt) -> int:
         """Tokens of the prompt, vision tokens included; without running the image processor."""
         text_ids = self.processor.tokenizer(self.render(prompt)).input_ids
-        sizes = [(image.height, image.width) for image in prompt.images]
-        vision = (
-            self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens if sizes else []
-        )
-        return len(text_ids) - len(sizes) + sum(vision)
+        vision = image_tokens(self.processor, prompt.images)
+        vision += video_tokens(self.processor, [len(video) for video in prompt.videos])
+        return len(text_ids) - len(vision) + sum(vision)
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """The model's inputs for a batch of prompts, padded on the left, on the CPU."""
-        images = [as_rgb(image) for prompt in prompts for image in prompt.images]
+        videos = [video for prompt in prompts for video in prompt.videos]
         return self.processor(
             text=[self.render(prompt) for prompt in prompts],
-            images=images or None,
+            images=in_groups(self.processor, [prompt.images for prompt in prompts]),
+            **({"videos": videos, "do_sample_frames": False} if videos else {}),
             padding=True,
             return_tensors="pt",
         )
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
-        """Answer a batch of prompts, with `generation_settings`; an answer does not depend on the other prompts."""
+        """Answer a batch of prompts, with `generation_settings`; an answer does not depend on the other prompts.
+
+        A setting ``until``, a string or several, ends an answer with the first of them that it contains.
+        """
         inputs = self.encode(prompts).to(self.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        until = settings.get("until") or []
+        strings = [string for string in ([until] if isinstance(until, str) else until) if string]
+        # Beams change places, so that a row that stopped need not be the answer's.
+        stops = strings and settings.get("num_beams") in (None, 1)
+        stop = _StopStrings(self.processor.tokenizer, strings, inputs["input_ids"].shape)
+        for name in inputs.keys() & {"pixel_values", "pixel_values_videos"}:
+            inputs[name] = inputs[name].to(self.model.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             kept = {"cache_implementation": "static"} if self.cache == "static" else {}
-            output = self.model.generate(**inputs, **generation_settings(settings), **kept)
+            output = self.model.generate(
+                **inputs,
+                **generation_settings(settings),
+                **kept,
+                stopping_criteria=StoppingCriteriaList([stop] if stops else []),
+            )
         new_ids = output[:, inputs["input_ids"].shape[1] :]
-        texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
+        ends = [stop.ends.get(row, new_ids.shape[1]) for row in range(len(new_ids))]
+        rows = [ids[:end] for ids, end in zip(new_ids, ends, strict=True)]
+        texts = self.processor.batch_decode(rows, skip_special_tokens=True)
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()
         eos = self.model.generation_config.eos_token_id
         # Up to and with the first end-of-sequence token.
         ended = torch.isin(new_ids, torch.as_tensor([] if eos is None else eos, device=new_ids.device)).int()
         new_tokens = (ended.cumsum(1) - ended == 0).sum(1).tolist()
         return [
-            Answer(text.strip(), length, new)
-            for text, length, new in zip(texts, prompt_tokens, new_tokens, strict=True)
+            Answer(text.strip(), length, min(new, end))
+            for text, length, new, end in zip(texts, prompt_tokens, new_tokens, ends, strict=True)
         ]
+
+
+class _StopStrings(StoppingCriteria):
+    """Ends each row of a batch at the first stop string after the white space that its answer begins with.
+
+    ``shape`` is that of the prompts' tokens. ``ends`` is the number of new tokens by row, of rows that have ended.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str], shape: Sequence[int]) -> None:
+        self.tokenizer, self.strings = tokenizer, strings
+        self.start = shape[1]
+        # A token is a byte at least, but for special ones; white space at its beginning can be lost in decoding.
+        self.tail = max((len(string.encode()) for string in strings), default=0) + 4
+        self.ends: dict[int, int] = {}
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
+        new = input_ids[:, self.start :].cpu()
+        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
+        for row, ids in enumerate(new):
+            # The whole answer is decoded only where its end has a stop string.
+            if row in self.ends or not self._in(decode(ids[-self.tail :])):
+                continue
+            if self._in(decode(ids).lstrip()):
+                self.ends[row] = new.shape[1]
+        return torch.tensor([row in self.ends for row in range(len(new))], device=input_ids.device)
+
+    def _in(self, text: str) -> bool:
+        return any(string in text for string in self.strings)

@@ -108,6 +108,7 @@ class TrainSettings(_Section):
     max_length: int = Field(2048, gt=0)
     image_aspect_ratio: Literal["pad", "anyres", "processor"] = "processor"
     chat_template: Literal["processor", "vicuna_v1"] = "processor"
+    image_position: Literal["written", "front"] = "written"
     group_by_modality_length: bool = True
     freeze_vision_tower: bool = True
     attn_implementation: str | None = None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.source import Source, check_exists, open_source
+from pmod_cli.checkpoints.source import WHOLE, Source, check_exists, open_source
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import read_json
 
 ORIGINAL_DECODERS = {
     "llava_llama": "llama",
@@ -37,11 +38,34 @@ def refuse_unconverted(source: Source) -> None:
         raise PmodError(f"{source.name} is in the {whose} format", "pmod convert it first")
 
 
+def refuse_part(folder: Path) -> None:
+    """Refuse a folder that has only a LoRA adapter or a projector, and no whole model."""
+    if not folder.is_dir() or any((folder / name).is_file() for name in WHOLE):
+        return
+    if (folder / "adapter_config.json").is_file() or any(folder.glob("adapter_model.*")):
+        config = (
+            read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else {}
+        )
+        base = config.get("base_model_name_or_path") or "its base"
+        raise PmodError(
+            f"{folder} is a LoRA adapter, not a whole checkpoint",
+            f"merge it into {base} first: PEFT's merge_and_unload and save_pretrained; "
+            "pmod finetune --merge writes a merged checkpoint at once",
+        )
+    for name in ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin"):
+        if (folder / name).is_file():
+            raise PmodError(
+                f"{folder} has only a projector ({name}), no whole checkpoint",
+                "pmod convert LANGUAGE_MODEL --projector FOLDER --vision-tower ID puts a model together",
+            )
+
+
 def check_source(source: str | Path) -> None:
     """Refuse what is plainly no checkpoint or has to be converted first, before anything is loaded or downloaded."""
     check_exists(source, "checkpoint folder")
     path = Path(source)
     if path.is_dir():
+        refuse_part(path)
         if not (path / "config.json").is_file():
             raise PmodError(f"{path} is not a checkpoint: it has no config.json")
         refuse_unconverted(open_source(path))

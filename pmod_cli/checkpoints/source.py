@@ -15,6 +15,9 @@ from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import read_json
 
 _PICKLED_INDEX, _PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
+WHOLE = (SINGLE, INDEX, _PICKLED, _PICKLED_INDEX)
+"""Files that a folder with a whole model's weights has, one of them."""
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")
 
 
@@ -85,6 +88,12 @@ class Source:
                 if (tensor, name) not in found:
                     raise PmodError(
                         f"{index} says that {tensor} is in {name}, and it is not", "download both again"
+                    )
+            for name, file in found:
+                if ".lora_" in name or name.startswith("base_model.model."):
+                    raise PmodError(
+                        f"{self.name} has unmerged LoRA layers, or PEFT's names ({name} in {file})",
+                        "merge them first: PEFT's merge_and_unload, then save_pretrained",
                     )
             return files
         hint = f"expected {SINGLE} or {INDEX}"

@@ -69,6 +69,7 @@ def check_command(
             images,
             processor=processor,
             max_length=max_length if max_length is not None else settings.max_length,
+            image_position=settings.image_position,
             fix=fix,
             force=force,
             progress=lambda done, total: show("check", done, total),
@@ -82,6 +83,7 @@ def check_command(
         rows = [[kind, str(count)] for kind, count in report["counts"].items()]
         title = f"{report['good']} of {report['records']} records are fit"
         stdout.print(Table(title, ("problem", "records"), rows).to_rich())
+        show_lines(*(f"note: {note}: {count}" for note, count in report["notes"].items()))
         if report["fixed"]:
             show_lines(f"clean file: {report['fixed']}")
     if problems and fix is None:

@@ -24,7 +24,12 @@ from pmod_cli.output.console import emit_json, show_lines
 def generate_command(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub id, dense or p-MoD.")],
     prompt: Prompt,
-    image: Annotated[Path | None, typer.Option("--image", help="A picture; without one, text only.")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image", help="A picture; may be repeated. <image> in the prompt says where each goes."
+        ),
+    ] = None,
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -36,14 +41,19 @@ def generate_command(
     with starting("generate"):
         from pmod_cli import generation
         from pmod_cli.checkpoints.load import check_source
+        from pmod_cli.families.chat_templates import PLACEHOLDER
         from pmod_cli.generation import VisionLanguageModel
+        from pmod_cli.output.errors import PmodError
         from pmod_cli.pictures import open_image
 
     check_source(model)
-    images = (open_image(image),) if image else ()
+    images = image or []
+    question = generation.Prompt(prompt, tuple(map(open_image, images)))
+    if PLACEHOLDER in prompt and not images:
+        raise PmodError(f"the prompt has {PLACEHOLDER}, and there is no picture", "--image names it")
     loaded = VisionLanguageModel.load(model, dtype=dtype, device=device, kernels=kernels, cache=cache)
     started = time.perf_counter()
-    [answer] = loaded.generate([generation.Prompt(prompt, images)], max_new_tokens=max_new_tokens)
+    [answer] = loaded.generate([question], max_new_tokens=max_new_tokens)
     seconds = time.perf_counter() - started
     if not as_json:
         show_lines(answer.text)
@@ -52,7 +62,7 @@ def generate_command(
         "generate",
         {
             "model": model,
-            "image": str(image) if image else None,
+            "image": str(images[0]) if len(images) == 1 else [str(path) for path in images] or None,
             "prompt": prompt,
             "answer": answer.text,
             "prompt_tokens": answer.prompt_tokens,

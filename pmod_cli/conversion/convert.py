@@ -9,6 +9,7 @@ from typing import Any
 
 from pmod_cli.checkpoints import write
 from pmod_cli.checkpoints.hub import download
+from pmod_cli.checkpoints.load import refuse_part
 from pmod_cli.checkpoints.shards import TORCH_DTYPES, shard_bytes
 from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.conversion.formats.translation import Translation
@@ -66,6 +67,7 @@ def convert_back(
     """
     started = time.perf_counter()
     opened = open_source(source, revision=revision)
+    refuse_part(opened.folder)
     if opened.revision is not None:
         download(opened.name, opened.revision, [f"{FOLDER}/*"])
     dense = plan_baseline(opened)

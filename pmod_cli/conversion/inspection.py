@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pmod_cli.checkpoints.load import refuse_unconverted
+from pmod_cli.checkpoints.load import refuse_part, refuse_unconverted
 from pmod_cli.checkpoints.shards import StoredTensor, decode
 from pmod_cli.checkpoints.source import open_source
 from pmod_cli.conversion.decoder import ROUTER_DTYPES
@@ -28,6 +28,7 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> dict[s
         PmodError: It is not a p-MoD checkpoint, or routers are missing.
     """
     source = open_source(model, revision=revision, only=is_router)
+    refuse_part(source.folder)
     if not source.config:
         raise PmodError(f"{source.name} is not a checkpoint: it has no config.json")
     refuse_unconverted(source)

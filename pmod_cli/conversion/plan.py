@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli import __version__
+from pmod_cli.checkpoints.load import refuse_part
 from pmod_cli.checkpoints.shards import INDEX, StoredTensor, shard_bytes
 from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.conversion.card import model_card
 from pmod_cli.conversion.decoder import DecoderLayout, find_decoder, router_tensors
 from pmod_cli.conversion.formats import FORMATS, Options, Shard, Translation, find_format
 from pmod_cli.conversion.restore import baseline_files, index_of
+from pmod_cli.conversion.shapes import check_shapes
 from pmod_cli.families import Family, check_decoder, find_family
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
@@ -121,12 +123,14 @@ def plan_conversion(
     """
     options = replace(options or Options(), recipe=recipe)
     opened = open_source(source, revision=revision, allow_pickle=options.allow_pickle, headers=headers)
+    refuse_part(opened.folder)
     name = find_format(opened)
     translation = FORMATS[name].translate(opened, options)
     family = find_family(str(translation.config.get("model_type", "")))
     check_decoder(family, translation.config)
     tensors = [tensor for shard in translation.shards for tensor in shard.tensors]
     layout = find_decoder(family, translation.config, tensors)
+    check_shapes(translation.config, tensors)
     if translation.mod is None:
         used = recipe or default_recipe(overrides)
         check_recipe(used, family.name)

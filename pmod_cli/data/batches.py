@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from pmod_cli.data.chat import IGNORED, ChatEncoder, Encoded
 from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation
+from pmod_cli.families.processing import image_tokens, in_groups
 from pmod_cli.output.errors import PmodError
 
 _TEMPLATE_TOKENS = 64
@@ -38,14 +39,20 @@ class Example:
 class EncodedDataset(Dataset[Example]):
     """Encodes samples when they are asked for; a bad one is replaced by the next good one.
 
-    Their images are those of ``pictures``; ``max_length`` is in tokens, image tokens included.
+    Their images are those of ``pictures``; ``max_length`` is in tokens, image tokens included; for ``image_position``
+    see `ChatEncoder`.
     """
 
     def __init__(
-        self, samples: Sequence[Conversation], pictures: Pictures, processor: Any, max_length: int
+        self,
+        samples: Sequence[Conversation],
+        pictures: Pictures,
+        processor: Any,
+        max_length: int,
+        image_position: str = "written",
     ) -> None:
         self.samples, self.pictures, self.processor = samples, pictures, processor
-        self.encoder = ChatEncoder(processor, max_length)
+        self.encoder = ChatEncoder(processor, max_length, image_position)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -63,15 +70,7 @@ class EncodedDataset(Dataset[Example]):
 
     def encode(self, sample: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Token ids and labels of a sample whose images are at hand."""
-        return self.encoder.encode(sample.turns, image_token_numbers(self.processor, images))
-
-
-def image_token_numbers(processor: Any, images: Sequence[Image.Image]) -> list[int]:
-    """How many tokens each image takes in the prompt."""
-    if not images:
-        return []
-    counted = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1] for image in images])
-    return list(counted["num_image_tokens"])
+        return self.encoder.encode(sample.turns, image_tokens(self.processor, images))
 
 
 def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
@@ -86,7 +85,7 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
 
     def lengths(sample: Conversation) -> tuple[int, int]:
         vision = picture * len(sample.images)
-        text = sum(len(turn.text.encode()) + _TEMPLATE_TOKENS for turn in sample.turns) + _TEMPLATE_TOKENS
+        text = sum(len(turn.words.encode()) + _TEMPLATE_TOKENS for turn in sample.turns) + _TEMPLATE_TOKENS
         tokens = min(text + vision, dataset.encoder.max_length)
         return tokens, min(vision, tokens)
 
@@ -113,10 +112,10 @@ class Collator:
         ids = [example.encoded.input_ids for example in examples]
         labels = [example.encoded.labels for example in examples]
         mask = [[1] * len(row) for row in ids]
-        images = [image for example in examples for image in example.images]
-        if not images and self.image_for_text:
-            images = [Image.new("RGB", (64, 64))]
-            blank = image_token_numbers(self.processor, images)[0]
+        images = [example.images for example in examples]
+        if not any(images) and self.image_for_text:
+            images = [[Image.new("RGB", (64, 64))]]
+            blank = image_tokens(self.processor, images[0])[0]
             token = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
             ids[0] = ids[0] + [token] * blank
             labels[0], mask[0] = labels[0] + [IGNORED] * blank, mask[0] + [1] * blank
@@ -134,8 +133,8 @@ class Collator:
             "attention_mask": padded(mask, 0),
             "logits_to_keep": length - first,
         }
-        if images:
-            batch |= self.processor.image_processor(images, return_tensors="pt")
+        if (pictures := in_groups(self.processor, images)) is not None:
+            batch |= self.processor.image_processor(pictures, return_tensors="pt")
         batch["notes"] = {
             "ids": [example.id for example in examples],
             "replaced": [pair for example in examples for pair in example.replaced],
@@ -169,7 +168,7 @@ class OrderedSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         if self.group is None:
             return iter(torch.randperm(len(self.samples), generator=generator).tolist())
-        lengths = [sum(len(turn.text) for turn in sample.turns) for sample in self.samples]
+        lengths = [sum(len(turn.words) for turn in sample.turns) for sample in self.samples]
         batches: list[list[int]] = []
         rest: list[int] = []  # of both modalities: it comes last, in one mixed batch or two
         for with_images in (True, False):

@@ -13,6 +13,8 @@ from functools import partial
 from typing import Any
 
 from pmod_cli.data.records import BadSample, Turn
+from pmod_cli.families.chat_templates import PLACEHOLDER
+from pmod_cli.families.processing import message
 from pmod_cli.output.errors import PmodError
 
 IGNORED = -100
@@ -27,11 +29,15 @@ class Encoded:
 
 
 class ChatEncoder:
-    """Encodes conversations for a processor with a fast tokenizer and a chat template; cuts them at a length."""
+    """Encodes conversations for a processor with a fast tokenizer and a chat template; cuts them at a length.
 
-    def __init__(self, processor: Any, max_length: int) -> None:
+    With the ``image_position`` ``front`` a conversation's only picture comes before its turn's words, as LLaVA's own
+    code trains; with ``written`` all stay where the record has them.
+    """
+
+    def __init__(self, processor: Any, max_length: int, image_position: str = "written") -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.max_length = max_length
+        self.max_length, self.image_position = max_length, image_position
         if not processor.chat_template:
             raise PmodError(
                 "the processor has no chat template", "train.chat_template=vicuna_v1 gives it one"
@@ -80,13 +86,9 @@ class ChatEncoder:
 
     def render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The text and the (start, end) characters of each answer with its end-of-turn token."""
-        messages = [
-            {
-                "role": turn.role,
-                "content": [{"type": "image"}] * turn.images + [{"type": "text", "text": turn.text}],
-            }
-            for turn in turns
-        ]
+        if self.moves(turns):
+            turns = [Turn(turn.role, PLACEHOLDER + turn.words) if turn.images else turn for turn in turns]
+        messages = [message(self.processor, turn.role, self._text(turn)) for turn in turns]
         apply = partial(self.processor.apply_chat_template, tokenize=False)
         text, previous = "", ""  # ours, and the template's, which may lack end-of-turn tokens
         spans: list[tuple[int, int]] = []
@@ -106,6 +108,21 @@ class ChatEncoder:
             text += answer + rest
             previous = answered
         return text, spans
+
+    def moves(self, turns: Sequence[Turn]) -> bool:
+        """Whether ``image_position`` moves a picture: the only one, not in front where the record has it."""
+        return (
+            self.image_position == "front"
+            and sum(turn.images for turn in turns) == 1
+            and not any(turn.text.startswith(PLACEHOLDER) for turn in turns)
+        )
+
+    def _text(self, turn: Turn) -> str:
+        """An answer loses the end-of-turn tokens that it already has: the template, or we, write one."""
+        text = turn.text
+        while turn.role == "assistant" and (end := next(filter(text.endswith, self._ends), None)):
+            text = text.removesuffix(end).rstrip()
+        return text
 
     def _end_of_turn(self, answer: str) -> tuple[str, str]:
         """Split what a turn adds into the answer with its end-of-turn token, and the rest."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.data.dataset import open_data
-from pmod_cli.data.records import BadSample, parse_record
+from pmod_cli.data.records import READ, BadSample, parse_record, unread_keys
 from pmod_cli.output.files import check_place
+from pmod_cli.pictures import notes_of
 
 
 def check_data(
@@ -19,6 +19,7 @@ def check_data(
     *,
     processor: Any = None,
     max_length: int = 2048,
+    image_position: str = "written",
     fix: Path | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -31,6 +32,7 @@ def check_data(
         processor: The processor of the model to be trained, to find samples whose answers all lie past
             ``max_length``; None leaves that out.
         max_length: In tokens.
+        image_position: As in the recipe; a picture that it moves is noted.
         fix: Write the good records here, as they were (JSON, or JSONL by the suffix; of a table, a folder).
         force: Replace ``fix``, if pmod wrote it.
         progress: Called with the records done and the records in all.
@@ -51,16 +53,18 @@ def check_data(
     if processor is not None:
         from pmod_cli.data.batches import EncodedDataset  # imports torch
 
-        encoder = EncodedDataset([], source.pictures, processor, max_length)
+        encoder = EncodedDataset([], source.pictures, processor, max_length, image_position)
     problems: list[dict[str, Any]] = []
     good: list[int] = []
     with_images, longest = 0, None
-    seen: set[str] = set()
+    columns = source.table.column_names if source.table is not None else ()
+    notes = Counter({f"key {name} is not read": len(source.records) for name in columns if name not in READ})
+    seen: set[Any] = set()
     readable: set[str] = set()  # many records may name one image
     for index, record in enumerate(source.records):
         try:
             sample = parse_record(record, index)
-            key = json.dumps([record.get("image"), record["conversations"]], sort_keys=True)
+            key = (sample.images, sample.turns)
             if key in seen:
                 raise BadSample("duplicate", "the same image and conversation stand earlier in the file")
             names = (
@@ -71,7 +75,13 @@ def check_data(
             pictures = [source.pictures.load(name) for name in names]
             if encoder is not None:
                 longest = max(longest or 0, len(encoder.encode(sample, pictures).input_ids))
-            readable.update(names)
+            for name, picture in zip(names, pictures, strict=True):
+                if name not in readable:
+                    notes.update(f"picture {note}" for note in notes_of(picture))
+                    readable.add(name)
+            notes.update(f"key {unread} is not read" for unread in unread_keys(record))
+            if encoder is not None and encoder.encoder.moves(sample.turns):
+                notes["picture moved in front of the words (train.image_position)"] += 1
             seen.add(key)
             good.append(index)
             with_images += bool(sample.images)
@@ -88,6 +98,7 @@ def check_data(
         "with_images": with_images,
         "counts": dict(Counter(problem["kind"] for problem in problems).most_common()),
         "problems": problems,
+        "notes": dict(notes.most_common()),
         "longest_tokens": longest,
         "fixed": str(fix) if fix is not None else None,
     }

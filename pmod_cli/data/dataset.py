@@ -6,14 +6,21 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.source import is_hub_id
 from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
-from pmod_cli.data.records import BadSample, Conversation, parse_json, parse_record
+from pmod_cli.data.records import (
+    BadSample,
+    Conversation,
+    dump_json,
+    parse_json,
+    parse_record,
+    picture_names,
+)
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import BLANK_TAG, replacing, write_file
@@ -38,13 +45,20 @@ class DataSource:
 
     @cached_property
     def _parsed(self) -> tuple[list[Conversation], dict[str, str]]:
-        samples, bad = [], {}
+        samples: list[Conversation] = []
+        bad: dict[str, str] = {}
+        seen: set[str] = set()
         for index, record in enumerate(self.records):
+            # LLaVA's mixes give many records one id: it tells people which record is meant, and nothing else.
+            name = record.get("id") if isinstance(record, dict) else None
+            label = str(index if name is None else name)
+            if label in seen:
+                label = f"{label} (record {index})"
+            seen.add(label)
             try:
-                samples.append(parse_record(record, index))
+                samples.append(replace(parse_record(record, index), id=label))
             except BadSample as error:
-                name = record.get("id", index) if isinstance(record, dict) else index
-                bad[str(name)] = str(error)
+                bad[label] = str(error)
         if not samples:
             first = next(iter(bad.values()))
             raise PmodError(f"{self.name}: no usable record; the first: {first}", "see pmod data check")
@@ -57,7 +71,7 @@ class DataSource:
 
     @property
     def bad(self) -> dict[str, str]:
-        """Id -> reason, of the records left out."""
+        """Id -> reason, of the records left out; an id that comes again has the record's number behind it."""
         return self._parsed[1]
 
     def missing_images(self) -> dict[str, str]:
@@ -88,11 +102,7 @@ class DataSource:
             with replacing(path, force=force) as partial:
                 self.table.select(indices).save_to_disk(str(partial))
             return
-        chosen = [self.records[index] for index in indices]
-        if path.suffix == ".jsonl":
-            text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in chosen)
-        else:
-            text = json.dumps(chosen, ensure_ascii=False, indent=1)
+        text = dump_json([self.records[index] for index in indices], path)
         write_file(path, text + BLANK_TAG, force=force)
 
 
@@ -100,15 +110,15 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     """Open training data, without looking into its records.
 
     Args:
-        data: A LLaVA JSON or JSONL file; or a folder or hub id that `datasets` opens, with the columns
-            ``conversations`` and ``image`` (or ``images``).
+        data: A LLaVA JSON or JSONL file; or a Parquet file, folder or hub id that `datasets` opens, with the columns
+            ``conversations`` (or ``messages``) and ``image`` (or ``images``).
         images: The folder that a file's image names are relative to; a table holds its images.
 
     Raises:
         PmodError: The data is missing, cannot be read, or has another form; or `datasets` is missing.
     """
     path = Path(data)
-    if path.is_dir():
+    if path.is_dir() or path.suffix.lower() == ".parquet":
         return _open_table(str(data), path)
     name = str(data)
     if is_hub_id(name) and not path.suffix:
@@ -120,7 +130,7 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     except OSError as error:
         raise PmodError(f"cannot read {path}: {error.strerror}") from error
     records = parse_json(content, path)
-    if any(isinstance(record, dict) and record.get("image") for record in records):
+    if any(map(_has_pictures, records)):
         if images is None:
             raise PmodError(f"{path} names image files", "--images says which folder they are in")
         if not images.is_dir():
@@ -129,16 +139,26 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     return DataSource(str(path), records, ImageFolder(folder), hashlib.sha256(content).hexdigest())
 
 
+def _has_pictures(record: Any) -> bool:
+    try:
+        return isinstance(record, dict) and bool(picture_names(record))
+    except BadSample:
+        return True
+
+
 def _open_table(name: str, folder: Path | None) -> DataSource:
     require("datasets", "train")
     from datasets import Image as ImageFeature
-    from datasets import config, load_dataset, load_from_disk
+    from datasets import List, config, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     kinds = ("state.json", "dataset_dict.json")
     saved = folder is not None and any((folder / kind).is_file() for kind in kinds)
     try:
-        table = load_from_disk(name) if saved else load_dataset(name)
+        if folder is not None and folder.is_file():
+            table = load_dataset("parquet", data_files=name, split="train")
+        else:
+            table = load_from_disk(name) if saved else load_dataset(name)
     except (DatasetsError, OSError, ValueError, KeyError) as error:
         raise PmodError(
             f"cannot open data set {name}: {first_line(error)}",
@@ -149,7 +169,8 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
             raise PmodError(f"data set {name} has no split named train", f"it has: {', '.join(table)}")
         table = table["train"] if "train" in table else next(iter(table.values()))
     column = next((column for column in ("image", "images") if column in table.column_names), None)
-    if "conversations" not in table.column_names or column is None:
+    talk = next((name for name in ("conversations", "messages") if name in table.column_names), None)
+    if talk is None or column is None:
         raise PmodError(
             f"data set {name} lacks the columns conversations and image",
             f"it has: {', '.join(table.column_names)}",
@@ -158,19 +179,39 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
         raise PmodError(f"data set {name} holds no records")
     feature = table.features[column]
     if not isinstance(getattr(feature, "feature", feature), ImageFeature):
-        raise PmodError(
-            f"column {column} of data set {name} holds no images but {feature}",
-            "a LLaVA file whose records name image files goes with --images",
-        )
-    texts = [other for other in ("id", "conversations") if other in table.column_names]
+        # Written without `datasets`: the bytes themselves, or a struct of bytes and path.
+        listed = hasattr(feature, "feature")
+        one = feature.feature if listed else feature
+        plain = isinstance(one, dict) and one.keys() <= {"bytes", "path"}
+        if not plain and getattr(one, "dtype", None) not in ("binary", "large_binary"):
+            raise PmodError(
+                f"column {column} of data set {name} holds no images but {feature}",
+                "a LLaVA file whose records name image files goes with --images",
+            )
+        images = ImageFeature()
+        table = table.cast_column(column, List(images) if listed else images)
+    texts = [other for other in ("id", talk, "system") if other in table.column_names]
     records = table.select_columns(texts).to_list()
     for record, names in zip(records, _picture_names(table, column), strict=True):
         record["image"] = names
+        record["conversations"] = _turns(record.pop(talk))
     digest = hashlib.sha256()
     for record in records:
         digest.update(json.dumps(record, sort_keys=True, default=str).encode())
-    root = folder if folder is not None else Path(config.HF_CACHE_HOME)
+    root = Path(config.HF_CACHE_HOME) if folder is None else folder.parent if folder.is_file() else folder
     return DataSource(name, records, ImageColumn(table, column, root), digest.hexdigest(), table)
+
+
+def _turns(cell: Any) -> Any:
+    """A row's conversation as a list of turns; some tables hold it as JSON, or as one list per key."""
+    if isinstance(cell, str):
+        try:
+            return json.loads(cell)
+        except ValueError:
+            return cell  # `parse_record` says what is wrong
+    if isinstance(cell, dict) and cell and all(isinstance(column, list) for column in cell.values()):
+        return [dict(zip(cell, turn, strict=False)) for turn in zip(*cell.values(), strict=False)]
+    return cell
 
 
 def _picture_names(table: Any, column: str) -> Iterator[list[str]]:

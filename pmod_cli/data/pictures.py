@@ -11,21 +11,22 @@ from typing import Any
 from PIL import Image
 
 from pmod_cli.data.records import BadSample
-from pmod_cli.pictures import PictureError, open_image
+from pmod_cli.pictures import PictureError, is_url, open_image
 
 
 class ImageFolder:
     """Files below one folder; a name never leads out of it.
 
     Args:
-        folder: Names are relative to it. A folder linked into it counts as part of it.
+        folder: Names are relative to it, or absolute and inside. A folder linked into it counts as part of it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._roots = (folder.absolute(), folder.resolve())
 
     def load(self, name: str) -> Image.Image:
-        """Decode a picture as RGB; `BadSample` as in `find` and in `decode`."""
+        """Open a picture as `open_image` does; `BadSample` as in `find` and in `decode`."""
         try:
             content = self.find(name).read_bytes()
         except OSError as error:
@@ -34,9 +35,12 @@ class ImageFolder:
 
     def find(self, name: str) -> Path:
         """Where a picture is, without opening it; `BadSample` if it is not there or outside the folder."""
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        if is_url(name):
+            raise BadSample("URL", f"{name}: pictures are read from --images; download it there")
+        path = self.folder / name  # an absolute name stays what it is
+        inside = any(path.is_relative_to(root) for root in (self.folder, *self._roots))
+        if not inside or ".." in PurePosixPath(name).parts:
             raise BadSample("path leaves the folder", name)
-        path = self.folder / name
         try:
             path.lstat()
             outside = path.is_symlink() and not path.resolve().is_relative_to(self.folder.resolve())

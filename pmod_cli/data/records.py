@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.families.chat_templates import PLACEHOLDER
 from pmod_cli.output.errors import PmodError
 
-IMAGE_PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+READ = {"id", "image", "images", "conversations", "messages", "system"}
+"""Keys of a record that `parse_record` looks at."""
+
+_READ_OF_TURN = {"from", "value", "role", "content"}
+_ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_MEDIA = re.compile(
+    r"^data:(image|video|audio)/|\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac)$", re.I
+)
 
 
 class BadSample(ValueError):
@@ -23,11 +33,20 @@ class BadSample(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: its role in the chat template, its text, and how many images come with it."""
+    """One message: its role in the chat template, and its text with ``<image>`` where a picture goes."""
 
     role: str
     text: str
-    images: int = 0
+
+    @property
+    def images(self) -> int:
+        """How many pictures it has."""
+        return self.text.count(PLACEHOLDER)
+
+    @property
+    def words(self) -> str:
+        """The text without its pictures."""
+        return self.text.replace(PLACEHOLDER, "").strip()
 
 
 @dataclass(frozen=True)
@@ -47,16 +66,16 @@ class Conversation:
 
 def parse_json(content: bytes, path: Path) -> list[Any]:
     """The records of a JSON list or, by the path's suffix ``.jsonl``, of JSON lines, without looking into them."""
+    lines = is_lines(path)
     try:
-        text = content.decode("utf-8")
-        if path.suffix == ".jsonl":
-            # Not splitlines: strings in JSON may hold U+2028, which ends a line for Python.
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
-        else:
-            records = json.loads(text)
+        text = content.decode("utf-8-sig")
+        # Not splitlines: strings in JSON may hold U+2028, which ends a line for Python.
+        parts = [line for line in text.split("\n") if line.strip()] if lines else [text]
+        read = [json.loads(part) for part in parts]
+        records = read if lines else read[0]
     except UnicodeDecodeError as error:
         raise PmodError(f"cannot read {path}: {error}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise PmodError(f"{path} is not valid JSON: {error}", "JSON-lines files end in .jsonl") from error
     if not isinstance(records, list):
         raise PmodError(f"{path} is not a list of records", 'expected [{"conversations": [...]}, ...]')
@@ -65,42 +84,134 @@ def parse_json(content: bytes, path: Path) -> list[Any]:
     return records
 
 
+def dump_json(records: list[Any], path: Path) -> str:
+    """The text of a file that `parse_json` reads; every reader splits its lines at the same places.
+
+    What other programs take for the end of a line, and halves of surrogate pairs, are escaped.
+    """
+    lines = is_lines(path)
+    if lines:
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    else:
+        text = json.dumps(records, ensure_ascii=False, indent=1)
+    return _ESCAPED.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
+
+
+def is_lines(path: Path) -> bool:
+    """Whether a file holds JSON lines, by its suffix."""
+    return path.suffix.lower() == ".jsonl"
+
+
 def parse_record(record: Any, index: int) -> Conversation:
     """Read one record strictly, else `BadSample`; ``index`` is its id if it has none of its own.
 
-    It is ``{"id", "image": absent | str | list, "conversations": [{"from", "value"}, ...]}``.
+    It is ``{"id", "image": absent | str | list, "conversations": [{"from", "value"}, ...]}``; ``images``,
+    ``messages`` of ``role`` and ``content``, and ``system`` are read too. A ``content`` may be a list of parts of
+    ``type`` ``text`` or ``image``, which may name their pictures.
     """
     if not isinstance(record, dict):
         raise BadSample("not a record", f"a {type(record).__name__}")
-    images = record.get("image")
-    images = [] if images is None else [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
-        raise BadSample("bad image field", "absent, a string or a list of strings is expected")
-    conversation = record.get("conversations")
+    if media := [key for key in _OTHER_MEDIA if record.get(key)]:
+        raise BadSample("other media", f"the key {media[0]}; training takes pictures (image) and text only")
+    conversation = record.get("conversations") or record.get("messages")
     if not isinstance(conversation, list) or not conversation:
         raise BadSample("no conversations")
-    turns = tuple(_parse_turn(turn) for turn in conversation)
+    images = picture_names(record)
+    turns = tuple(map(_parse_turn, conversation))
+    if system := record.get("system"):
+        turns = (_parse_turn({"from": "system", "value": system}), *turns)
     spoken = [turn.role for turn in turns[turns[0].role == "system" :]]
     if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
         raise BadSample("turns out of order", " ".join(spoken) or "no turns")
     placeholders = sum(turn.images for turn in turns)
     if placeholders != len(images):
         raise BadSample("<image> count", f"{placeholders} placeholders, {len(images)} images")
-    return Conversation(str(record.get("id", index)), tuple(images), turns)
+    if not images and (key := next((key for key, value in _unread(record) if _names_media(value)), None)):
+        raise BadSample("other media", f"the key {key} names media, and is not read; pictures go into image")
+    name = record.get("id")
+    return Conversation(str(index if name is None else name), tuple(images), turns)
+
+
+def picture_names(record: dict[str, Any]) -> list[str]:
+    """What a record has under ``image`` or ``images``, or in the parts of its turns.
+
+    `BadSample` if it is in several places, or is none of a picture's names.
+    """
+    given = [record[key] for key in ("image", "images") if record.get(key) not in (None, [], "")]
+    parts = [_name_in(part) for turn in _turns(record) for part in _parts(turn) if part.get("type") != "text"]
+    if any(name is not None for name in parts):
+        given.append(parts)
+    if len(given) > 1:
+        raise BadSample("bad image field", "pictures in several places: image, images or parts of turns")
+    images = given[0] if given else []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(name, str) and name for name in images):
+        raise BadSample("bad image field", "absent, a string or a list of strings is expected")
+    return images
+
+
+def unread_keys(record: dict[str, Any]) -> set[str]:
+    """Keys of a record and of its turns that `parse_record` does not look at."""
+    return {key for key, _ in _unread(record)}
+
+
+def _unread(record: dict[str, Any]) -> list[tuple[str, Any]]:
+    pairs = [(key, value) for key, value in record.items() if key not in READ]
+    pairs += [
+        (key, value) for turn in _turns(record) for key, value in turn.items() if key not in _READ_OF_TURN
+    ]
+    return [(str(key), value) for key, value in pairs]
+
+
+def _names_media(value: Any) -> bool:
+    """Whether a value is the name of a picture, a video or a sound, or a list of some."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_names_media, value))
+    return isinstance(value, str) and bool(_MEDIA.search(value))
+
+
+def _turns(record: dict[str, Any]) -> list[dict[str, Any]]:
+    turns = record.get("conversations") or record.get("messages")
+    return [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+
+
+def _parts(turn: dict[str, Any]) -> list[dict[str, Any]]:
+    content = turn.get("value", turn.get("content"))
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+def _name_in(part: dict[str, Any]) -> Any:
+    """The name that an image part has; None if the record's ``images`` has it."""
+    name = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), None)
+    return name.get("url") if isinstance(name, dict) else name
 
 
 def _parse_turn(turn: Any) -> Turn:
-    if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-        raise BadSample("bad turn", 'expected {"from": ..., "value": ...}')
-    role = ROLES.get(str(turn.get("from", "")))
-    if role is None:
-        raise BadSample("unknown role", repr(turn.get("from")))
-    if any("\ud800" <= character <= "\udfff" for character in turn["value"]):
+    role = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    value = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+    if isinstance(value, list):
+        value = "".join(map(_written, value))
+    if not isinstance(value, str):
+        raise BadSample("bad turn", 'expected {"from": ..., "value": text} or {"role": ..., "content": text}')
+    if str(role or "") not in ROLES:
+        raise BadSample("unknown role", repr(role))
+    role = ROLES[str(role)]
+    if any("\ud800" <= character <= "\udfff" for character in value):
         raise BadSample("bad turn", "half of a surrogate pair, which is no text")
-    images = turn["value"].count(IMAGE_PLACEHOLDER)
-    if images and role != "user":
-        raise BadSample("<image> count", f"a placeholder in a turn of {turn['from']}")
-    text = turn["value"].replace(IMAGE_PLACEHOLDER, "").strip()
-    if not text and role == "assistant":
+    if PLACEHOLDER in value and role != "user":
+        raise BadSample("<image> count", f"a placeholder in a turn of {role}")
+    # The first line of an answer may be indented: code is.
+    text = re.sub(r"\A(?:[^\S\n]*\n)+", "", value).rstrip() if role == "assistant" else value.strip()
+    if not text.strip() and role == "assistant":
         raise BadSample("empty answer")
-    return Turn(role, text, images)
+    return Turn(role, text)
+
+
+def _written(part: Any) -> str:
+    """One part of a turn's content as text."""
+    if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
+        return PLACEHOLDER
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type") in (None, "text"):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise BadSample("other media", f"a part of type {kind}; training takes image and text only")

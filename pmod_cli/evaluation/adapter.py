@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,8 @@ from lmms_eval.api.model import lmms
 
 from pmod_cli.devices import own_device
 from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all
-from pmod_cli.evaluation.identity import preparation
+from pmod_cli.evaluation.identity import preparation, prompt_digest
+from pmod_cli.evaluation.visuals import prompt_of
 from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
 
 if TYPE_CHECKING:
@@ -94,24 +97,39 @@ class PmodLmms(lmms):
         until = settings.get("until") or []
         if (most := self.max_new_tokens) is not None:
             settings["max_new_tokens"] = min(settings.get("max_new_tokens", most), most)
-        waiting = []
+        asked: Counter[tuple[int, str]] = Counter()
+        repeats: dict[int, int] = {}  # by position: how often the same was asked before
+        keys: dict[int, str] = {}  # by position: what its answer is kept by
         for position in positions:
             text, _, _, doc_id, _, _ = requests[position].args
-            known = self.store.get(doc_id, text) if self.store is not None else None
-            if known is None:
-                waiting.append(position)
-            else:
-                results[position] = _finish(known, until)
+            repeats[position] = asked[doc_id, text]
+            asked[doc_id, text] += 1
+
+        def make(position: int) -> Prompt:
+            prompt = self._prompt(*requests[position].args)
+            keys[position] = prompt_digest(prompt, repeats[position])
+            return prompt
+
+        waiting = []
+        for position in positions:
+            doc_id = requests[position].args[3]
+            if self.store is not None and self.store.knows(doc_id):
+                with contextlib.suppress(Exception):  # it is made once more below, and its error recorded
+                    make(position)
+                    if known := self.store.get(doc_id, keys[position]):
+                        results[position] = _finish(known, until)
+                        continue
+            waiting.append(position)
         self.recalled += len(positions) - len(waiting)
         self.on_answers(self.recalled + self.generated)
-        questions = [self._question(*requests[position].args) for position in waiting]
+        questions = [Question(requests[position].args[0], partial(make, position)) for position in waiting]
         started = time.perf_counter()
         for batch in answer_all(self.vlm, questions, settings, self.sizer):
             answered = []
             for index, outcome in batch.items():
-                text, _, _, doc_id, task, _ = requests[waiting[index]].args
+                _, _, _, doc_id, task, _ = requests[waiting[index]].args
                 if isinstance(outcome, Answer):
-                    answered.append((doc_id, text, outcome))
+                    answered.append((doc_id, keys[waiting[index]], outcome))
                     results[waiting[index]] = _finish(outcome, until)
                 else:
                     self.failures[task, doc_id] = f"{type(outcome).__name__}: {outcome}"
@@ -121,13 +139,10 @@ class PmodLmms(lmms):
             self.on_answers(self.recalled + self.generated)
         self.seconds += time.perf_counter() - started
 
-    def _question(
+    def _prompt(
         self, text: str, _: Any, doc_to_visual: Callable[[Any], Any], doc_id: int, task: str, split: str
-    ) -> Question:
-        def make() -> Prompt:
-            return Prompt(text, tuple(doc_to_visual(self.task_dict[task][split][doc_id]) or ()))
-
-        return Question(text, make)
+    ) -> Prompt:
+        return prompt_of(text, doc_to_visual, self.task_dict[task][split][doc_id])
 
     def loglikelihood(self, requests: Sequence[Instance]) -> Any:
         """Not supported: the paper's tasks all generate, in one round."""

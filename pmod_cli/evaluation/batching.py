@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 Outcome = Answer | Exception
 
 _WINDOW = 8  # batches whose pictures are in memory at once, to be sorted by their real length
+_HELD_BYTES = 2 << 30  # of pictures and videos at once
 
 
 class Question(NamedTuple):
@@ -97,15 +98,17 @@ def answer_all(
         exactly once.
     """
     # Longest first: if memory runs out it does so at the start.
-    waiting = sorted(range(len(questions)), key=lambda index: -len(questions[index].text))
+    waiting = sorted(range(len(questions)), key=lambda index: (len(questions[index].text), -index))
     while waiting:
-        window, waiting = waiting[: sizer.size * _WINDOW], waiting[sizer.size * _WINDOW :]
         ready: list[tuple[int, int, Prompt]] = []
         failed: dict[int, Outcome] = {}
-        for index in window:
+        held = 0
+        while waiting and len(ready) < sizer.size * _WINDOW and held < _HELD_BYTES:
+            index = waiting.pop()
             try:
                 prompt = questions[index].make()
                 ready.append((model.length(prompt), index, prompt))
+                held += prompt.nbytes
             except Exception as error:
                 failed[index] = error
         if failed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from pmod_cli.evaluation import patches
 from pmod_cli.extras import reason, require
 from pmod_cli.output.errors import PmodError
+
+_BUILDERS = ("csv", "json", "parquet", "text", "pandas", "arrow", "imagefolder", "webdataset")
+"""Data set paths that name a kind of file."""
 
 
 def import_lmms_eval() -> None:
@@ -46,8 +50,15 @@ class Tasks:
     def _index(folders: Sequence[str]) -> Any:
         from lmms_eval.tasks import TaskManager
 
+        class Manager(TaskManager):
+            """Reads paths in a task file relative to it, as lmms-eval does for ``data_files`` alone."""
+
+            def _get_config(self, name: str) -> dict[str, Any]:
+                config: dict[str, Any] = super()._get_config(name)
+                return _located(config, self.task_index[name]["yaml_path"])
+
         try:
-            return TaskManager(include_path=list(folders), include_defaults=False, model_name="pmod")
+            return Manager(include_path=list(folders), include_defaults=False, model_name="pmod")
         except Exception as error:  # a YAML error, a missing include, a document that is no mapping ...
             what = " ".join(str(error).split())
             raise PmodError(f"a task file below {', '.join(folders)} cannot be read: {what}") from error
@@ -71,7 +82,10 @@ class Tasks:
         try:
             return self.manager._get_config(name)
         except Exception as error:
-            raise PmodError(f"task {name} cannot be loaded: {reason(error)}") from error
+            # Some tasks make their judge's client, or read a variable, as soon as they are imported.
+            variable = "OPENAI_API_KEY" if type(error).__name__ == "OpenAIError" else str(error).strip("'")
+            hint = f"export {variable}=..." if re.fullmatch("[A-Z]+_[A-Z_]+", variable) else None
+            raise PmodError(f"task {name} cannot be loaded: {reason(error)}", hint) from error
 
     def load(self, name: str) -> Any:
         """Load a task with its data; a `PmodError` if they cannot be had."""
@@ -79,9 +93,38 @@ class Tasks:
         from tenacity import RetryError
 
         try:
-            return get_task_dict([name], self.manager, "simple")[name]
+            task = get_task_dict([name], self.manager, "simple")[name]
+            len(task.eval_docs)  # is its split there?
+            return task
         except RetryError as error:
             cause: BaseException = error.last_attempt.exception() or error
             raise PmodError(f"the data of task {name} cannot be had: {reason(cause)}") from cause
         except Exception as error:
+            config = self.config(name)
+            splits = [key for key in config if key.endswith("_split") and [config[key]] == [*error.args]]
+            if isinstance(error, KeyError) and splits:
+                what = f"task {name}: its data ({config['dataset_path']}) have no split {error}"
+                raise PmodError(what, f"correct {splits[0]} in {self.file(name)}") from error
             raise PmodError(f"task {name} cannot be loaded: {reason(error)}") from error
+
+    def missing_folder(self, name: str, config: dict[str, Any]) -> str | None:
+        """The local folder that a task of the user's names and that is not there.
+
+        `datasets` would take what it once made of any folder of that name.
+        """
+        path, file = str(config.get("dataset_path")), Path(self.file(name))
+        own = any(file.is_relative_to(folder) for folder in self.folders)
+        local = path.startswith(".") or ("/" not in path and path not in _BUILDERS)
+        return str(file.parent / path) if own and local and config.get("dataset_path") else None
+
+    def file(self, name: str) -> str:
+        """The YAML file of a task."""
+        return str(self.manager.task_index[name]["yaml_path"])
+
+
+def _located(config: dict[str, Any], file: str | int) -> dict[str, Any]:
+    """A task's YAML with its local data found from the file's folder, where they are there."""
+    path = config.get("dataset_path")
+    if isinstance(path, str) and isinstance(file, str) and (found := Path(file).parent / path).exists():
+        return config | {"dataset_path": str(found.resolve())}
+    return config

@@ -72,7 +72,8 @@ def run(options: EvalOptions) -> None:
             its = "sample failed, so its task has" if number == 1 else "samples failed, so their tasks have"
             raise GateError(f"{number} {its} no score", result.first_failure)
         if result.without_score:
-            raise GateError(f"no score for {', '.join(result.without_score)}", result.first_broken_metric)
+            why = result.first_broken_metric or "the task's metric_list and process_results gave no number"
+            raise GateError(f"no score for {', '.join(result.without_score)}", why)
         if missed:
             raise GateError("; ".join(missed))
 

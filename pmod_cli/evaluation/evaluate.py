@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pmod_cli.checkpoints.load import read_config
 from pmod_cli.checkpoints.source import open_source
 from pmod_cli.devices import gather, is_main_process, join, one_first, rank, world_size
 from pmod_cli.evaluation import folder, identity, paper, requirements
@@ -18,6 +19,8 @@ from pmod_cli.evaluation.folder import AnswerStore
 from pmod_cli.evaluation.harness import SEEDS, TaskRun, run_task
 from pmod_cli.evaluation.options import EvalSettings, Progress, document_limit
 from pmod_cli.evaluation.results import EvalResult, TaskResult
+from pmod_cli.evaluation.visuals import refuse_unseen
+from pmod_cli.families import find_family
 from pmod_cli.output.files import locked, open_folder
 
 if TYPE_CHECKING:
@@ -79,6 +82,13 @@ def evaluate(
         with one_first():
             # Before a model is loaded: gqa's code starts processes for it, and data may turn out to be broken.
             loaded = {leaf: catalogue.load(leaf) for group in leaves.values() for leaf in group}
+        types = [
+            read_config(source).model_type
+            if isinstance(source, (str, Path))
+            else source.model.config.model_type
+            for source in sources.values()
+        ]
+        refuse_unseen(loaded, map(find_family, types))
         keep = output is not None
         return Evaluation(sources, leaves, catalogue, loaded, settings, path, keep, force, progress).run()
 

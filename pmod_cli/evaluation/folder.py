@@ -11,7 +11,6 @@ Without an output folder the answers alone are kept, in the user's cache (`answe
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,6 +82,7 @@ class AnswerStore:
     def __init__(self, folder: Path, rank: int = 0, fresh: bool = False, processes: int = 1) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._answers: dict[tuple[int, str], Answer] = {}
+        self._documents: set[int] = set()
         self._path = folder / f"rank{rank}.jsonl"
         for path in sorted(folder.glob("rank*.jsonl")):
             if not fresh:
@@ -93,17 +93,20 @@ class AnswerStore:
     def __len__(self) -> int:
         return len(self._answers)
 
+    def knows(self, doc_id: int) -> bool:
+        """Whether there is any answer for a document: only then its prompt is worth making to look it up."""
+        return doc_id in self._documents
+
     def get(self, doc_id: int, prompt: str) -> Answer | None:
-        """The stored answer to a document's prompt, or None."""
-        return self._answers.get((doc_id, _digest(prompt)))
+        """The stored answer to a document's prompt, by the prompt's digest; or None."""
+        return self._answers.get((doc_id, prompt))
 
     def add(self, answers: Iterable[tuple[int, str, Answer]]) -> None:
-        """Store a batch's answers, each with its document and prompt; when this returns they are on the disk."""
+        """Store a batch's answers, with document and prompt's digest; when this returns they are on the disk."""
         lines = []
         for doc_id, prompt, answer in answers:
-            key = (doc_id, _digest(prompt))
-            self._answers[key] = answer
-            line = {"doc_id": doc_id, "prompt": key[1], "answer": answer.text}
+            self._keep(doc_id, prompt, answer)
+            line = {"doc_id": doc_id, "prompt": prompt, "answer": answer.text}
             line |= {"prompt_tokens": answer.prompt_tokens, "new_tokens": answer.new_tokens}
             lines.append(json.dumps(line) + "\n")
         if not lines:
@@ -120,8 +123,8 @@ class AnswerStore:
         for entry in read_json_lines(path):
             with contextlib.suppress(KeyError, TypeError):  # a line that is not ours
                 answer = Answer(entry["answer"], entry["prompt_tokens"], entry["new_tokens"])
-                self._answers[entry["doc_id"], entry["prompt"]] = answer
+                self._keep(entry["doc_id"], entry["prompt"], answer)
 
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def _keep(self, doc_id: int, prompt: str, answer: Answer) -> None:
+        self._answers[doc_id, prompt] = answer
+        self._documents.add(doc_id)

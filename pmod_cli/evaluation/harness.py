@@ -30,7 +30,8 @@ class TaskRun:
         metric: How it is scored; None if it has no number at all.
         metrics: ``metric,filter`` to aggregated value, as lmms-eval names them; only numbers.
         samples: One dictionary per document, in order: ``doc_id``, ``doc`` (no pictures), ``target``, ``prompt``,
-            ``answer``, ``tokens``, ``metrics``, ``score``, and ``error`` (None unless it failed).
+            ``answer`` (a list where the task repeats its questions), ``tokens``, ``metrics``, ``score``, and ``error``
+            (None unless it failed).
         broken_metrics: Errors by metric whose aggregation raised; not always one that matters.
     """
 
@@ -85,7 +86,7 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
         for key, value in sorted(results["results"][name].items())  # lmms-eval's order is another each time
         if "," in key and "_stderr" not in key and isinstance(value, numbers.Real) and value == value
     }
-    metric = metric_of(name, tasks.config(name), metrics)
+    metric = metric_of(name, tasks.config(name), metrics, broken_metrics)
     samples = []
     for entry in sorted(results["samples"][name], key=lambda entry: entry["doc_id"]):
         error = failures.get((name, entry["doc_id"])) or entry.get(SCORING_ERROR)
@@ -95,7 +96,11 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
             "doc": entry["doc"],
             "target": entry["target"],
             "prompt": entry["arguments"][0],
-            "answer": None if error else answer[0] if isinstance(answer, list) else answer,
+            "answer": None
+            if error
+            else answer[0]
+            if isinstance(answer, list) and len(answer) == 1
+            else answer,
             "tokens": entry["token_counts"][0],
             "metrics": {key: entry[key] for key in task.aggregation() if key in entry},
             "error": error,

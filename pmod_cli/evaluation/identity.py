@@ -12,6 +12,7 @@ from transformers.image_processing_backends import PilBackend
 
 import pmod_cli
 from pmod_cli.checkpoints.source import open_source
+from pmod_cli.generation import Prompt
 from pmod_cli.output.versions import versions
 
 _CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.bin", "*.model", "*.txt")
@@ -81,6 +82,18 @@ def environment() -> dict[str, str]:
     """Versions of everything that has a say in a score."""
     packages = ("torch", "transformers", "lmms-eval", "datasets", "accelerate", "pillow", "torchvision")
     return {"pmod": pmod_cli.__version__} | versions(*packages)
+
+
+def prompt_digest(prompt: Prompt, repeat: int) -> str:
+    """What a prompt is kept by: its text, the pixels of pictures and videos, and how often it was asked before."""
+    state = hashlib.sha256(json.dumps([prompt.text, repeat]).encode())
+    for image in prompt.images:
+        state.update(repr((image.mode, image.size)).encode())
+        state.update(image.tobytes())
+    for video in prompt.videos:
+        state.update(repr(video.shape).encode())
+        state.update(video.tobytes())
+    return state.hexdigest()[:16]
 
 
 def digest(value: Any) -> str:

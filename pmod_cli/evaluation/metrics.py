@@ -7,8 +7,9 @@ each sample, with lmms-eval's own functions, so that errors and intervals belong
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from pmod_cli.evaluation.stats import Ratio, Strata, Stratum
@@ -130,12 +131,19 @@ METRICS = {
 }
 
 
-def metric_of(task: str, config: dict[str, Any], numbers: dict[str, float]) -> Metric | None:
-    """How a task is scored, by its YAML and what lmms-eval aggregated (``metric,filter`` to value); None for none."""
+def metric_of(
+    task: str, config: dict[str, Any], numbers: dict[str, float], broken: Collection[str] = ()
+) -> Metric | None:
+    """How a task is scored, by its YAML and what lmms-eval aggregated (``metric,filter`` to value); None for none.
+
+    No other metric stands in for one that is ``broken``.
+    """
     if task in METRICS:
         return METRICS[task]
     order = [str(entry["metric"]) for entry in config.get("metric_list") or []]
-    known = [key for name in order for key in numbers if key.split(",")[0] == name] or list(numbers)
+    order = list(itertools.takewhile(lambda name: name not in broken, order))
+    known = [key for name in order for key in numbers if key.split(",")[0] == name]
+    known = known or ([] if broken else list(numbers))
     if not known:
         return None
     return Metric(known[0], 100.0 if 0 <= numbers[known[0]] <= 1 else 1.0, _value, _means)

@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pmod_cli.evaluation.judges import Watch
+from pmod_cli.evaluation.metrics import METRICS
 from pmod_cli.pictures import refuse_cut_pictures
 
 SCORING_ERROR = "pmod_error"
@@ -42,22 +44,33 @@ def guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
     """
     # Without lmms-eval's retries: five attempts two seconds apart, at a function that will raise again.
     score = getattr(type(task).process_results, "__wrapped__", type(task).process_results)
+    # MMMU's metric is defined with guesses.
+    watch = Watch(guesses=task.config.task in METRICS)
 
     def process_results(doc: dict[str, Any], results: list[Any], **options: Any) -> dict[str, Any]:
         # MMMU guesses a letter if it finds none: give each document its own guess, whatever came before.
         random.seed(json.dumps(doc, sort_keys=True, default=lambda value: type(value).__name__))
+        watch.take()
         try:
-            return score(task, doc, results, **options)
+            scored = score(task, doc, results, **options)
         except Exception as error:
             return {SCORING_ERROR: f"scoring raised {type(error).__name__}: {error}"}
+        trouble = watch.take()
+        return {SCORING_ERROR: trouble} if trouble else scored
 
     def guard(metric: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)  # lmms-eval looks at the signature
         def aggregate(*args: Any, **options: Any) -> Any:
+            watch.take()
             try:
-                return function(*args, **options)
+                value = function(*args, **options)
             except Exception as error:
                 broken_metrics[metric] = f"aggregation raised {type(error).__name__}: {error}"
+                return None
+            if trouble := watch.take():
+                broken_metrics[metric] = trouble
+                return None
+            return value
 
         return aggregate
 
@@ -65,7 +78,10 @@ def guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
     task.process_results = process_results
     task._aggregation_list |= {metric: guard(metric, function) for metric, function in aggregations.items()}
     try:
-        with _no_random_letters() if task.config.task.startswith("mmbench") else contextlib.nullcontext():
+        with (
+            watch.on(),
+            _no_random_letters() if task.config.task.startswith("mmbench") else contextlib.nullcontext(),
+        ):
             yield
     finally:
         del task.process_results

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +10,14 @@ from typing import Any, NamedTuple
 from pmod_cli.checkpoints.load import check_source
 from pmod_cli.checkpoints.write import free_space
 from pmod_cli.evaluation.catalogue import Tasks
+from pmod_cli.evaluation.judges import missing_key
+from pmod_cli.evaluation.metrics import METRICS
 from pmod_cli.output.errors import PmodError
 
 FURTHER_DATA = {"gqa": ("lmms-lab-encoder/GQA", "testdev_balanced_images")}
 """Data set that a task's own code loads besides the one in its YAML (unless its ``process_docs`` is replaced)."""
 
 _PREPARE = "pmod eval --prepare --tasks"
-_WITH_JUDGE = re.compile(r"mmbench_(en_dev|en_dev_lite|cn_dev|cn_dev_lite|cc|ko_dev|ru_dev)")
-"""Tasks whose answers a paid judge reads where no option letter can be found."""
 
 
 class Problem(NamedTuple):
@@ -72,7 +70,13 @@ def check(
         try:
             leaves[name] = catalogue.leaves(name)
             for leaf in leaves[name]:
-                problems += _task_problems(leaf, catalogue.config(leaf), hub)
+                config = catalogue.config(leaf)
+                if missing := catalogue.missing_folder(leaf, config):
+                    problems.append(
+                        Problem(leaf, f"has no data at {missing}", f"correct {catalogue.file(leaf)}")
+                    )
+                else:
+                    problems += _task_problems(leaf, config, hub)
         except PmodError as error:
             problems.append(Problem(name, error.message, error.hint or "mend the task, or leave it out"))
     problems += hub.disk_problems()
@@ -85,8 +89,7 @@ def _task_problems(leaf: str, config: dict[str, Any], hub: _Hub) -> Iterator[Pro
     output_type = config.get("output_type", "generate_until")
     if output_type != "generate_until":
         yield Problem(leaf, f"is of type {output_type}; pmod answers generate_until tasks", "leave it out")
-    variable = "AZURE_API_KEY" if os.environ.get("API_TYPE") == "azure" else "OPENAI_API_KEY"
-    if _WITH_JUDGE.fullmatch(leaf) and not hub.preparing and not os.environ.get(variable):
+    if not hub.preparing and not _scored_by_rule(leaf) and (variable := missing_key(config)):
         instead = " or take mmbench_en_dev_static, which needs none" if leaf == "mmbench_en_dev" else ""
         yield Problem(leaf, "asks a paid judge, and has no key", f"export {variable}=...{instead}")
     data_sets = [(config.get("dataset_path"), config.get("dataset_name"))]
@@ -95,6 +98,10 @@ def _task_problems(leaf: str, config: dict[str, Any], hub: _Hub) -> Iterator[Pro
     for path, name in data_sets:
         if path:
             yield from hub.data_problems(leaf, config, path, name)
+
+
+def _scored_by_rule(leaf: str) -> bool:
+    return leaf in METRICS and METRICS[leaf].units is not None
 
 
 @contextlib.contextmanager

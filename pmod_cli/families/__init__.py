@@ -22,6 +22,7 @@ class Family:
         base_type: ``model_type`` of the dense transformers model.
         architecture: Class name of the p-MoD model.
         decoders: ``model_type`` of the supported language models; the first is transformers' default.
+        videos: Whether it takes videos.
         layer_prefixes: What may stand before a decoder layer's number in a checkpoint's parameter names.
     """
 
@@ -29,6 +30,7 @@ class Family:
     base_type: str
     architecture: str
     decoders: tuple[str, ...]
+    videos: bool = False
     layer_prefixes: tuple[str, ...] = ("model.language_model.layers.", "language_model.model.layers.")
 
     @property
@@ -42,7 +44,13 @@ FAMILIES = (
     Family(
         "llava_next", "llava_next", "PmodLlavaNextForConditionalGeneration", ("llama", "mistral", "qwen2")
     ),
-    Family("llava_onevision", "llava_onevision", "PmodLlavaOnevisionForConditionalGeneration", ("qwen2",)),
+    Family(
+        "llava_onevision",
+        "llava_onevision",
+        "PmodLlavaOnevisionForConditionalGeneration",
+        ("qwen2",),
+        videos=True,
+    ),
 )
 
 

@@ -6,6 +6,12 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+PLACEHOLDER = "<image>"
+"""Where a picture goes, in records and prompts."""
+
+VIDEO_PLACEHOLDER = "<video>"
+"""Where a video goes, in prompts."""
+
 
 def _read(name: str) -> str:
     """A template of the folder ``templates``, without the line breaks and indents that only people need."""
@@ -36,7 +42,7 @@ def choose_template(decoder: str, vocabulary: Container[str]) -> str | None:
     return {"llama": VICUNA_V1, "mistral": MISTRAL_INSTRUCT, "qwen2": CHATML}.get(decoder)
 
 
-def fit_template(template: str, tokenizer: Any, image_token: str = "<image>") -> str:
+def fit_template(template: str, tokenizer: Any, image_token: str = PLACEHOLDER) -> str:
     """Change a template such that a tokenizer gives the tokens that LLaVA's own code gives for a conversation.
 
     LLaVA tokenises the text on each side of an image by itself, and sentencepiece puts a blank before each. Newer

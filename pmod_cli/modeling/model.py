@@ -8,6 +8,7 @@ option ``output_routing`` and takes ``vision_mask`` in ``generate``. The forward
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,8 @@ from pmod_cli.modeling.compat import PIXELS, encoded_inputs
 from pmod_cli.modeling.decoders import take_over
 from pmod_cli.modeling.plan import RoutingRecord
 from pmod_cli.modeling.settings import MoDConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -216,6 +219,11 @@ class MoDForConditionalGeneration:
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
+        merged = inputs_embeds is not None and vision_mask is None and not self.model._kinds(dict(kwargs))
+        if is_first_iteration and merged:
+            logger.warning(
+                "inputs_embeds without pictures and vision_mask: all tokens are taken for text, and kept"
+            )
         if vision_mask is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
             new = 0 if is_first_iteration else input_ids.shape[1] - vision_mask.shape[1]
             embeds = inputs.get("inputs_embeds")

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints.load import refuse_part
 from pmod_cli.checkpoints.source import is_hub_id
 from pmod_cli.families import check_decoder, find_family
 from pmod_cli.families.defaults import transformers_config
@@ -140,6 +141,7 @@ def _read(model: str) -> Variant:
     if path.is_file():
         return _variant(model, _read_config(path), None)
     if path.is_dir():
+        refuse_part(path)
         if not (path / "config.json").is_file():
             raise PmodError(f"{model} has no config.json", "give a checkpoint folder or a config.json")
         has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))

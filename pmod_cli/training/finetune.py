@@ -165,7 +165,9 @@ class _Run:
         settings, data = self.settings, self.conversations
         source = self.checkpoint if self.checkpoint and self.loads_checkpoint else self.model
         self.network, self.processor = load_for_training(source, settings)
-        self.dataset = EncodedDataset(data.samples, data.pictures, self.processor, settings.max_length)
+        self.dataset = EncodedDataset(
+            data.samples, data.pictures, self.processor, settings.max_length, settings.image_position
+        )
         self.parts = count_parts(self.network)
         copies = 1 if self.checkpoint else min(KEPT_CHECKPOINTS + 1, -(-self.steps // settings.save_steps))
         check_space(self.work, copies * checkpoint_bytes(self.parts, adapter_only=settings.lora is not None))

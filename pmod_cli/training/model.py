@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from pmod_cli.checkpoints.load import read_config
 from pmod_cli.extras import require
+from pmod_cli.families import processing
+from pmod_cli.families.agreement import agree
 from pmod_cli.families.chat_templates import VICUNA_V1, fit_template
 from pmod_cli.families.image_processors import PmodLlavaImageProcessor
-from pmod_cli.generation import IMAGE_BACKEND, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.kernels import use_kernels
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError, first_line
@@ -81,10 +82,10 @@ def load_processor(model: str | Path, settings: TrainSettings) -> Any:
     """The processor alone, as training would use it; `PmodError` as in `load_for_training`."""
     config = read_config(model)
     try:
-        processor = AutoProcessor.from_pretrained(model, backend=IMAGE_BACKEND, trust_remote_code=False)
+        processor = processing.load_processor(model)
     except (OSError, ValueError, KeyError) as error:
         raise PmodError(f"cannot load the processor of {model}: {first_line(error)}") from error
-    return _set_up(config, processor, settings)
+    return _set_up(config, agree(config, processor), settings)
 
 
 def _set_up(config: Any, processor: Any, settings: TrainSettings) -> Any:

@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from pmod_cli.conversion.convert import convert
 from pmod_cli.conversion.plan import plan_conversion
@@ -21,7 +22,7 @@ from pmod_cli.recipe import default_recipe
 STEPS = ("os.mkdir", "os.link", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "ctypes.dlsym")
 
 
-def child(source: str, destination: Path, floor: float, fatal: int) -> None:
+def child(plan: Any, destination: Path, fatal: int) -> None:
     """Convert, and die at step number ``fatal``."""
     step = 0
 
@@ -35,7 +36,6 @@ def child(source: str, destination: Path, floor: float, fatal: int) -> None:
             if step == fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    plan = plan_conversion(source, recipe=default_recipe([f"mod.floor={floor}"]))
     sys.addaudithook(hook)
     convert(plan, destination, force=True)
     os._exit(0)
@@ -44,6 +44,7 @@ def child(source: str, destination: Path, floor: float, fatal: int) -> None:
 def main() -> None:
     """Print one JSON row a kill: the signal or 0, and what is found at the destination and beside it."""
     source, folder, existing = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "existing"
+    plan = plan_conversion(source, recipe=default_recipe(["mod.floor=0.3"]))
     rows = []
     for fatal in range(1, 500):
         place = folder / f"kill{fatal}"
@@ -54,7 +55,7 @@ def main() -> None:
         pid = os.fork()
         if not pid:
             try:
-                child(source, destination, 0.3, fatal)
+                child(plan, destination, fatal)
             finally:
                 os._exit(9)
         status = os.waitpid(pid, 0)[1]

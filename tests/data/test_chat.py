@@ -26,7 +26,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TURNS = (
-    Turn("user", "Where is the circle?", 1),
+    Turn("user", "<image>\nWhere is the circle?"),
     Turn("assistant", "left"),
     Turn("user", "What colour is it?"),
     Turn("assistant", "dark red"),

@@ -116,3 +116,39 @@ def test_scoring_that_raises_is_a_failure_of_its_sample(llava, tmp_path):
     result = evaluate(llava, ["raises"], include_path=tmp_path / "yaml", settings=SETTINGS)
     assert result.failures["model"]["raises"] == {"0": "scoring raised ZeroDivisionError: division by zero"}
     assert score_of(result, "raises") is None
+
+
+@pytest.mark.parametrize("way", ["one picture, not a list", "in their places"])
+def test_pictures_come_as_the_task_gives_them(llava, tmp_path, way):
+    """A `doc_to_visual` may return a bare picture; its 16 bits and the places of ``<image>`` are kept."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    from pmod_cli.pictures import as_rgb
+
+    ramp = Image.fromarray(np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16))
+    several = way == "in their places"
+    asked = "Picture A: <image> Picture B: <image> Which?" if several else "What is it?"
+    rows = [{"image": [ramp, ramp] if several else ramp, "question": asked, "answer": "?"}]
+    feature = datasets.List(datasets.Image()) if several else datasets.Image()
+    data = tmp_path / "data"
+    data.mkdir()
+    datasets.Dataset.from_list(rows).cast_column("image", feature).to_parquet(data / "test.parquet")
+    write_task(tmp_path / "yaml", "pictures", data, ["colour"])
+    visual = "[i.convert('RGB') for i in doc['image']]" if several else "doc['image'].convert('RGB')"
+    (tmp_path / "yaml" / "visual.py").write_text(f"def visual(doc):\n    return {visual}\n")
+    [task] = (tmp_path / "yaml").glob("*.yaml")
+    lines = [line for line in task.read_text().splitlines() if not line.startswith("doc_to_visual")]
+    task.write_text("\n".join([*lines, "doc_to_visual: !function visual.visual"]) + "\n")
+    seen = []
+    model = VisionLanguageModel.load(llava)
+    generate = model.generate
+    model.generate = lambda prompts, **settings: seen.extend(prompts) or generate(prompts, **settings)
+    result = evaluate(model, ["pictures"], include_path=tmp_path / "yaml", settings=SETTINGS)
+    assert result.failed_samples == 0
+    [prompt] = seen
+    assert len(prompt.images) == (2 if several else 1)
+    assert all(np.array_equal(image, as_rgb(ramp)) for image in prompt.images)
+    assert asked in model.render(prompt)
+    assert model.render(prompt).count("<image>") == len(prompt.images)

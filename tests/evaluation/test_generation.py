@@ -48,6 +48,20 @@ def test_a_literal_image_token_in_the_text_is_no_picture(model):
     assert answer == plain
 
 
+def test_pictures_stand_where_the_text_has_them(model):
+    rng = random.Random(2)
+    images = (noise(rng), noise(rng))
+    asked = "Picture A: <image> Picture B: <image> Which?"
+    prompt = Prompt(asked, images)
+    assert asked in model.render(prompt)
+    theirs = model.processor(text=f"USER: {asked} ASSISTANT:", images=list(images), return_tensors="pt")
+    ours = model.encode([prompt])
+    assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
+    assert model.length(prompt) == ours["input_ids"].shape[1]
+    with pytest.raises(PmodError, match="1 <image> and 2 pictures"):
+        Prompt("Here: <image>", images)
+
+
 def test_new_tokens_stop_at_the_end_of_sequence_token(llava):
     model = VisionLanguageModel.load(llava)
     [free] = model.generate([Prompt("hello")], max_new_tokens=8)

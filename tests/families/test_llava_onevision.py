@@ -189,3 +189,24 @@ def test_a_decoder_of_another_family(tmp_path, capsys):
     assert done.value.code == 2
     error = capsys.readouterr().err
     assert "'gemma2' is not supported in llava_onevision (supported: qwen2)" in error
+
+
+def test_each_of_several_pictures_is_one_tile_in_training_and_in_prompts():
+    from pmod_cli.data.batches import Collator, Example
+    from pmod_cli.data.chat import Encoded
+    from pmod_cli.families.processing import image_tokens
+    from pmod_cli.generation import Prompt, VisionLanguageModel
+
+    loaded = VisionLanguageModel(pmod_model(), processor())
+    tokens = image_tokens(loaded.processor, [WIDE, TALL])
+    assert tokens == [10, 10]  # nine patches and a newline
+    ids = [token for count in tokens for token in [IMAGE] * count] + [5]
+    batch = Collator(loaded.processor)([Example("a", Encoded(ids, [-100] * 20 + [5]), [WIDE, TALL])])
+    batch.pop("notes")
+    assert torch.isfinite(loaded.model(**batch).loss)
+    prompt = Prompt("w5 <image> w6 <image> w7", (WIDE, TALL))
+    inputs = loaded.encode([prompt, Prompt("w8", (SQUARE,))])
+    assert int((inputs["input_ids"][0] == IMAGE).sum()) == 20
+    assert loaded.length(prompt) == int(inputs["attention_mask"][0].sum())
+    [answer, _] = loaded.generate([prompt, Prompt("w8", (SQUARE,))], max_new_tokens=3)
+    assert loaded.generate([prompt], max_new_tokens=3) == [answer]

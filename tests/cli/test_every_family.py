@@ -1,0 +1,145 @@
+"""Every family through every command that takes a model, on tiny checkpoints laid out as on the hub."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from pmod_cli.cli import main
+from pmod_cli.evaluation.tasks import write_task
+from tests.common import onevision_models
+from tests.common.eval_models import make_model, make_processor, noise, write_questions
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' }}"
+    "{% for p in m['content'] if p['type'] == 'image' %}<image> {% endfor %}"
+    "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}"
+    "{% if m['role'] == 'assistant' %}</s>{% endif %} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+GRIDS = [[16, 32], [32, 16], [32, 32]]
+
+
+def llava():
+    processor = make_processor()
+    return make_model(processor), processor
+
+
+def llava_next():
+    base = make_processor()
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=GRIDS
+    )
+    processor = LlavaNextProcessor(
+        images,
+        base.tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    config = make_model(base).config.to_dict()
+    config = {key: value for key, value in config.items() if key not in ("model_type", "image_seq_length")}
+    config["image_grid_pinpoints"] = GRIDS
+    return LlavaNextForConditionalGeneration(LlavaNextConfig(**config)), processor
+
+
+def llava_onevision():
+    processor = onevision_models.processor()
+    processor.tokenizer.eos_token = "</s>"
+    return onevision_models.dense_model(), processor
+
+
+def save(make, folder, layout):
+    """A dense checkpoint; ``old``: one JSON file for each part of the processor, as before transformers 5."""
+    model, processor = make()
+    processor.chat_template = TEMPLATE
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if layout == "old":
+        whole = json.loads((folder / "processor_config.json").read_text())
+        for part, name in (("image_processor", "preprocessor"), ("video_processor", "video_preprocessor")):
+            if part in whole:
+                (folder / f"{name}_config.json").write_text(json.dumps(whole.pop(part)))
+        (folder / "processor_config.json").write_text(json.dumps(whole))
+        (folder / "chat_template.jinja").unlink()
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return folder
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(make, layout) for make in (llava, llava_next, llava_onevision) for layout in ("old", "new")],
+    ids=lambda param: f"{param[0].__name__}-{param[1]}",
+)
+def place(request, tmp_path_factory):
+    """A folder with the checkpoint, its p-MoD model, pictures, training data of one and two pictures, and a task."""
+    make, layout = request.param
+    folder = tmp_path_factory.mktemp("family")
+    save(make, folder / "dense", layout)
+    assert run("convert", folder / "dense", folder / "pmod") == 0
+    (folder / "images").mkdir()
+    rng = random.Random(0)
+    records = []
+    for number in range(4):
+        names = [f"{number}-{place}.png" for place in range(1 + number % 2)]
+        for name in names:
+            noise(rng, 24, 20).save(folder / "images" / name)
+        asked = " ".join(f"w{20 + place} <image>" for place in range(len(names)))
+        turns = [{"from": "human", "value": f"{asked} w{number + 5}"}, {"from": "gpt", "value": "w6 w7"}]
+        records.append({"id": number, "image": names, "conversations": turns})
+    (folder / "data.json").write_text(json.dumps(records))
+    write_task(
+        folder / "task", "family_qa", write_questions(folder / "questions", ["red"] * 4), ["colour", "shape"]
+    )
+    return folder
+
+
+SMALL = [
+    f"--set=train.{setting}"
+    for setting in (
+        "max_steps=1",
+        "global_batch_size=4",
+        "micro_batch_size=4",
+        "dtype=float32",
+        "gradient_checkpointing=false",
+        "num_workers=0",
+    )
+]
+COMMANDS = {
+    "inspect": "{pmod}",
+    "data check": "{data} --images {images} --model {pmod}",
+    "generate": "{pmod} --image {picture} --image {other} --prompt <image>,<image> --max-new-tokens 2",
+    "finetune": "{pmod} --data {data} --images {images} --output {tuned}",
+    "eval": "{pmod} --tasks family_qa --include-path {task} --output {results} --max-new-tokens 2",
+    "profile": "{pmod} --image {picture} --latency --repeats 1 --new-tokens 2 --device cpu",
+    "visualize": "{pmod} --image {picture} --prompt w5 --max-new-tokens 2 --html {page}",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_it_runs(place, command, capsys):
+    paths = {
+        "pmod": place / "pmod",
+        "data": place / "data.json",
+        "images": place / "images",
+        "picture": place / "images" / "0-0.png",
+        "other": place / "images" / "1-1.png",
+        "tuned": place / "tuned",
+        "task": place / "task",
+        "results": place / "results",
+        "page": place / "page.html",
+    }
+    arguments = [argument.format(**paths) for argument in COMMANDS[command].split()]
+    code = run(*command.split(), *arguments, *(SMALL if command == "finetune" else []), "--json")
+    output = capsys.readouterr()
+    assert code == 0, output.err
+    assert json.loads(output.out)["command"] == command
