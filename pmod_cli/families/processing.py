@@ -21,7 +21,9 @@ def load_processor(source: str | Path, backend: str = IMAGE_BACKEND) -> Any:
     """A checkpoint's processor; ``backend``, ``pil`` or ``torchvision``, is its image processor's."""
     processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     # Not given to AutoProcessor: it would hand it to the video processor too, which has no such choice.
-    processor.image_processor = AutoImageProcessor.from_pretrained(source, backend=backend, trust_remote_code=False)
+    processor.image_processor = AutoImageProcessor.from_pretrained(
+        source, backend=backend, trust_remote_code=False
+    )
     return processor
 
 

@@ -74,41 +74,83 @@ LAYER_SHIFT = 588410519
 """0.137 of 2**32: by how much the tie-break moves on in every layer."""
 
 
-def spread_rank(target_mask: Tensor, layers: int = 1) -> Tensor:
+GOLDEN_STEP = 0x9E3779B1
+"""The golden ratio, of 2**32: from token to token where pictures have no fixed grid."""
+
+_DOWN, _ACROSS = 0.5698402909980532, 0.7548776662466927
+"""Powers of the reciprocal plastic number: the best two-dimensional lattice of this kind (Roberts 2018, R2)."""
+
+
+def grid_step(width: int) -> int:
+    """A step from token to token, of 2**32, for pictures of ``width`` tokens a row.
+
+    A row down is then 0.5698 modulo 1, and a token across as near 0.7549 as that allows: low-discrepancy in the plane.
+    """
+    return round((round(width * _ACROSS - _DOWN) + _DOWN) / width * 2**32)
+
+
+def spread_rank(target_mask: Tensor, layers: int = 1, step: int = GOLDEN_STEP) -> Tensor:
     """Ranks for breaking exact ties, such that the first k of a layer lie evenly over the image for every k.
 
-    Token j of a sample's routed tokens gets ``j * golden_ratio + 0.137 * layer`` modulo 1 in 32-bit integers (Fibonacci
+    Token j of a sample's routed tokens gets ``j * step + 0.137 * layer`` modulo 1 in 32-bit integers (Fibonacci
     hashing), which is the same on every device. Its prefixes are low-discrepancy along rows and columns. The shift
     lets each layer keep other tokens: the same few in all layers would lose the rest of the picture for good.
 
     Args:
         target_mask: True for routed tokens, [batch, tokens].
         layers: Number of decoder layers.
+        step: `GOLDEN_STEP`, or what `grid_step` gives for a fixed grid.
 
     Returns:
         Ranks below 2**32, smallest first, int64 [layers, batch, tokens].
     """
     order = target_mask.long().cumsum(-1) - 1
     shifts = torch.arange(layers, device=order.device)[:, None, None] * LAYER_SHIFT
-    return (order * 0x9E3779B1 + shifts) & 0xFFFFFFFF
+    return (order * step + shifts) & 0xFFFFFFFF
 
 
-def selection_keys(logits: Tensor, target_mask: Tensor, real_mask: Tensor | None, rank: Tensor) -> Tensor:
+def coverage_term(rank: Tensor, strengths: Tensor) -> Tensor:
+    """What is added to the logits for ranking, so that a layer keeps tokens that lie evenly over the picture.
+
+    Between 0 for the token that `spread_rank` puts first and minus the layer's strength for the last. A strength far
+    above the spread of the logits leaves only the even pattern. Computed once per forward pass and only added later,
+    so that no device rounds it otherwise.
+
+    Args:
+        rank: What `spread_rank` gave, [layers, batch, tokens].
+        strengths: fp32 [layers].
+
+    Returns:
+        fp32 [layers, batch, tokens].
+    """
+    leading = (rank >> 8).float()  # 24 bits, which fp32 holds exactly
+    return leading * (strengths * -(2.0**-24))[:, None, None] + 0.0  # no -0.0: see `selection_keys`
+
+
+def selection_keys(
+    logits: Tensor,
+    target_mask: Tensor,
+    real_mask: Tensor | None,
+    rank: Tensor,
+    coverage: Tensor | None = None,
+) -> Tensor:
     """Integers whose descending order is the order in which a layer keeps tokens.
 
-    First every real token that is not routed, then routed tokens by logit, exact ties by `spread_rank`, last
-    padding. No two routed tokens of a sample share a key, so the choice does not depend on the device's top-k.
+    First every real token that is not routed, then routed tokens by logit plus coverage, exact ties by `spread_rank`,
+    last padding. No two routed tokens of a sample share a key, so the choice does not depend on the device's top-k.
 
     Args:
         logits: [batch, tokens], fp32.
         target_mask: True for routed tokens, [batch, tokens].
         real_mask: False for padding, [batch, tokens]; None if nothing is padded.
         rank: What `spread_rank` gave for the layer, [batch, tokens].
+        coverage: What `coverage_term` gave for the layer, [batch, tokens]; None is 0.
 
     Returns:
         int64 [batch, tokens].
     """
-    bits = (logits.detach() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 the same bits
+    # + 0.0 makes -0.0 and 0.0 the same bits
+    bits = (logits.detach() + (0.0 if coverage is None else coverage)).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # order of the floats, as signed integers
     keys = (ordered.long() << 32) | (0xFFFFFFFF - rank)
     limits = torch.iinfo(torch.int64)
