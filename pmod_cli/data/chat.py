@@ -95,7 +95,10 @@ class ChatEncoder:
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that `text` made, one per image; many at once take the cores that there are."""
-        return list(self._tokenized(list(texts))["input_ids"]) if texts else []
+        if not texts:
+            return []
+        plain = {"return_attention_mask": False, "return_token_type_ids": False}
+        return list(self._tokenized(list(texts), **plain)["input_ids"])
 
     def length(self, turns: Sequence[Turn], ids: Sequence[int], image_tokens: Sequence[int]) -> int:
         """How many tokens `encode` gives a conversation with these `token_ids`; it raises what `encode` does."""

@@ -101,7 +101,10 @@ class RecordTable(Sequence[Any]):
     def __getitem__(self, index: int | slice) -> Any:
         """A record, newly decoded."""
         if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
+            start, stop, step = index.indices(len(self))
+            if step == 1:  # far faster than one by one
+                return list(map(json.loads, self._records.slice(start, max(0, stop - start)).to_pylist()))
+            return [self[row] for row in range(start, stop, step)]
         return json.loads(self._records[int(index)].as_py())
 
     def sample(self, row: int) -> Conversation:

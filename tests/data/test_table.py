@@ -60,6 +60,7 @@ def test_a_table_holds_what_the_file_does(data, kept, again):
         source = pickle.loads(pickle.dumps(source))
     assert list(source.records) == RECORDS
     assert source.records[1:3] == RECORDS[1:3]
+    assert source.records[::-2] == RECORDS[::-2]
     assert list(source.samples) == [
         Conversation("a", ("a.png",), (Turn("user", "<image>\nWhat?"), Turn("assistant", "red"))),
         Conversation("a (record 1)", (), (Turn("user", "Hällo \u2028 you?"), Turn("assistant", "red"))),
