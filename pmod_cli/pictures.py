@@ -5,10 +5,13 @@ Training, checking, answering, evaluating, drawing and profiling all see the sam
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps
@@ -24,6 +27,17 @@ FRAMES = 32
 _VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
 _UPRIGHT = 1
 _ORIENTATION = 0x0112
+_LYING = range(5, 9)
+_TURNED = "turned by its EXIF orientation"
+_SINGLE_COLOUR = "suspicious: a single colour"
+
+
+class Facts(NamedTuple):
+    """What `open_image` would find: the size as `as_rgb` gives it, and the notes."""
+
+    width: int
+    height: int
+    notes: tuple[str, ...]
 
 
 class PictureError(PmodError):
@@ -49,25 +63,48 @@ def open_image(source: str | Path | bytes, name: object = None) -> Image.Image:
             raise PmodError(f"no image file {name}", "check the path") from None
         except (OSError, ValueError) as error:
             raise PictureError(name, getattr(error, "strerror", None) or first_line(error)) from error
+    with _errors_named(name), _EAR.listening() as heard, Image.open(io.BytesIO(_whole(source))) as image:
+        picture = as_rgb(image)
+    picture.info["notes"] += _sayings(heard)
+    return picture
+
+
+def examine_image(source: bytes, name: object) -> Facts:
+    """Find what is wrong with a picture as `open_image` does, in half the time for a JPEG; may be called in threads.
+
+    A JPEG is decoded to an eighth of its size. That reads the whole file, so one that is cut short is found as well.
+    """
+    with _errors_named(name), _EAR.listening() as heard, Image.open(io.BytesIO(_whole(source))) as image:
+        width, height = image.size
+        _refuse_extreme(width, height)
+        lying = _orientation(image) in _LYING
+        smaller = image.draft(None, (1, 1)) is not None
+        notes = notes_of(as_rgb(image))
+    if lying and _TURNED in notes:
+        width, height = height, width
+    if smaller and _SINGLE_COLOUR in notes:  # a fine pattern is lost in the small picture
+        notes = notes_of(open_image(source, name))
+    return Facts(width, height, tuple(dict.fromkeys([*notes, *_sayings(heard)])))
+
+
+def _whole(source: bytes) -> bytes:
     if not source:
-        raise PictureError(name, "the file is empty")
+        raise PictureError("", "the file is empty")
     refuse_cut_pictures()
+    return source
+
+
+@contextlib.contextmanager
+def _errors_named(name: object) -> Iterator[None]:
+    """Make a `PictureError` of whatever opening a picture raises."""
     try:
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            with Image.open(io.BytesIO(source)) as image:
-                picture = as_rgb(image)
+        yield
     except Image.UnidentifiedImageError:
         raise PictureError(name, "it is not an image that Pillow can read") from None
     except PictureError as error:
         raise PictureError(name, error.reason) from None
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them into
         raise PictureError(name, first_line(error)) from error
-    says = {
-        f"Pillow warns: {str(warning.message).splitlines()[0]}" for warning in warned if _from_pillow(warning)
-    }
-    picture.info["notes"] += sorted(says)
-    return picture
 
 
 def is_video(name: object) -> bool:
@@ -124,9 +161,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     """
     if "notes" in image.info and image.mode == "RGB":
         return image
-    width, height = image.size
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise PictureError("", f"{width} x {height}: one side is more than {MAX_ASPECT} times the other")
+    _refuse_extreme(*image.size)
     notes: list[str] = []
     kind, animated = image.format, getattr(image, "is_animated", False)
     if animated and kind != "MPO":  # a phone's MPO holds a second view or a preview
@@ -144,7 +179,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         raise PictureError("", first_line(error)) from error
     bands: Any = rgb.getextrema()
     if all(low == high for low, high in bands):
-        notes.append("suspicious: a single colour")
+        notes.append(_SINGLE_COLOUR)
     rgb.info = {"notes": notes}
     return rgb
 
@@ -154,15 +189,29 @@ def notes_of(image: Image.Image) -> list[str]:
     return list(image.info.get("notes", ()))
 
 
-def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
+def _refuse_extreme(width: int, height: int) -> None:
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise PictureError("", f"{width} x {height}: one side is more than {MAX_ASPECT} times the other")
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """As EXIF has it, 1 if it says nothing; None if it cannot be read."""
     try:
-        turned = image.getexif().get(_ORIENTATION, _UPRIGHT)
-        upright = ImageOps.exif_transpose(image) if turned in range(2, 9) else image
+        return image.getexif().get(_ORIENTATION, _UPRIGHT)
     except Exception:  # a broken EXIF block says nothing about the pixels
+        return None
+
+
+def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
+    turned = _orientation(image)
+    try:
+        upright = ImageOps.exif_transpose(image) if turned in range(2, 9) else image
+    except Exception:
+        turned, upright = None, image
+    if turned is None:
         notes.append("suspicious: EXIF data that cannot be read; taken as upright")
-        return image
-    if upright is not image:
-        notes.append("turned by its EXIF orientation")
+    elif upright is not image:
+        notes.append(_TURNED)
     return upright
 
 
@@ -189,6 +238,52 @@ def _on_white(image: Image.Image, notes: list[str]) -> Image.Image:
         return image.convert("RGB")
     notes.append("transparency laid on white")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _sayings(heard: list[Any]) -> list[str]:
+    """What Pillow warned of, as notes."""
+    ours = (each for each in heard if _from_pillow(each))
+    return sorted({f"Pillow warns: {str(warning.message).splitlines()[0]}" for warning in ours})
+
+
+class _Ear:
+    """Hears warnings, each thread its own; `warnings.catch_warnings`, which it uses, is not made for threads."""
+
+    def __init__(self) -> None:
+        self._lock, self._listening, self._own = threading.Lock(), 0, threading.local()
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[list[Any]]:
+        """The list to which this thread's warnings are added."""
+        heard: list[Any] = []
+        before = getattr(self._own, "heard", None)
+        with self._lock:
+            self._listening += 1
+            if self._listening == 1:
+                self._caught = warnings.catch_warnings()
+                self._caught.__enter__()
+                self._others = warnings.showwarning
+                warnings.simplefilter("always")
+                warnings.showwarning = self._hear  # type: ignore[assignment]
+        self._own.heard = heard
+        try:
+            yield heard
+        finally:
+            self._own.heard = before
+            with self._lock:
+                self._listening -= 1
+                if not self._listening:
+                    self._caught.__exit__(None, None, None)
+
+    def _hear(self, message: Any, category: Any, filename: str, *rest: Any) -> None:
+        heard = getattr(self._own, "heard", None)
+        if heard is None:
+            self._others(message, category, filename, *rest)
+        else:
+            heard.append(warnings.WarningMessage(message, category, filename, *rest))
+
+
+_EAR = _Ear()
 
 
 def _from_pillow(warning: Any) -> bool:

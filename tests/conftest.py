@@ -37,6 +37,11 @@ def demo_folder(tmp_path_factory, worker_id):
     return small_demo(base if worker_id == "master" else base.parent)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    os.environ["PMOD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import warnings
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from pmod_cli.pictures import PictureError, as_rgb, notes_of, open_image
+from pmod_cli.pictures import _EAR, PictureError, as_rgb, examine_image, notes_of, open_image
 
 
 def saved(image, kind="PNG", **options):
@@ -96,3 +97,77 @@ def test_huge_text_chunks_are_one_line():
 def test_an_address_is_named_as_such():
     with pytest.raises(PictureError, match="a URL"):
         open_image("https://example.org/a.png")
+
+
+def _scene(size=(90, 61)):
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def _jpegs():
+    scene = _scene()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    yield "baseline", saved(scene, "JPEG")
+    yield "progressive", saved(scene, "JPEG", progressive=True)
+    yield "grey", saved(scene.convert("L"), "JPEG")
+    yield "CMYK", saved(scene.convert("CMYK"), "JPEG")
+    yield "restart markers", saved(scene, "JPEG", restart_marker_blocks=3)
+    yield "turned", saved(scene, "JPEG", exif=turned)
+    yield "tiny", saved(scene.resize((5, 3)), "JPEG")
+    yield "one colour", saved(Image.new("RGB", (90, 61), "red"), "JPEG")
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2] = 255  # a single grey at an eighth of the size
+    yield "stripes", saved(Image.fromarray(stripes), "JPEG", quality=100)
+
+
+@pytest.mark.parametrize(
+    ("kind", "content"), _jpegs(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_quick_look_finds_what_opening_does(kind, content):
+    """At an eighth of the size, files that are cut short, or broken in the middle, are found as well."""
+    rng = np.random.default_rng(1)
+    cuts = [*range(len(content) - 12, len(content) + 1), *rng.integers(20, len(content), 40).tolist()]
+    broken = []
+    for place in rng.integers(20, len(content), 40).tolist():
+        broken.append(content[:place] + rng.bytes(6) + content[place + 6 :])
+    refused = 0
+    for part in [*(content[:cut] for cut in cuts), *broken]:
+        found = []
+        for look in (open_image, examine_image):
+            try:
+                picture = look(part, "x.jpg")
+                notes = picture.notes if look is examine_image else notes_of(picture)
+                found.append((picture.width, picture.height, *notes))
+            except PictureError as error:
+                found.append(str(error).split("(")[0])  # how many bytes are left may differ
+        assert found[0] == found[1]
+        refused += isinstance(found[0], str)
+    assert refused >= 40
+
+
+def test_threads_hear_their_own_warnings():
+    from concurrent.futures import ThreadPoolExecutor
+
+    filters = list(warnings.filters)
+    odd = PngImagePlugin.PngInfo()
+    palette = Image.new("P", (30, 30))
+    palette.info["transparency"] = bytes([0, 120])
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((3, 3), 1)
+    loud, quiet = saved(palette, "PNG", pnginfo=odd), saved(two_halves())
+
+    def say(source):
+        with _EAR.listening() as heard:
+            if source is loud:
+                warnings.warn("loud", stacklevel=1)
+            picture = open_image(source, "x")
+            return [str(each.message) for each in heard], notes_of(picture)
+
+    expected = {id(source): say(source) for source in (loud, quiet)}
+    assert expected[id(loud)][0] == ["loud"]
+    assert expected[id(quiet)] == ([], [])
+    with ThreadPoolExecutor(4) as pool:
+        for source, found in zip([loud, quiet] * 50, pool.map(say, [loud, quiet] * 50), strict=True):
+            assert found == expected[id(source)]
+    assert warnings.filters == filters

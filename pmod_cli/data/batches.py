@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset, Sampler
 from pmod_cli.data.chat import IGNORED, ChatEncoder, Encoded
 from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation
+from pmod_cli.data.table import Shapes
 from pmod_cli.families.processing import image_tokens, in_groups
 from pmod_cli.output.errors import PmodError
 
@@ -83,13 +85,12 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
     sizes = [tuple(pinpoint) for pinpoint in pinpoints]
     picture = max(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
 
-    def lengths(sample: Conversation) -> tuple[int, int]:
-        vision = picture * len(sample.images)
-        text = sum(len(turn.words.encode()) + _TEMPLATE_TOKENS for turn in sample.turns) + _TEMPLATE_TOKENS
-        tokens = min(text + vision, dataset.encoder.max_length)
-        return tokens, min(vision, tokens)
-
-    return max(map(lengths, dataset.samples))
+    shapes = Shapes.of(dataset.samples)
+    vision = picture * shapes.images.astype(np.int64)
+    text = shapes.octets + _TEMPLATE_TOKENS * (shapes.turns + 1)
+    tokens = np.minimum(text + vision, dataset.encoder.max_length)
+    longest = int(tokens.max())
+    return longest, min(int(vision[tokens == longest].max()), longest)
 
 
 class Collator:
@@ -154,7 +155,7 @@ class OrderedSampler(Sampler[int]):
     """
 
     def __init__(self, samples: Sequence[Conversation], seed: int, group: int | None = None) -> None:
-        self.samples, self.seed, self.group = samples, seed, group
+        self.shapes, self.seed, self.group = Shapes.of(samples), seed, group
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -162,26 +163,22 @@ class OrderedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.shapes.images)
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         if self.group is None:
-            return iter(torch.randperm(len(self.samples), generator=generator).tolist())
-        lengths = [sum(len(turn.words) for turn in sample.turns) for sample in self.samples]
-        batches: list[list[int]] = []
-        rest: list[int] = []  # of both modalities: it comes last, in one mixed batch or two
+            return iter(torch.randperm(len(self), generator=generator).tolist())
+        batches: list[np.ndarray] = []
+        rest: list[np.ndarray] = []  # of both modalities: it comes last, in one mixed batch or two
         for with_images in (True, False):
-            those = [index for index, sample in enumerate(self.samples) if bool(sample.images) == with_images]
-            shuffled = [those[i] for i in torch.randperm(len(those), generator=generator).tolist()]
+            those = np.flatnonzero((self.shapes.images > 0) == with_images)
+            shuffled = those[torch.randperm(len(those), generator=generator).numpy()]
             for start in range(0, len(shuffled), self.group * _MEGABATCH):
                 mega = shuffled[start : start + self.group * _MEGABATCH]
-                mega.sort(key=lambda index: -lengths[index])
+                mega = mega[np.argsort(-self.shapes.characters[mega], kind="stable")]
                 for first in range(0, len(mega), self.group):
                     batch = mega[first : first + self.group]
-                    if len(batch) == self.group:
-                        batches.append(batch)
-                    else:
-                        rest += batch
+                    (batches if len(batch) == self.group else rest).append(batch)
         order = torch.randperm(len(batches), generator=generator).tolist()
-        return iter([index for i in order for index in batches[i]] + rest)
+        return iter(np.concatenate([*(batches[i] for i in order), *rest]).tolist())

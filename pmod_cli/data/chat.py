@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
 from pmod_cli.data.records import BadSample, Turn
 from pmod_cli.families.chat_templates import PLACEHOLDER
 from pmod_cli.families.processing import message
@@ -44,8 +46,16 @@ class ChatEncoder:
             )
         if not self.tokenizer.is_fast:
             raise PmodError("fine-tuning needs a fast tokenizer (tokenizer.json)")
+        template = processor.chat_template
+        # What `apply_chat_template` does, but for many conversations in a call.
+        self._apply = partial(
+            render_jinja_template,
+            chat_template=template["default"] if isinstance(template, dict) else template,
+            **self.tokenizer.special_tokens_map,
+        )
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         other = {processor.image_token, self.tokenizer.bos_token, self.tokenizer.unk_token}
+        self._ended: dict[tuple[Any, ...], bool] = {}
         self._ends = set(self.tokenizer.all_special_tokens) - (other - {self.tokenizer.eos_token})
 
     def encode(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> Encoded:
@@ -56,8 +66,7 @@ class ChatEncoder:
             PmodError: The template does not only append.
         """
         text, spans = self.render(turns)
-        has_bos = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        tokens = self.tokenizer(text, add_special_tokens=not has_bos, return_offsets_mapping=True)
+        tokens = self._tokenized(text, return_offsets_mapping=True)
         ids: list[int] = []
         labels: list[int] = []
         images, span = 0, 0
@@ -84,19 +93,34 @@ class ChatEncoder:
             raise BadSample("too long", f"no answer within {self.max_length} tokens")
         return Encoded(ids, labels)
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that `text` made, one per image; many at once take the cores that there are."""
+        if not texts:
+            return []
+        plain = {"return_attention_mask": False, "return_token_type_ids": False}
+        return list(self._tokenized(list(texts), **plain)["input_ids"])
+
+    def length(self, turns: Sequence[Turn], ids: Sequence[int], image_tokens: Sequence[int]) -> int:
+        """How many tokens `encode` gives a conversation with these `token_ids`; it raises what `encode` does."""
+        length = len(ids) + sum(image_tokens) - len(image_tokens)
+        if length <= self.max_length and ids.count(self.image_token_id) == len(image_tokens):
+            return length  # nothing is cut off, so there are answers to learn
+        return len(self.encode(turns, image_tokens).input_ids)
+
+    def _tokenized(self, text: str | list[str], **options: Any) -> Any:
+        first = text if isinstance(text, str) else text[0]  # all are of one template
+        has_bos = bool(self.tokenizer.bos_token) and first.startswith(self.tokenizer.bos_token)
+        return self.tokenizer(text, add_special_tokens=not has_bos, **options)
+
     def render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The text and the (start, end) characters of each answer with its end-of-turn token."""
-        if self.moves(turns):
-            turns = [Turn(turn.role, PLACEHOLDER + turn.words) if turn.images else turn for turn in turns]
-        messages = [message(self.processor, turn.role, self._text(turn)) for turn in turns]
-        apply = partial(self.processor.apply_chat_template, tokenize=False)
+        messages = self._messages(turns)
+        places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        prompts, _ = self._apply([messages[:place] for place in places], add_generation_prompt=True)
+        whole, _ = self._apply([messages[: place + 1] for place in places], add_generation_prompt=False)
         text, previous = "", ""  # ours, and the template's, which may lack end-of-turn tokens
         spans: list[tuple[int, int]] = []
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            asked = apply(messages[:index], add_generation_prompt=True)
-            answered = apply(messages[: index + 1], add_generation_prompt=False)
+        for asked, answered in zip(prompts, whole, strict=True):
             if not asked.startswith(previous) or not answered.startswith(asked):
                 raise PmodError(
                     "the processor's chat template rewrites earlier text as the conversation grows",
@@ -108,6 +132,25 @@ class ChatEncoder:
             text += answer + rest
             previous = answered
         return text, spans
+
+    def text(self, turns: Sequence[Turn]) -> str:
+        """The text of `render`. Of conversations of one form, only the first is rendered answer by answer.
+
+        Where the template itself ended all turns of that one, the others' texts are what it writes in one go.
+        """
+        messages = self._messages(turns)
+        form = tuple((each["role"], len(each["content"])) for each in messages)
+        if self._ended.get(form):
+            return str(self._apply([messages], add_generation_prompt=False)[0][0])
+        text, _ = self.render(turns)
+        if form not in self._ended:
+            self._ended[form] = self._apply([messages], add_generation_prompt=False)[0][0] == text
+        return text
+
+    def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+        if self.moves(turns):
+            turns = [Turn(turn.role, PLACEHOLDER + turn.words) if turn.images else turn for turn in turns]
+        return [message(self.processor, turn.role, self._text(turn)) for turn in turns]
 
     def moves(self, turns: Sequence[Turn]) -> bool:
         """Whether ``image_position`` moves a picture: the only one, not in front where the record has it."""

@@ -5,25 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.source import is_hub_id
 from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
-from pmod_cli.data.records import (
-    BadSample,
-    Conversation,
-    dump_json,
-    parse_json,
-    parse_record,
-    picture_names,
-)
+from pmod_cli.data.records import BadSample, dump_records, is_lines, picture_names, read_records
+from pmod_cli.data.table import RecordTable, Samples, make_table
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import BLANK_TAG, replacing, write_file
+from pmod_cli.output.files import BLANK_TAG, replacing
+
+_KEPT_FROM = 16 << 20
+"""Bytes of a file from which on its table is kept: smaller ones are read as fast as a table is opened."""
+_ROWS = 1000
+_LISTED_FROM = 1000
+"""Pictures from which on their folders are listed."""
 
 
 @dataclass(frozen=True)
@@ -33,56 +34,43 @@ class DataSource:
     Attributes:
         records: In LLaVA's form, for `parse_record`.
         pictures: Where the records' images are.
-        fingerprint: SHA-256 of the file, or of a table's conversations.
         table: The `datasets.Dataset`, or None for a file.
     """
 
     name: str
-    records: list[Any]
+    records: RecordTable
     pictures: Pictures
-    fingerprint: str
     table: Any = None
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the file, or of a table's conversations."""
+        return str(self.records.about["fingerprint"])
+
     @cached_property
-    def _parsed(self) -> tuple[list[Conversation], dict[str, str]]:
-        samples: list[Conversation] = []
-        bad: dict[str, str] = {}
-        seen: set[str] = set()
-        for index, record in enumerate(self.records):
-            # LLaVA's mixes give many records one id: it tells people which record is meant, and nothing else.
-            name = record.get("id") if isinstance(record, dict) else None
-            label = str(index if name is None else name)
-            if label in seen:
-                label = f"{label} (record {index})"
-            seen.add(label)
-            try:
-                samples.append(replace(parse_record(record, index), id=label))
-            except BadSample as error:
-                bad[label] = str(error)
-        if not samples:
-            first = next(iter(bad.values()))
-            raise PmodError(f"{self.name}: no usable record; the first: {first}", "see pmod data check")
-        return samples, bad
-
-    @property
-    def samples(self) -> list[Conversation]:
+    def samples(self) -> Samples:
         """The usable records; `PmodError` if there are none."""
-        return self._parsed[0]
+        samples = Samples(self.records)
+        if not len(samples):
+            first = next(iter(self.bad.values()))
+            raise PmodError(f"{self.name}: no usable record; the first: {first}", "see pmod data check")
+        return samples
 
-    @property
+    @cached_property
     def bad(self) -> dict[str, str]:
         """Id -> reason, of the records left out; an id that comes again has the record's number behind it."""
-        return self._parsed[1]
+        return self.records.bad()
 
     def missing_images(self) -> dict[str, str]:
         """Id -> reason, of the samples whose images are not there; no image is opened."""
         missing = {}
-        for sample in self.samples:
+        find = self.pictures.finder(listing=len(self.records) >= _LISTED_FROM)
+        for row, names in self.records.image_names():
             try:
-                for name in sample.images:
-                    self.pictures.find(name)
+                for name in names:
+                    find(name)
             except BadSample as error:
-                missing[sample.id] = str(error)
+                missing[self.records.sample(row).id] = str(error)
         return missing
 
     def check_writable(self, path: Path) -> None:
@@ -102,8 +90,9 @@ class DataSource:
             with replacing(path, force=force) as partial:
                 self.table.select(indices).save_to_disk(str(partial))
             return
-        text = dump_json([self.records[index] for index in indices], path)
-        write_file(path, text + BLANK_TAG, force=force)
+        with replacing(path, force=force) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(dump_records(map(self.records.__getitem__, indices), path))
+            file.write(BLANK_TAG)
 
 
 def open_data(data: str | Path, images: Path | None) -> DataSource:
@@ -123,20 +112,42 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     name = str(data)
     if is_hub_id(name) and not path.suffix:
         return _open_table(name, None)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise PmodError(f"no data file {path}") from None
-    except OSError as error:
-        raise PmodError(f"cannot read {path}: {error.strerror}") from error
-    records = parse_json(content, path)
-    if any(map(_has_pictures, records)):
+    records = _table_of_file(path)
+    if records.about["names_images"]:
         if images is None:
             raise PmodError(f"{path} names image files", "--images says which folder they are in")
         if not images.is_dir():
             raise PmodError(f"no image folder {images}")
-    folder = images if images is not None else path.parent
-    return DataSource(str(path), records, ImageFolder(folder), hashlib.sha256(content).hexdigest())
+    return DataSource(str(path), records, ImageFolder(images if images is not None else path.parent))
+
+
+def _table_of_file(path: Path) -> RecordTable:
+    """The records of a JSON file, by its SHA-256."""
+    digest = hashlib.sha256()
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise PmodError(f"{path} is not a regular file")
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+            before = os.fstat(file.fileno())
+    except FileNotFoundError:
+        raise PmodError(f"no data file {path}") from None
+    except OSError as error:
+        raise PmodError(f"cannot read {path}: {error.strerror}") from error
+
+    def records(about: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        named = False
+        for text, record in read_records(path):
+            named = named or _has_pictures(record)
+            yield text, record
+        after = path.stat()
+        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise PmodError(f"{path} changed while it was read", "start again when it is complete")
+        about.update(fingerprint=digest.hexdigest(), names_images=named)
+
+    kind = "lines" if is_lines(path) else "list"
+    return make_table(records, f"{kind} {digest.hexdigest()}" if before.st_size >= _KEPT_FROM else None)
 
 
 def _has_pictures(record: Any) -> bool:
@@ -190,16 +201,33 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
             )
         images = ImageFeature()
         table = table.cast_column(column, List(images) if listed else images)
-    texts = [other for other in ("id", talk, "system") if other in table.column_names]
-    records = table.select_columns(texts).to_list()
-    for record, names in zip(records, _picture_names(table, column), strict=True):
-        record["image"] = names
-        record["conversations"] = _turns(record.pop(talk))
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(json.dumps(record, sort_keys=True, default=str).encode())
     root = Path(config.HF_CACHE_HOME) if folder is None else folder.parent if folder.is_file() else folder
-    return DataSource(name, records, ImageColumn(table, column, root), digest.hexdigest(), table)
+    return DataSource(name, _table_of_rows(table, column, talk), ImageColumn(table, column, root), table)
+
+
+def _table_of_rows(table: Any, column: str, talk: str) -> RecordTable:
+    """The records of a `datasets` table, by the names, sizes and times of its files."""
+    texts = [other for other in ("id", talk, "system") if other in table.column_names]
+    rows = table.select_columns(texts)
+
+    def records(about: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        digest = hashlib.sha256()
+        names = _picture_names(table, column)
+        for start in range(0, len(rows), _ROWS):
+            for record in rows.select(range(start, min(start + _ROWS, len(rows)))).to_list():
+                record["image"] = next(names)
+                record["conversations"] = _turns(record.pop(talk))
+                digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+                if not isinstance(record.get("id"), str | int | float | None):
+                    record["id"] = str(record["id"])
+                # What is no text stays none.
+                yield json.dumps(record, ensure_ascii=False, default=lambda value: [str(value)]), record
+        about.update(fingerprint=digest.hexdigest(), names_images=False)
+
+    files = [Path(file["filename"]) for file in table.cache_files]
+    facts = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    large = sum(size for _, size, _ in facts) >= _KEPT_FROM
+    return make_table(records, json.dumps([facts, len(rows), column, talk]) if large else None)
 
 
 def _turns(cell: Any) -> Any:

@@ -5,16 +5,40 @@ A picture is opened only when a sample is asked for, in the loader's workers.
 
 from __future__ import annotations
 
+import contextlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
 from pmod_cli.data.records import BadSample
-from pmod_cli.pictures import PictureError, is_url, open_image
+from pmod_cli.pictures import Facts, PictureError, examine_image, is_url, open_image
 
 
-class ImageFolder:
+class _Loader(ABC):
+    """Opens pictures by name; `BadSample` with name and reason if that cannot be done."""
+
+    @abstractmethod
+    def read(self, name: str) -> tuple[bytes, str]:
+        """A picture's file, and what to call it."""
+
+    @abstractmethod
+    def finder(self, *, listing: bool) -> Callable[[str], object]:
+        """A function that raises `BadSample` for a picture that is not there, without opening it."""
+
+    def load(self, name: str) -> Image.Image:
+        """Open a picture as `open_image` does."""
+        return decode(*self.read(name))
+
+    def examine(self, name: str) -> Facts:
+        """Find what `load` would, as `examine_image` does."""
+        return decode(*self.read(name), examine_image)
+
+
+class ImageFolder(_Loader):
     """Files below one folder; a name never leads out of it.
 
     Args:
@@ -25,13 +49,28 @@ class ImageFolder:
         self.folder = folder
         self._roots = (folder.absolute(), folder.resolve())
 
-    def load(self, name: str) -> Image.Image:
-        """Open a picture as `open_image` does; `BadSample` as in `find` and in `decode`."""
+    def read(self, name: str) -> tuple[bytes, str]:
+        """As `find`, and the file's content."""
         try:
-            content = self.find(name).read_bytes()
+            return self.find(name).read_bytes(), name
         except OSError as error:
             raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
-        return decode(content, name)
+
+    def finder(self, *, listing: bool) -> Callable[[str], object]:
+        """`find`; with ``listing`` each folder is listed once, which is faster than a look at each file."""
+        listed: dict[str, set[str]] = {}
+
+        def find(name: str) -> None:
+            folder, _, leaf = name.rpartition("/")
+            if folder not in listed:
+                listed[folder] = set()
+                if listing and not is_url(name) and ".." not in PurePosixPath(name).parts and name[:1] != "/":
+                    with contextlib.suppress(OSError, ValueError), os.scandir(self.folder / folder) as files:
+                        listed[folder] = {file.name for file in files if not file.is_symlink()}
+            if leaf not in listed[folder]:
+                self.find(name)
+
+        return find
 
     def find(self, name: str) -> Path:
         """Where a picture is, without opening it; `BadSample` if it is not there or outside the folder."""
@@ -54,7 +93,7 @@ class ImageFolder:
         return path
 
 
-class ImageColumn:
+class ImageColumn(_Loader):
     """The column of images, or lists of them, of a `datasets` table; a picture's name is ``ROW`` or ``ROW:PLACE``.
 
     Pictures that the table only names must lie below ``root``.
@@ -69,32 +108,33 @@ class ImageColumn:
         self.column, self.root = column, root
         self.table = table.select_columns([column]).cast_column(column, feature)
 
-    def find(self, name: str) -> None:
-        """Nothing to check: a table always holds its own."""
+    def finder(self, *, listing: bool) -> Callable[[str], object]:
+        """Nothing to look for: a table always holds its own."""
+        return lambda name: None
 
-    def load(self, name: str) -> Image.Image:
-        """As `ImageFolder.load`."""
+    def read(self, name: str) -> tuple[bytes, str]:
+        """The picture's bytes, of the table or of the file that it names."""
         row, _, place = name.partition(":")
         cell = self.table[int(row)][self.column]
         if place:
             cell = cell[int(place)]
         if cell["bytes"] is not None:
-            return decode(cell["bytes"], f"row {name}")
+            return cell["bytes"], f"row {name}"
         path = Path(cell["path"] or "")
         if not path.resolve().is_relative_to(self.root.resolve()):
             raise BadSample("path leaves the folder", f"row {name}: {path}")
-        return ImageFolder(self.root).load(str(path.resolve().relative_to(self.root.resolve())))
+        return ImageFolder(self.root).read(str(path.resolve().relative_to(self.root.resolve())))
 
 
 Pictures = ImageFolder | ImageColumn
 """Finds pictures by the names in `Conversation.images`."""
 
 
-def decode(content: bytes, name: str) -> Image.Image:
+def decode(content: bytes, name: str, opened: Callable[[bytes, str], Any] = open_image) -> Any:
     """Open an image file's bytes as `open_image` does; `BadSample` with name and reason if that cannot be done."""
     if not content:
         raise BadSample("empty image", name)
     try:
-        return open_image(content, name)
+        return opened(content, name)
     except PictureError as error:
         raise BadSample("unreadable image", f"{name}: {error.reason}") from error

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from pmod_cli.families.chat_templates import PLACEHOLDER
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 READ = {"id", "image", "images", "conversations", "messages", "system"}
@@ -17,6 +18,10 @@ READ = {"id", "image", "images", "conversations", "messages", "system"}
 
 _READ_OF_TURN = {"from", "value", "role", "content"}
 _ESCAPED = re.compile("[\x85\u2028\u2029\ud800-\udfff]")
+_WINDOW = 1 << 20
+_LITERAL = 16
+_BLANKS = re.compile(r"[ \t\n\r]*")
+_HALVES = re.compile("[\ud800-\udfff]")
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _MEDIA = re.compile(
     r"^data:(image|video|audio)/|\.(jpe?g|png|webp|gif|bmp|tiff?|mp4|avi|mov|mkv|webm|wav|mp3|flac)$", re.I
@@ -28,7 +33,7 @@ class BadSample(ValueError):
 
     def __init__(self, kind: str, detail: str = "") -> None:
         super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind = kind
+        self.kind, self.detail = kind, detail
 
 
 @dataclass(frozen=True)
@@ -64,37 +69,115 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-def parse_json(content: bytes, path: Path) -> list[Any]:
-    """The records of a JSON list or, by the path's suffix ``.jsonl``, of JSON lines, without looking into them."""
-    lines = is_lines(path)
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each record of a JSON list or, by the path's suffix ``.jsonl``, of JSON lines: its text, and what it holds.
+
+    The file is read bit by bit: it may be larger than the memory.
+
+    Raises:
+        PmodError: The file is missing, cannot be read, is no such list, or holds nothing.
+    """
+    read = 0
     try:
-        text = content.decode("utf-8-sig")
-        # Not splitlines: strings in JSON may hold U+2028, which ends a line for Python.
-        parts = [line for line in text.split("\n") if line.strip()] if lines else [text]
-        read = [json.loads(part) for part in parts]
-        records = read if lines else read[0]
+        # Only line feeds end a line: strings in JSON may hold U+2028, which ends one for others.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for found in _lines(file) if is_lines(path) else _items(file):
+                yield found
+                read += 1
+    except FileNotFoundError:
+        raise PmodError(f"no data file {path}") from None
+    except OSError as error:
+        raise PmodError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise PmodError(f"cannot read {path}: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise PmodError(f"{path} is not valid JSON: {error}", "JSON-lines files end in .jsonl") from error
-    if not isinstance(records, list):
-        raise PmodError(f"{path} is not a list of records", 'expected [{"conversations": [...]}, ...]')
-    if not records:
+        raise PmodError(f"cannot read {path}: after {read} records: {error}") from error
+    except _NoListError:
+        raise PmodError(
+            f"{path} is not a list of records",
+            'expected [{"conversations": [...]}, ...]; JSON-lines files end in .jsonl',
+        ) from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", first_line(error))
+        raise PmodError(
+            f"{path} is not valid JSON: record {read}: {reason}", "JSON-lines files end in .jsonl"
+        ) from error
+    if not read:
         raise PmodError(f"{path} holds no records")
-    return records
 
 
-def dump_json(records: list[Any], path: Path) -> str:
-    """The text of a file that `parse_json` reads; every reader splits its lines at the same places.
+class _NoListError(ValueError):
+    pass
+
+
+def _lines(file: TextIO) -> Iterator[tuple[str, Any]]:
+    for line in file:
+        if text := line.strip():
+            yield text, json.loads(text)
+
+
+def _items(file: TextIO) -> Iterator[tuple[str, Any]]:
+    """The items of a JSON list, with a window on the file that grows to the largest item."""
+    decode = json.JSONDecoder().raw_decode
+    window, at = "", 0
+
+    def read_on() -> bool:
+        nonlocal window, at
+        more = file.read(max(_WINDOW, len(window) - at))
+        window, at = window[at:] + more, 0
+        return bool(more)
+
+    def next_sign() -> str:
+        nonlocal at
+        while True:
+            at = _BLANKS.match(window, at).end()  # type: ignore[union-attr]
+            if at < len(window) or not read_on():
+                return window[at : at + 1]
+
+    if next_sign() != "[":
+        raise _NoListError
+    at += 1
+    more = next_sign() != "]"
+    while more:
+        next_sign()
+        while True:
+            try:
+                value, end = decode(window, at)
+            except ValueError as error:
+                # Where the window's end is the cause, the error is there, or says that a string has no end.
+                cut = getattr(error, "pos", 0) > len(window) - _LITERAL
+                if (cut or str(error).startswith("Unterminated")) and read_on():
+                    continue
+                raise
+            if end < len(window) or not read_on():  # a number may go on
+                break
+        yield window[at:end], value
+        at = end
+        more = next_sign() == ","
+        at += more
+    if next_sign() != "]":
+        raise ValueError("expecting a comma, or a bracket at the end")
+    at += 1
+    if next_sign():
+        raise ValueError("extra data after the list")
+
+
+def dump_records(records: Iterable[Any], path: Path) -> Iterator[str]:
+    """The text, piece by piece, of a file that `read_records` reads: a record a line, whichever the format.
 
     What other programs take for the end of a line, and halves of surrogate pairs, are escaped.
     """
-    lines = is_lines(path)
-    if lines:
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    else:
-        text = json.dumps(records, ensure_ascii=False, indent=1)
-    return _ESCAPED.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
+    texts = (_ESCAPED.sub(_escape, json.dumps(record, ensure_ascii=False)) for record in records)
+    if is_lines(path):
+        yield from (f"{text}\n" for text in texts)
+        return
+    before = "["
+    for text in texts:
+        yield f"{before}\n{text}"
+        before = ","
+    yield "[]\n" if before == "[" else "\n]\n"
+
+
+def _escape(character: re.Match[str]) -> str:
+    return f"\\u{ord(character[0]):04x}"
 
 
 def is_lines(path: Path) -> bool:
@@ -196,7 +279,7 @@ def _parse_turn(turn: Any) -> Turn:
     if str(role or "") not in ROLES:
         raise BadSample("unknown role", repr(role))
     role = ROLES[str(role)]
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if _HALVES.search(value):
         raise BadSample("bad turn", "half of a surrogate pair, which is no text")
     if PLACEHOLDER in value and role != "user":
         raise BadSample("<image> count", f"a placeholder in a turn of {role}")

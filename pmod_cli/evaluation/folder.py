@@ -21,15 +21,14 @@ from pmod_cli.evaluation.results import EvalResult
 from pmod_cli.evaluation.tables import markdown
 from pmod_cli.generation import Answer
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import TAG, read_json, read_json_lines, tag, write_file, write_json
+from pmod_cli.output.files import TAG, cache_folder, read_json, read_json_lines, tag, write_file, write_json
 
 HOLDS = ("results.json", "report.md", "samples", "answers", "submissions", "pictures", "*.log")
 
 
 def answers_cache() -> Path:
-    """Where answers are kept if there is no output folder: below ``PMOD_CACHE``, or the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PMOD_CACHE") or Path(cache, "pmod")).expanduser() / "answers"
+    """Where answers are kept if there is no output folder."""
+    return cache_folder() / "answers"
 
 
 def claim(folder: Path, models: Mapping[str, Mapping[str, Any]]) -> None:

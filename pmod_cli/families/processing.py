@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
@@ -15,6 +15,18 @@ from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
 
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
+
+
+class Sized(Protocol):
+    """A picture, or what is known of it."""
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
 
 
 def load_processor(source: str | Path, backend: str = IMAGE_BACKEND) -> Any:
@@ -67,7 +79,7 @@ def _one_tile_each(processor: Any, images: int) -> bool:
     return images > 1 and "batch_num_images" in processor.image_processor.model_input_names
 
 
-def image_tokens(processor: Any, images: Sequence[Image.Image]) -> list[int]:
+def image_tokens(processor: Any, images: Sequence[Sized]) -> list[int]:
     """How many tokens each picture of one conversation takes in the prompt."""
     if not images:
         return []

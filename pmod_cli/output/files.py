@@ -37,6 +37,12 @@ _JSON_HEAD = re.compile(rb'\{\s*"schema_version": \d+,\s*"command": "')
 _AT_FDCWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # <linux/fs.h>
 
 
+def cache_folder() -> Path:
+    """Where pmod keeps what it would otherwise make again: ``PMOD_CACHE``, or ``pmod`` in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("PMOD_CACHE") or Path(cache, "pmod")).expanduser()
+
+
 def tag(command: str) -> dict[str, Any]:
     """The keys with which a command's result in JSON begins: ``pmod report`` knows it by them."""
     return {"schema_version": SCHEMA_VERSION, "command": command}

@@ -59,14 +59,14 @@ class RatioWarmup(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, steps: int) -> None:
-        self.layers = [layer for layer in model.modules() if isinstance(layer, MoDDecoderLayer)]
-        self.targets = [layer.retention_ratio for layer in self.layers]
+        layers = [layer for layer in model.modules() if isinstance(layer, MoDDecoderLayer)]
+        self.layers = [(layer, ratio) for layer in layers if (ratio := layer.retention_ratio) is not None]
         self.steps = steps
 
     def set_step(self, step: int) -> None:
         """Set the ratios for the optimizer step that comes after ``step`` others."""
         share = min(1.0, step / self.steps)
-        for layer, target in zip(self.layers, self.targets, strict=True):
+        for layer, target in self.layers:
             layer.retention_ratio = target if share == 1.0 else 1.0 + (target - 1.0) * share
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

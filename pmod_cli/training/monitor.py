@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from pmod_cli.data.batches import Collator, EncodedDataset
+from pmod_cli.data.table import Shapes
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import GateError
 from pmod_cli.output.files import read_json_lines, write_file
@@ -140,7 +142,7 @@ def make_probe(
     """Batches of ``size`` fixed samples with images, `PROBE_SAMPLES` in all; none for a dense model."""
     if not any(is_router(name) for name, _ in model.named_parameters()):
         return []
-    chosen = [index for index, sample in enumerate(dataset.samples) if sample.images][:PROBE_SAMPLES]
+    chosen = np.flatnonzero(Shapes.of(dataset.samples).images)[:PROBE_SAMPLES].tolist()
     batches = []
     for start in range(0, len(chosen), size):
         batch = collator([dataset[index] for index in chosen[start : start + size]])

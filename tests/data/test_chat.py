@@ -143,3 +143,24 @@ def test_too_long(processor):
         ChatEncoder(processor, first).encode(TURNS, [3])
     with pytest.raises(BadSample, match="an image past"):
         ChatEncoder(processor, 4).encode(TURNS, [3])
+
+
+@pytest.mark.parametrize("template", [None, LLAVA_HF, VICUNA_V1, CHATML])
+@pytest.mark.parametrize("limit", [2048, 60])
+def test_lengths_of_many_are_those_of_each(processor, template, limit):
+    changed = processor if template is None else _with_template(processor, template)
+    encoder = ChatEncoder(changed, limit)
+    talks = [TURNS, TURNS[:2], (Turn("user", "Why?"), Turn("assistant", "so " * 80)), TURNS[2:], TURNS]
+    talks += [(Turn("user", "x" * 80), Turn("assistant", "y"))]
+    for _ in range(2):  # each form is known the second time
+        texts = [encoder.text(talk) for talk in talks]
+        assert texts == [encoder.render(talk)[0] for talk in talks]
+        for talk, ids in zip(talks, encoder.token_ids(texts), strict=True):
+            images = [3] * sum(turn.images for turn in talk)
+            try:
+                expected = len(encoder.encode(talk, images).input_ids)
+            except BadSample as error:
+                with pytest.raises(BadSample, match=str(error)):
+                    encoder.length(talk, ids, images)
+            else:
+                assert encoder.length(talk, ids, images) == expected

@@ -126,3 +126,19 @@ def test_pillow_fills_up_cut_pictures_if_it_is_told_to(folder, monkeypatch):
     Image.open(folder / "cut.png").load()
     with pytest.raises(BadSample, match="unreadable image"):
         decode((folder / "cut.png").read_bytes(), "cut.png")
+
+
+def test_many_at_once_find_what_one_at_a_time_does(tmp_path, folder, processor, monkeypatch):
+    """All kinds in one file, in chunks of three: in the file's order, duplicates known across chunks."""
+    monkeypatch.setattr("pmod_cli.data.check._CHUNK", 3)
+    records = [*GOOD, *(record for _, record in CASES), *GOOD]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(records))
+    done = []
+    report = check_data(
+        data, folder, processor=processor, max_length=300, progress=lambda *step: done.append(step)
+    )
+    kinds = [kind for kind, _ in CASES] + ["duplicate"] * 3
+    assert [(found["index"], found["kind"]) for found in report["problems"]] == list(enumerate(kinds, 3))
+    assert (report["good"], done[-1]) == (3, (len(records), len(records)))
+    assert report["notes"] == {"picture suspicious: a single colour": 1}  # one picture, four times
