@@ -161,19 +161,18 @@ def _items(file: TextIO) -> Iterator[tuple[str, Any]]:
 
 
 def dump_records(records: Iterable[Any], path: Path) -> Iterator[str]:
-    """The text, piece by piece, of a file that `read_records` reads: a record a line, whichever the format.
+    """The text, piece by piece, of a file that `read_records` reads: one record per line; without the end of the last.
 
     What other programs take for the end of a line, and halves of surrogate pairs, are escaped.
     """
     texts = (_ESCAPED.sub(_escape, json.dumps(record, ensure_ascii=False)) for record in records)
-    if is_lines(path):
-        yield from (f"{text}\n" for text in texts)
-        return
-    before = "["
+    lines = is_lines(path)
+    gap = "" if lines else "[\n"
     for text in texts:
-        yield f"{before}\n{text}"
-        before = ","
-    yield "[]\n" if before == "[" else "\n]\n"
+        yield gap + text
+        gap = "\n" if lines else ",\n"
+    if not lines:
+        yield "[]" if gap == "[\n" else "\n]"
 
 
 def _escape(character: re.Match[str]) -> str:

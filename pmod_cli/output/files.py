@@ -29,8 +29,8 @@ MARKER = ".pmod"
 """The file in a folder that pmod wrote; it names what is in there."""
 TAG = "written by pmod, which may replace it"
 """Stands at the beginning or the end of the pictures and pages that pmod writes."""
-BLANK_TAG = "\n \t \t \n"
-"""The same, at the end of JSON that can hold nothing else."""
+BLANK_TAG = " \t \t \n"
+"""The same, as the end of the last line of JSON, which can hold nothing else."""
 
 _ENDS = 8192
 _JSON_HEAD = re.compile(rb'\{\s*"schema_version": \d+,\s*"command": "')
@@ -254,7 +254,7 @@ def _is_ours(path: Path, home: Path) -> bool:
         ends = file.read(_ENDS)
         file.seek(max(0, path.stat().st_size - _ENDS))
         ends += file.read()
-    return TAG.encode() in ends or BLANK_TAG.encode() in ends or _JSON_HEAD.match(ends) is not None
+    return TAG.encode() in ends or ends.endswith(BLANK_TAG.encode()) or _JSON_HEAD.match(ends) is not None
 
 
 def _lists(folder: Path, name: str) -> bool:
