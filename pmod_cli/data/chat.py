@@ -66,7 +66,8 @@ class ChatEncoder:
             PmodError: The template does not only append.
         """
         text, spans = self.render(turns)
-        tokens = self._tokenized(text, return_offsets_mapping=True)
+        special = self._adds_special_tokens(text)
+        tokens = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
         ids: list[int] = []
         labels: list[int] = []
         images, span = 0, 0
@@ -95,10 +96,14 @@ class ChatEncoder:
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that `text` made, one per image; many at once take the cores that there are."""
-        if not texts:
-            return []
-        plain = {"return_attention_mask": False, "return_token_type_ids": False}
-        return list(self._tokenized(list(texts), **plain)["input_ids"])
+        backend = self.tokenizer.backend_tokenizer
+        # As transformers' own call does first. A cut or padding that is set would change what is counted.
+        if backend.truncation is not None:
+            backend.no_truncation()
+        if backend.padding is not None:
+            backend.no_padding()
+        special = bool(texts) and self._adds_special_tokens(texts[0])  # all are of one template
+        return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
     def length(self, turns: Sequence[Turn], ids: Sequence[int], image_tokens: Sequence[int]) -> int:
         """How many tokens `encode` gives a conversation with these `token_ids`; it raises what `encode` does."""
@@ -107,10 +112,8 @@ class ChatEncoder:
             return length  # nothing is cut off, so there are answers to learn
         return len(self.encode(turns, image_tokens).input_ids)
 
-    def _tokenized(self, text: str | list[str], **options: Any) -> Any:
-        first = text if isinstance(text, str) else text[0]  # all are of one template
-        has_bos = bool(self.tokenizer.bos_token) and first.startswith(self.tokenizer.bos_token)
-        return self.tokenizer(text, add_special_tokens=not has_bos, **options)
+    def _adds_special_tokens(self, text: str) -> bool:
+        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     def render(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The text and the (start, end) characters of each answer with its end-of-turn token."""
