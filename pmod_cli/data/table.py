@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 from filelock import FileLock
 
-from pmod_cli.data import records as reading
 from pmod_cli.data.records import BadSample, Conversation, parse_record
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import cache_folder, open_folder, replacing
@@ -39,7 +38,7 @@ _SCHEMA = pa.schema(
         ("turns", pa.int32()),
     ]
 )
-_MADE_BY = b"".join(Path(module).read_bytes() for module in (__file__, reading.__file__))
+_MADE_BY = b"".join(module.read_bytes() for module in sorted(Path(__file__).parent.glob("*.py")))
 """A table that other code made is made anew."""
 
 
