@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
 from pmod_cli.checkpoints.load import check_tokenizer, read_config
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.kernels import use_kernels
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.pictures import as_rgb
 
 IMAGE_BACKEND = "pil"
@@ -30,6 +29,9 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 _SETTINGS = (
     "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
 )  # fmt: skip
+_LONGEST = 10**7
+"""Characters of a prompt; tokenizers take gigabytes for more."""
+
 _SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 
@@ -119,7 +121,7 @@ class VisionLanguageModel:
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        try:
+        with told_as(f"cannot load {source}"):
             processor = AutoProcessor.from_pretrained(source, backend=image_backend, trust_remote_code=False)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source,
@@ -130,8 +132,6 @@ class VisionLanguageModel:
                 **options,
             )
             model.to(device)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise PmodError(f"cannot load {source}: {first_line(error)}") from error
         if info["missing_keys"]:
             # transformers would go on with random numbers there.
             missing = sorted(info["missing_keys"])
@@ -150,9 +150,13 @@ class VisionLanguageModel:
         # A literal image token in a question would be taken for one more picture.
         text = prompt.text.replace(token, "")
         content = [{"type": "image"} for _ in prompt.images] + [{"type": "text", "text": text}]
-        return self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
+        with told_as("the checkpoint's chat template fails"):
+            text = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+        if len(text) > _LONGEST:
+            raise PmodError(f"the prompt takes {len(text):,} characters", "it cannot be meant")
+        return text
 
     def length(self, prompt: Prompt) -> int:
         """Tokens of the prompt, vision tokens included; without running the image processor."""
@@ -166,12 +170,9 @@ class VisionLanguageModel:
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """The model's inputs for a batch of prompts, padded on the left, on the CPU."""
         images = [as_rgb(image) for prompt in prompts for image in prompt.images]
-        return self.processor(
-            text=[self.render(prompt) for prompt in prompts],
-            images=images or None,
-            padding=True,
-            return_tensors="pt",
-        )
+        texts = [self.render(prompt) for prompt in prompts]
+        with told_as("the checkpoint's processor fails"):
+            return self.processor(text=texts, images=images or None, padding=True, return_tensors="pt")
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:

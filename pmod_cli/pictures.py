@@ -14,9 +14,13 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import check_regular
 
 MAX_ASPECT = 100
 """Longest side over shortest. Processors that scale the short side to a fixed length would need gigabytes beyond it."""
+
+LARGEST = 2**29
+"""Bytes of a picture's file."""
 
 _UPRIGHT = 1
 _ORIENTATION = 0x0112
@@ -40,6 +44,7 @@ def open_image(source: str | Path | bytes, name: object = None) -> Image.Image:
         if is_url(source):
             raise PictureError(name, "a URL, and pictures are read from files; download it first")
         try:
+            check_regular(Path(source), LARGEST)
             source = Path(source).read_bytes()
         except FileNotFoundError:
             raise PmodError(f"no image file {name}", "check the path") from None

@@ -16,7 +16,7 @@ from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
 from pmod_cli.data.records import BadSample, Conversation, parse_json, parse_record
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import BLANK_TAG, replacing, write_file
+from pmod_cli.output.files import BLANK_TAG, check_regular, replacing, write_file
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,12 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     if is_hub_id(name) and not path.suffix:
         return _open_table(name, None)
     try:
+        check_regular(path)
         content = path.read_bytes()
     except FileNotFoundError:
         raise PmodError(f"no data file {path}") from None
-    except OSError as error:
-        raise PmodError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise PmodError(f"cannot read {path}: {first_line(error)}") from error
     records = parse_json(content, path)
     if any(isinstance(record, dict) and record.get("image") for record in records):
         if images is None:
@@ -133,13 +134,12 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
     require("datasets", "train")
     from datasets import Image as ImageFeature
     from datasets import config, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
 
     kinds = ("state.json", "dataset_dict.json")
     saved = folder is not None and any((folder / kind).is_file() for kind in kinds)
     try:
         table = load_from_disk(name) if saved else load_dataset(name)
-    except (DatasetsError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any kind, over a stranger's files
         raise PmodError(
             f"cannot open data set {name}: {first_line(error)}",
             "a LLaVA .json or .jsonl file, a datasets folder or a hub id is expected",

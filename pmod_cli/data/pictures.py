@@ -11,7 +11,9 @@ from typing import Any
 from PIL import Image
 
 from pmod_cli.data.records import BadSample
-from pmod_cli.pictures import PictureError, open_image
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import check_regular
+from pmod_cli.pictures import LARGEST, PictureError, open_image
 
 
 class ImageFolder:
@@ -27,7 +29,11 @@ class ImageFolder:
     def load(self, name: str) -> Image.Image:
         """Decode a picture as RGB; `BadSample` as in `find` and in `decode`."""
         try:
-            content = self.find(name).read_bytes()
+            path = self.find(name)
+            check_regular(path, LARGEST)
+            content = path.read_bytes()
+        except PmodError as error:
+            raise BadSample("unreadable image", str(error)) from error
         except OSError as error:
             raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
         return decode(content, name)

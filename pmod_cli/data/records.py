@@ -56,7 +56,7 @@ def parse_json(content: bytes, path: Path) -> list[Any]:
             records = json.loads(text)
     except UnicodeDecodeError as error:
         raise PmodError(f"cannot read {path}: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # the latter where it is deep
         raise PmodError(f"{path} is not valid JSON: {error}", "JSON-lines files end in .jsonl") from error
     if not isinstance(records, list):
         raise PmodError(f"{path} is not a list of records", 'expected [{"conversations": [...]}, ...]')

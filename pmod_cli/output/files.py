@@ -194,12 +194,20 @@ def read_text(path: Path, largest: int = 64 * 2**20) -> str:
         PmodError: Another kind of file, or a larger one.
         OSError, ValueError: It cannot be read, or is not UTF-8.
     """
-    status = path.stat()
+    check_regular(path, largest)
+    return path.read_text(encoding="utf-8")
+
+
+def check_regular(path: Path, largest: int | None = None) -> None:
+    """Refuse what is no regular file, or larger than so many bytes, before it is opened; errors as of `read_text`."""
+    try:
+        status = path.stat()
+    except RuntimeError as error:  # Python's before 3.13 for a link to itself
+        raise PmodError(f"cannot read {path}: {first_line(error)}") from error
     if not stat.S_ISREG(status.st_mode):
         raise PmodError(f"{path} is not a regular file")
-    if status.st_size > largest:
+    if largest is not None and status.st_size > largest:
         raise PmodError(f"{path} is larger than {largest >> 20} MiB", "it cannot be meant")
-    return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -221,9 +229,10 @@ def read_json_lines(path: Path) -> list[Any]:
     rows: list[Any] = []
     if not path.is_file():
         return rows
+    check_regular(path)
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
     return rows
 
