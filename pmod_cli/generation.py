@@ -16,7 +16,7 @@ import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto cl
 from pmod_cli.checkpoints.load import check_tokenizer, read_config
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.kernels import use_kernels
-from pmod_cli.output.errors import PmodError, told_as
+from pmod_cli.output.errors import PmodError, first_line, told_as
 from pmod_cli.pictures import as_rgb
 
 IMAGE_BACKEND = "pil"
@@ -183,7 +183,12 @@ class VisionLanguageModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             kept = {"cache_implementation": "static"} if self.cache == "static" else {}
-            output = self.model.generate(**inputs, **generation_settings(settings), **kept)
+            try:
+                output = self.model.generate(**inputs, **generation_settings(settings), **kept)
+            except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+                raise PmodError(
+                    f"the checkpoint's model and processor do not fit: {first_line(error)}"
+                ) from error
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         prompt_tokens = inputs["attention_mask"].sum(1).tolist()

@@ -60,6 +60,8 @@ def read_config(source: str | Path) -> Any:
     where = "cannot load" if Path(source).is_dir() else "no such folder, nor to be had from the hub:"
     with told_as(f"{where} {source}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        if hasattr(type(config), "mod_config"):
+            _ = config.mod_config  # which checks it
     find_family(config.model_type)
     return config
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from pmod_cli.data.chat import IGNORED, ChatEncoder, Encoded
 from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, told_as
 
 _TEMPLATE_TOKENS = 64
 """Tokens, at most, that a chat template puts around a turn."""
@@ -70,8 +70,15 @@ def image_token_numbers(processor: Any, images: Sequence[Image.Image]) -> list[i
     """How many tokens each image takes in the prompt."""
     if not images:
         return []
-    counted = processor._get_num_multimodal_tokens(image_sizes=[image.size[::-1] for image in images])
-    return list(counted["num_image_tokens"])
+    return _vision_tokens(processor, [image.size[::-1] for image in images])
+
+
+def _vision_tokens(processor: Any, sizes: list[Any]) -> list[int]:
+    with told_as("the checkpoint's processor fails"):
+        return [
+            int(count)
+            for count in processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+        ]
 
 
 def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
@@ -82,7 +89,7 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
     processor = dataset.processor
     pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None) or [[336, 336]]
     sizes = [tuple(pinpoint) for pinpoint in pinpoints]
-    picture = max(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+    picture = max(_vision_tokens(processor, sizes))
 
     def lengths(sample: Conversation) -> tuple[int, int]:
         vision = picture * len(sample.images)
@@ -135,7 +142,8 @@ class Collator:
             "logits_to_keep": length - first,
         }
         if images:
-            batch |= self.processor.image_processor(images, return_tensors="pt")
+            with told_as("the checkpoint's image processor fails"):
+                batch |= self.processor.image_processor(images, return_tensors="pt")
         batch["notes"] = {
             "ids": [example.id for example in examples],
             "replaced": [pair for example in examples for pair in example.replaced],

@@ -64,9 +64,9 @@ def check_place(path: Path, force: bool, inputs: Sequence[str | Path] = ()) -> N
         return
     if not force:
         raise PmodError(f"{path} exists", "--force replaces it")
-    place = path.resolve()
+    place = _real(path)
     for other, what in ((Path.cwd(), "the working folder"), *((Path(name), "an input") for name in inputs)):
-        other = other.expanduser().resolve()
+        other = _real(other)
         if other.exists() and (place == other or place in other.parents):
             raise PmodError(f"{path} is {what}, or holds it", "choose another place")
     if not is_ours(path):
@@ -168,13 +168,13 @@ def remove_folder(folder: Path) -> None:
 
 def public_name(name: str | Path) -> str:
     """How a checkpoint is called in what may be shared: a hub id, or a folder's name without the way to it."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.exists() or path.is_absolute() else str(name)
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - which raises no error for ~nosuchuser
+    return _real(path).name if path.exists() or path.is_absolute() else str(name)
 
 
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path stays in a folder, links followed: a stranger's folder may hold links to what is not theirs."""
-    return path.resolve().is_relative_to(folder.resolve())
+    return _real(path).is_relative_to(_real(folder))
 
 
 def to_json(data: Any) -> bytes:
@@ -235,6 +235,11 @@ def read_json_lines(path: Path) -> list[Any]:
             with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
     return rows
+
+
+def _real(path: Path) -> Path:
+    """A path without links; pathlib's own methods raise errors of several kinds for ``~nosuchuser`` and link loops."""
+    return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
 
 
 def _is_ours(path: Path, home: Path) -> bool:

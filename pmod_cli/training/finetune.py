@@ -110,7 +110,7 @@ class _Run:
     ) -> None:
         self.model, self.data, self.recipe, self.settings = model, data, recipe, recipe.train
         self.force = force
-        self.output = Path(os.path.abspath(output.expanduser()))  # noqa: PTH100 - a link is refused, not followed
+        self.output = Path(os.path.abspath(os.path.expanduser(output)))  # noqa: PTH100, PTH111 - a link is refused, not followed
         self.work = self.output.with_name(self.output.name + ".training")
         self.checkpoint = last_checkpoint(self.work) if resume else None
         self.shards = preflight.sharding()

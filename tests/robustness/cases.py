@@ -156,9 +156,9 @@ _OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
 """Values that cannot be meant, by option; typer has the last of an option's values count."""
 
 _IGNORED = {
-    "visualize": ("--baseline", "dense"),
+    "visualize": ("--baseline", "pmod"),
     "convert": ("--vision-tower", "dense"),
-    "convert back": ("--recipe", "demo"),
+    "convert back": ("--tokenizer", "dense"),
     "diff": ("--min", "shapes=1"),
     "generate": ("--revision", "x"),
     "compare": ("--latency",),

@@ -87,6 +87,8 @@ def failures(case: Case, good: Path) -> list[str]:
             wrong.append("it waited for ever")
         if peak > GIGABYTES:
             wrong.append(f"it took {peak:.1f} GB")
+        if not Path(base, "before").exists():
+            return [f"the case itself fails: {text[-500:]}"]
         before, after = Path(base, "before").read_text().splitlines(), _listing(work, case.output)
         wrong += [f"changed: {line}" for line in sorted(set(before) ^ set(after))]
     return wrong
