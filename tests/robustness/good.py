@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -52,17 +53,23 @@ def make_good(folder: Path) -> None:
     ``dense`` and ``pmod`` are checkpoints, ``train`` and ``tasks`` data, ``tuned`` is fine-tuned, ``stopped.training``
     a run that a kill stopped, ``results`` an evaluation; files beside them are of the commands that write files.
     """
-    code = in_child(lambda: _make(folder), folder / "log")
+    code, _ = in_child(lambda: _make(folder), folder / "log")
     if code:
         raise RuntimeError((folder / "log").read_text())
     (folder / "log").unlink()
 
 
-def in_child(action: Callable[[], object], log: Path) -> int:
-    """The exit code of an action in a forked child, whose output goes to a file."""
+def in_child(
+    action: Callable[[], object], log: Path, stop: tuple[int, float] | None = None
+) -> tuple[int, float]:
+    """Run an action in a child; its exit code (minus the signal that killed it) and seconds.
+
+    ``stop`` is a signal, and when to send it.
+    """
+    began = time.monotonic()
     child = os.fork()
     if not child:
-        code = 70
+        code = 1
         try:
             with log.open("wb") as file:
                 os.dup2(file.fileno(), 1)
@@ -77,7 +84,10 @@ def in_child(action: Callable[[], object], log: Path) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if stop is not None:
+        time.sleep(stop[1])
+        os.kill(child, stop[0])
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), time.monotonic() - began
 
 
 def _make(folder: Path) -> None:
