@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
@@ -34,7 +33,7 @@ from pmod_cli.families.processing import (
     video_tokens,
 )
 from pmod_cli.kernels import use_kernels
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import PmodError, first_line, told_as
 from pmod_cli.pictures import as_rgb
 
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -44,6 +43,9 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 _SETTINGS = (
     "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
 )  # fmt: skip
+_LONGEST = 10**7
+"""Characters of a prompt; tokenizers take gigabytes for more."""
+
 _SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 
@@ -169,7 +171,7 @@ class VisionLanguageModel:
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        try:
+        with told_as(f"cannot load {source}"):
             processor = load_processor(source, image_backend)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source,
@@ -180,8 +182,6 @@ class VisionLanguageModel:
                 **options,
             )
             model.to(device)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            raise PmodError(f"cannot load {source}: {first_line(error)}") from error
         if info["missing_keys"]:
             # transformers would go on with random numbers there.
             missing = sorted(info["missing_keys"])
@@ -207,7 +207,11 @@ class VisionLanguageModel:
         if prompt.videos and VIDEO_PLACEHOLDER not in text:
             text = VIDEO_PLACEHOLDER * len(prompt.videos) + text
         turn = message(self.processor, "user", text, videos=bool(prompt.videos))
-        return self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        with told_as("the checkpoint's chat template fails"):
+            text = self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        if len(text) > _LONGEST:
+            raise PmodError(f"the prompt takes {len(text):,} characters", "it cannot be meant")
+        return text
 
     def length(self, prompt: Prompt) -> int:
         """Tokens of the prompt, vision tokens included; without running the image processor."""
@@ -219,13 +223,15 @@ class VisionLanguageModel:
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """The model's inputs for a batch of prompts, padded on the left, on the CPU."""
         videos = [video for prompt in prompts for video in prompt.videos]
-        return self.processor(
-            text=[self.render(prompt) for prompt in prompts],
-            images=in_groups(self.processor, [prompt.images for prompt in prompts]),
-            **({"videos": videos, "do_sample_frames": False} if videos else {}),
-            padding=True,
-            return_tensors="pt",
-        )
+        texts = [self.render(prompt) for prompt in prompts]
+        with told_as("the checkpoint's processor fails"):
+            return self.processor(
+                text=texts,
+                images=in_groups(self.processor, [prompt.images for prompt in prompts]),
+                **({"videos": videos, "do_sample_frames": False} if videos else {}),
+                padding=True,
+                return_tensors="pt",
+            )
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
@@ -244,12 +250,17 @@ class VisionLanguageModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             kept = {"cache_implementation": "static"} if self.cache == "static" else {}
-            output = self.model.generate(
-                **inputs,
-                **generation_settings(settings),
-                **kept,
-                stopping_criteria=StoppingCriteriaList([stop] if stops else []),
-            )
+            try:
+                output = self.model.generate(
+                    **inputs,
+                    **generation_settings(settings),
+                    **kept,
+                    stopping_criteria=StoppingCriteriaList([stop] if stops else []),
+                )
+            except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+                raise PmodError(
+                    f"the checkpoint's model and processor do not fit: {first_line(error)}"
+                ) from error
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         ends = [stop.ends.get(row, new_ids.shape[1]) for row in range(len(new_ids))]
         rows = [ids[:end] for ids, end in zip(new_ids, ends, strict=True)]

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import check_regular
 
 MAX_ASPECT = 100
 """Longest side over shortest. Processors that scale the short side to a fixed length would need gigabytes beyond it."""
@@ -25,6 +26,10 @@ FRAMES = 32
 """How many frames of a video are seen, as LLaVA-OneVision's own evaluation has it."""
 
 _VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
+
+LARGEST = 2**29
+"""Bytes of a picture's file."""
+
 _UPRIGHT = 1
 _ORIENTATION = 0x0112
 _LYING = range(5, 9)
@@ -58,6 +63,7 @@ def open_image(source: str | Path | bytes, name: object = None) -> Image.Image:
         if is_url(source):
             raise PictureError(name, "a URL, and pictures are read from files; download it first")
         try:
+            check_regular(Path(source), LARGEST)
             source = Path(source).read_bytes()
         except FileNotFoundError:
             raise PmodError(f"no image file {name}", "check the path") from None

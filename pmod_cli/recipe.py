@@ -42,7 +42,7 @@ class ModSettings(_Section):
     ceiling: float = Field(0.85, gt=0, le=1)
     floor: float = Field(0.15, ge=0, le=1)
     ratio: float = Field(0.5, gt=0, le=1)
-    first_layer: int = Field(2, ge=0)
+    first_layer: int = Field(2, ge=0, lt=2**31)
     last_layer: int | None = Field(None, ge=0)
     ratios: tuple[float | None, ...] | None = Field(None, max_length=1000)
     weight_norm: str = "tanh"
@@ -85,8 +85,8 @@ class ModSettings(_Section):
 class LoraSettings(_Section):
     """LoRA on the decoder's linear layers; routers are trained in full beside it."""
 
-    r: int = Field(128, gt=0)
-    alpha: int = Field(256, gt=0)
+    r: int = Field(128, gt=0, lt=2**31)
+    alpha: int = Field(256, gt=0, lt=2**31)
     dropout: float = Field(0.05, ge=0, lt=1)
 
 
@@ -94,11 +94,13 @@ class TrainSettings(_Section):
     """How to fine-tune; the defaults are the paper's (section 4.1) unless the field says otherwise."""
 
     epochs: float = Field(1.0, gt=0)
-    max_steps: int = Field(-1, ge=-1, description="Stop after so many optimizer steps; -1 for whole epochs.")
-    global_batch_size: int = Field(128, gt=0)
-    micro_batch_size: int = Field(4, gt=0, description="Samples a device holds at once.")
+    max_steps: int = Field(
+        -1, ge=-1, lt=2**31, description="Stop after so many optimizer steps; -1 for whole epochs."
+    )
+    global_batch_size: int = Field(128, gt=0, lt=2**31)
+    micro_batch_size: int = Field(4, gt=0, lt=2**31, description="Samples a device holds at once.")
     learning_rate: float = Field(2e-5, gt=0)
-    router_learning_rate: float | None = None
+    router_learning_rate: float | None = Field(None, ge=0)
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
@@ -106,7 +108,7 @@ class TrainSettings(_Section):
     adam_beta2: float = Field(0.999, gt=0, lt=1)
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     gradient_checkpointing: bool = True
-    max_length: int = Field(2048, gt=0)
+    max_length: int = Field(2048, gt=0, lt=2**31)
     image_aspect_ratio: Literal["pad", "anyres", "processor"] = "processor"
     chat_template: Literal["processor", "vicuna_v1"] = "processor"
     image_position: Literal["written", "front"] = "written"
@@ -114,14 +116,16 @@ class TrainSettings(_Section):
     freeze_vision_tower: bool = True
     attn_implementation: str | None = None
     kernels: Literal["auto", "torch", "liger"] = Field("auto", description="See --kernels of pmod profile.")
-    num_workers: int = Field(4, ge=0)
-    max_bad_samples: int = Field(100, ge=0)
-    ratio_warmup_steps: int = Field(0, ge=0)
-    save_steps: int = Field(500, gt=0)
-    logging_steps: int = Field(10, gt=0)
-    router_stats_steps: int = Field(100, gt=0, description="Steps between two looks at the routers.")
+    num_workers: int = Field(4, ge=0, lt=2**31)
+    max_bad_samples: int = Field(100, ge=0, lt=2**31)
+    ratio_warmup_steps: int = Field(0, ge=0, lt=2**31)
+    save_steps: int = Field(500, gt=0, lt=2**31)
+    logging_steps: int = Field(10, gt=0, lt=2**31)
+    router_stats_steps: int = Field(
+        100, gt=0, lt=2**31, description="Steps between two looks at the routers."
+    )
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    seed: int = 42
+    seed: int = Field(42, ge=0, lt=2**32)
     lora: LoraSettings | None = None
 
     @field_validator("max_steps")

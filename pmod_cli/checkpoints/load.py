@@ -7,8 +7,8 @@ from typing import Any
 
 from pmod_cli.checkpoints.source import WHOLE, Source, check_exists, open_source
 from pmod_cli.families import find_family
-from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json
+from pmod_cli.output.errors import PmodError, told_as
+from pmod_cli.output.files import check_regular, read_json
 
 ORIGINAL_DECODERS = {
     "llava_llama": "llama",
@@ -18,6 +18,7 @@ ORIGINAL_DECODERS = {
 }
 """The language model of each ``model_type`` that LLaVA's own code wrote."""
 
+_TEXTS = (".json", ".jinja", ".txt", ".model")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
@@ -68,6 +69,9 @@ def check_source(source: str | Path) -> None:
         refuse_part(path)
         if not (path / "config.json").is_file():
             raise PmodError(f"{path} is not a checkpoint: it has no config.json")
+        for file in path.iterdir():
+            if not file.is_dir():
+                check_regular(file, 2**28 if file.suffix in _TEXTS else None)
         refuse_unconverted(open_source(path))
 
 
@@ -76,11 +80,11 @@ def read_config(source: str | Path) -> Any:
     check_source(source)
     from transformers import AutoConfig
 
-    try:
+    where = "cannot load" if Path(source).is_dir() else "no such folder, nor to be had from the hub:"
+    with told_as(f"{where} {source}"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        where = "cannot load" if Path(source).is_dir() else "no such folder, nor to be had from the hub:"
-        raise PmodError(f"{where} {source}: {first_line(error)}") from error
+        if hasattr(type(config), "mod_config"):
+            _ = config.mod_config  # which checks it
     find_family(config.model_type)
     return config
 

@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import check_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -101,15 +102,16 @@ class WeightFile:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name; only the header is read, and the library checks it."""
     try:
+        check_regular(path)
         with safe_open(path, framework="numpy"):
             pass
+        with path.open("rb") as file:
+            [length] = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length), object_pairs_hook=_once)
     except FileNotFoundError:
         raise PmodError(f"no file {path}") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise _corrupt(path, first_line(error)) from None
-    with path.open("rb") as file:
-        [length] = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
@@ -119,6 +121,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         read = partial(_read_range, path, start, end)
         tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), read)
     return tensors
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON whose names are all different: the library takes the last of two, others the first."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("its header names a tensor twice")
+    return data
 
 
 def _corrupt(path: Path, why: str) -> PmodError:

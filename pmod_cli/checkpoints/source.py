@@ -121,7 +121,8 @@ class Source:
         }
 
 
-def _local(name: str | Path) -> Path:
+def user_path(name: str | Path) -> Path:
+    """A path as the user named it, with their home folder for ``~``."""
     try:
         return Path(name).expanduser()
     except RuntimeError:  # no such user
@@ -140,7 +141,7 @@ def is_hub_id(name: str | Path) -> bool:
 
 def check_exists(name: str | Path, what: str = "folder") -> None:
     """Refuse what is neither a folder (``what`` the error calls it) nor a hub id; the hub is not asked."""
-    path = _local(name)
+    path = user_path(name)
     if path.is_file():
         raise PmodError(f"{path} is a file, not the folder of a checkpoint")
     if not path.is_dir() and not is_hub_id(name):
@@ -169,7 +170,7 @@ def open_source(
     Raises:
         PmodError: Nothing there, or the hub cannot be reached.
     """
-    for path in ([near / name] if near else []) + [_local(name)]:
+    for path in ([near / name] if near else []) + [user_path(name)]:
         if path.is_dir():
             return Source(str(name), path)
     check_exists(name)

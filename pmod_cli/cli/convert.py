@@ -81,8 +81,10 @@ def convert_command(
     if push_to_hub and not dry_run:
         hub.check_login()
     if to == "baseline":
-        if recipe or settings or dry_run:
-            raise PmodError("--recipe, --set and --dry-run say nothing about --to baseline", "leave them out")
+        given = {"--recipe": recipe, "--set": settings, "--dry-run": dry_run, "--vision-tower": vision_tower}
+        given |= {"--projector": projector, "--tokenizer": tokenizer, "--allow-pickle": allow_pickle}
+        if unused := ", ".join(name for name, value in given.items() if value):
+            raise PmodError(f"{unused}: nothing that --to baseline looks at", "leave it out")
         assert destination is not None
         with _progress() as progress:
             result = convert_back(

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pmod_cli.checkpoints.shards import StoredTensor
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import PmodError, told_as
 
 
 def check_shapes(config: dict[str, Any], tensors: Iterable[StoredTensor]) -> None:
@@ -21,13 +21,8 @@ def check_shapes(config: dict[str, Any], tensors: Iterable[StoredTensor]) -> Non
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     given = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
-    try:
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(
-                AutoConfig.for_model(config["model_type"], **given)
-            )
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise PmodError(f"config.json makes no model: {first_line(error)}") from error
+    with told_as("config.json makes no model"), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(config["model_type"], **given))
     expected = model.state_dict()
     rules = [rule for rule in get_model_conversion_mapping(model) if isinstance(rule, WeightRenaming)]
     missing = dict(expected)

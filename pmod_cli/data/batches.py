@@ -19,7 +19,7 @@ from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation
 from pmod_cli.data.table import Shapes
 from pmod_cli.families.processing import image_tokens, in_groups
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, told_as
 
 _TEMPLATE_TOKENS = 64
 """Tokens, at most, that a chat template puts around a turn."""
@@ -72,7 +72,9 @@ class EncodedDataset(Dataset[Example]):
 
     def encode(self, sample: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Token ids and labels of a sample whose images are at hand."""
-        return self.encoder.encode(sample.turns, image_tokens(self.processor, images))
+        with told_as("the checkpoint's processor fails"):
+            numbers = image_tokens(self.processor, images)
+        return self.encoder.encode(sample.turns, numbers)
 
 
 def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
@@ -83,7 +85,8 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
     processor = dataset.processor
     pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None) or [[336, 336]]
     sizes = [tuple(pinpoint) for pinpoint in pinpoints]
-    picture = max(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+    with told_as("the checkpoint's processor fails"):
+        picture = max(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
 
     shapes = Shapes.of(dataset.samples)
     vision = picture * shapes.images.astype(np.int64)
@@ -135,7 +138,8 @@ class Collator:
             "logits_to_keep": length - first,
         }
         if (pictures := in_groups(self.processor, images)) is not None:
-            batch |= self.processor.image_processor(pictures, return_tensors="pt")
+            with told_as("the checkpoint's image processor fails"):
+                batch |= self.processor.image_processor(pictures, return_tensors="pt")
         batch["notes"] = {
             "ids": [example.id for example in examples],
             "replaced": [pair for example in examples for pair in example.replaced],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from pmod_cli.data.records import BadSample, dump_records, is_lines, picture_nam
 from pmod_cli.data.table import RecordTable, Samples, make_table
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import BLANK_TAG, replacing
+from pmod_cli.output.files import BLANK_TAG, check_regular, replacing
 
 _KEPT_FROM = 16 << 20
 """Bytes of a file from which on its table is kept: smaller ones are read as fast as a table is opened."""
@@ -125,16 +124,15 @@ def _table_of_file(path: Path) -> RecordTable:
     """The records of a JSON file, by its SHA-256."""
     digest = hashlib.sha256()
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise PmodError(f"{path} is not a regular file")
+        check_regular(path)
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
             before = os.fstat(file.fileno())
     except FileNotFoundError:
         raise PmodError(f"no data file {path}") from None
-    except OSError as error:
-        raise PmodError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise PmodError(f"cannot read {path}: {first_line(error)}") from error
 
     def records(about: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         named = False
@@ -161,7 +159,6 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
     require("datasets", "train")
     from datasets import Image as ImageFeature
     from datasets import List, config, load_dataset, load_from_disk
-    from datasets.exceptions import DatasetsError
 
     kinds = ("state.json", "dataset_dict.json")
     saved = folder is not None and any((folder / kind).is_file() for kind in kinds)
@@ -170,7 +167,7 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
             table = load_dataset("parquet", data_files=name, split="train")
         else:
             table = load_from_disk(name) if saved else load_dataset(name)
-    except (DatasetsError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any kind, over a stranger's files
         raise PmodError(
             f"cannot open data set {name}: {first_line(error)}",
             "a LLaVA .json or .jsonl file, a datasets folder or a hub id is expected",

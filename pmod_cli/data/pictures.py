@@ -15,7 +15,9 @@ from typing import Any
 from PIL import Image
 
 from pmod_cli.data.records import BadSample
-from pmod_cli.pictures import Facts, PictureError, examine_image, is_url, open_image
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import check_regular
+from pmod_cli.pictures import LARGEST, Facts, PictureError, examine_image, is_url, open_image
 
 
 class _Loader(ABC):
@@ -52,7 +54,11 @@ class ImageFolder(_Loader):
     def read(self, name: str) -> tuple[bytes, str]:
         """As `find`, and the file's content."""
         try:
-            return self.find(name).read_bytes(), name
+            path = self.find(name)
+            check_regular(path, LARGEST)
+            return path.read_bytes(), name
+        except PmodError as error:
+            raise BadSample("unreadable image", str(error)) from error
         except OSError as error:
             raise BadSample("unreadable image", f"{name}: {type(error).__name__}") from error
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.checkpoints.source import user_path
 from pmod_cli.evaluation import patches
 from pmod_cli.extras import reason, require
 from pmod_cli.output.errors import PmodError
@@ -37,7 +39,7 @@ class Tasks:
         from lmms_eval import tasks as builtin
 
         paths = [include_path] if isinstance(include_path, (str, Path)) else include_path or ()
-        self.folders = [str(Path(path).expanduser().resolve()) for path in paths]
+        self.folders = [os.path.realpath(user_path(path)) for path in paths]
         for folder in self.folders:
             if not Path(folder).is_dir():
                 raise PmodError(f"--include-path {folder}: no such folder")

@@ -23,6 +23,7 @@ from pmod_cli.evaluation.results import EvalResult
 from pmod_cli.evaluation.tables import changes_table, notes, tables
 from pmod_cli.output.console import OS_HINTS, emit_json, show_lines, stderr, stdout
 from pmod_cli.output.errors import GateError, PmodError
+from pmod_cli.output.options import refuse_ignored
 from pmod_cli.output.progress import late_progress
 from pmod_cli.output.tables import Table
 from pmod_cli.output.text import plain
@@ -35,6 +36,7 @@ FULL_MARKS = {"mme": 2000.0}
 def run(options: EvalOptions) -> None:
     """Do what the options ask for, and print what came of it; a `GateError` if a limit was not met."""
     if options.diff:
+        refuse_ignored(options, "--diff", ("diff", "include_path", "as_json", "offline"))
         _show_differences(*options.diff, options.include_path, options.as_json)
         return
     with _problems_shown(options.output):
@@ -42,6 +44,8 @@ def run(options: EvalOptions) -> None:
         if not names:
             raise PmodError("--tasks is missing", "e.g. --tasks gqa,pope_full, or --tasks paper")
         if options.prepare:
+            used = ("prepare", "tasks", "model", "baseline", "include_path", "as_json")
+            refuse_ignored(options, "--prepare", used)
             _prepare(options, names)
             return
         if options.model is None:

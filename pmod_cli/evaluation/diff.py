@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pmod_cli.evaluation.catalogue import Tasks
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.output.files import is_inside, open_folder, read_json, read_json_lines, write_file
 
 Answers = dict[int, dict[str, Any]]
@@ -57,11 +58,24 @@ def read_answers(folder: Path, task: str, role: str = "model") -> Answers:
     """One model's answers to a task, from an evaluation's folder; empty if they were not kept."""
     path = folder / "samples" / f"{check_task_name(task)}.jsonl"
     rows = read_json_lines(path) if is_inside(path, folder) else []
+    if not all(_is_sample(row, role) for row in rows):
+        raise PmodError(f"{path} holds a line that pmod eval does not write")
     return {
         row["doc_id"]: {"prompt": row["prompt"], "target": row["target"]} | row[role]
         for row in rows
         if role in row
     }
+
+
+def _is_sample(row: Any, role: str) -> bool:
+    """Whether a line has what is compared of a model's answer."""
+    if not isinstance(row, dict) or not {"doc_id", "prompt", "target"} <= row.keys():
+        return False
+    side = row.get(role, {"answer": "", "score": None})
+    if type(row["doc_id"]) is not int or not isinstance(side, dict) or not {"answer", "score"} <= side.keys():
+        return False
+    score = side["score"]
+    return score is None or (isinstance(score, int | float) and math.isfinite(score))
 
 
 def compare_answers(before: Mapping[str, Answers], after: Mapping[str, Answers]) -> Comparison:
@@ -141,7 +155,8 @@ def _all_answers(folder: Path) -> dict[str, Answers]:
     finished = read_json(results).get("tasks") if results.is_file() else None
     if not finished:
         raise PmodError(f"{folder} holds no evaluation", "give the --output folder of a finished `pmod eval`")
-    return {leaf: read_answers(folder, leaf) for task in finished for leaf in task["tasks"]}
+    with told_as(f"{results} is not what pmod eval writes"):
+        return {leaf: read_answers(folder, leaf) for task in finished for leaf in task["tasks"]}
 
 
 def pictures_of(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, told_as
 
 
+@told_as("the checkpoint's processor and config do not fit")
 def agree(config: Any, processor: Any) -> Any:
     """The processor, with what its files lack filled in from the model's config.
 

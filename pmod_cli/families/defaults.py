@@ -83,6 +83,9 @@ def check_config(raw: dict[str, Any]) -> None:
             size = (part or {}).get(key)
             if size is not None and (type(size) is not int or not 1 <= size <= largest):
                 raise PmodError(f"config.json: {key}{of} is {size!r}, not a number from 1 to {largest}")
+        dropout = (part or {}).get("attention_dropout", 0)
+        if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
+            raise PmodError(f"config.json: attention_dropout{of} is {dropout!r}, not a share below 1")
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:

@@ -39,9 +39,18 @@ class MoDConfig:
     coverage: float | Sequence[float] = 0.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.retention_ratios, list | tuple):
+            raise ValueError("retention_ratios is no list")
         for ratio in self.retention_ratios:
-            if ratio is not None and not 0 <= ratio <= 1:
-                raise ValueError(f"retention ratio {ratio} is outside [0, 1]")
+            if ratio is not None and not (isinstance(ratio, int | float) and 0 <= ratio <= 1):
+                raise ValueError(f"retention ratio {ratio!r} is outside [0, 1]")
+        for name in ("weight_scale", "weight_bias"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not abs(value) < 1e6:
+                raise ValueError(f"{name} is {value!r}, not a number that can be meant")
+        for name in ("weight_norm", "target_tokens"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not a name")
         if self.weight_norm not in WEIGHT_NORMS:
             raise ValueError(f"unknown weight norm {self.weight_norm!r}; known: {', '.join(WEIGHT_NORMS)}")
         if self.target_tokens not in TARGET_TOKENS:

@@ -113,6 +113,9 @@ def report_error(error: BaseException, debug: bool = False) -> int:
         where = f" ({error.filename})" if error.filename else ""
         _line(f"{os.strerror(error.errno)}{where}: {OS_HINTS[error.errno]}")
         return 2
+    if isinstance(error, MemoryError):
+        _line("out of memory (end other programs, or ask for less)")
+        return 2
     _flush_stdout()
     what = f"{type(error).__name__}: {plain(str(error))[:_LONGEST]}" if str(error) else type(error).__name__
     _line(f"{what} (unforeseen; {'see above' if debug else _keep_traceback(error)})")

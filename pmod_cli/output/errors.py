@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class PmodError(Exception):
     """Bad input or environment: one clear line, exit code 2.
@@ -42,6 +45,17 @@ class BrokenPackageError(PmodError):
     def __init__(self, package: str, reason: str, remedy: str) -> None:
         super().__init__(f"{package} is installed but cannot be imported: {reason}", remedy)
         self.reason = reason
+
+
+@contextmanager
+def told_as(message: str, hint: str | None = None) -> Iterator[None]:
+    """Make a `PmodError` of whatever a library raises over a stranger's file, which is of any kind."""
+    try:
+        yield
+    except PmodError:
+        raise
+    except Exception as error:
+        raise PmodError(f"{message}: {first_line(error)}", hint) from error
 
 
 def first_line(error: BaseException) -> str:

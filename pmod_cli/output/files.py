@@ -70,9 +70,9 @@ def check_place(path: Path, force: bool, inputs: Sequence[str | Path] = ()) -> N
         return
     if not force:
         raise PmodError(f"{path} exists", "--force replaces it")
-    place = path.resolve()
+    place = _real(path)
     for other, what in ((Path.cwd(), "the working folder"), *((Path(name), "an input") for name in inputs)):
-        other = other.expanduser().resolve()
+        other = _real(other)
         if other.exists() and (place == other or place in other.parents):
             raise PmodError(f"{path} is {what}, or holds it", "choose another place")
     if not is_ours(path):
@@ -174,13 +174,13 @@ def remove_folder(folder: Path) -> None:
 
 def public_name(name: str | Path) -> str:
     """How a checkpoint is called in what may be shared: a hub id, or a folder's name without the way to it."""
-    path = Path(name).expanduser()
-    return path.resolve().name if path.exists() or path.is_absolute() else str(name)
+    path = Path(os.path.expanduser(name))  # noqa: PTH111 - which raises no error for ~nosuchuser
+    return _real(path).name if path.exists() or path.is_absolute() else str(name)
 
 
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path stays in a folder, links followed: a stranger's folder may hold links to what is not theirs."""
-    return path.resolve().is_relative_to(folder.resolve())
+    return _real(path).is_relative_to(_real(folder))
 
 
 def to_json(data: Any) -> bytes:
@@ -200,12 +200,20 @@ def read_text(path: Path, largest: int = 64 * 2**20) -> str:
         PmodError: Another kind of file, or a larger one.
         OSError, ValueError: It cannot be read, or is not UTF-8.
     """
-    status = path.stat()
+    check_regular(path, largest)
+    return path.read_text(encoding="utf-8")
+
+
+def check_regular(path: Path, largest: int | None = None) -> None:
+    """Refuse what is no regular file, or larger than so many bytes, before it is opened; errors as of `read_text`."""
+    try:
+        status = path.stat()
+    except RuntimeError as error:  # Python's before 3.13 for a link to itself
+        raise PmodError(f"cannot read {path}: {first_line(error)}") from error
     if not stat.S_ISREG(status.st_mode):
         raise PmodError(f"{path} is not a regular file")
-    if status.st_size > largest:
+    if largest is not None and status.st_size > largest:
         raise PmodError(f"{path} is larger than {largest >> 20} MiB", "it cannot be meant")
-    return path.read_text(encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -227,11 +235,17 @@ def read_json_lines(path: Path) -> list[Any]:
     rows: list[Any] = []
     if not path.is_file():
         return rows
+    check_regular(path)
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
     return rows
+
+
+def _real(path: Path) -> Path:
+    """A path without links; pathlib's own methods raise errors of several kinds for ``~nosuchuser`` and link loops."""
+    return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
 
 
 def _is_ours(path: Path, home: Path) -> bool:

@@ -11,6 +11,7 @@ from pmod_cli.devices import find_device
 from pmod_cli.output.console import emit_json, show_lines, stdout
 from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.output.files import read_json
+from pmod_cli.output.options import refuse_ignored
 from pmod_cli.output.progress import working
 from pmod_cli.output.tables import Table
 from pmod_cli.plots import check_target
@@ -38,6 +39,7 @@ def run(options: ProfileOptions) -> None:
         PmodError: Options that do not go together, or a model, picture or device that cannot be used.
     """
     if options.compare is not None:
+        refuse_ignored(options, "--compare", ("compare", "as_json"))
         comparison = compare_files(*options.compare)
         if options.as_json:
             emit_json("profile", comparison)

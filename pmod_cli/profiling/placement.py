@@ -13,7 +13,7 @@ from transformers.models.auto import AutoModelForImageTextToText
 from transformers.utils import logging as transformers_logging
 
 from pmod_cli.modeling.twin import dense_twin
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.output.units import size
 from pmod_cli.profiling.closed_form import parameters
 from pmod_cli.profiling.prompt import DTYPE_BYTES
@@ -43,7 +43,8 @@ def _load(variant: Variant, device: torch.device, dtype: str, allow_pickle: bool
         torch.manual_seed(0)
         with torch.device(device):
             return AutoModelForImageTextToText.from_config(variant.config, **options).eval()
-    try:
+    hint = None if allow_pickle else "--allow-pickle reads .bin weights, with torch's weights_only reader"
+    with told_as(f"cannot load {variant.weights}", hint):
         model = AutoModelForImageTextToText.from_pretrained(
             variant.weights,
             config=variant.config,
@@ -51,9 +52,6 @@ def _load(variant: Variant, device: torch.device, dtype: str, allow_pickle: bool
             trust_remote_code=False,
             **options,
         )
-    except (OSError, ValueError) as error:
-        hint = None if allow_pickle else "--allow-pickle reads .bin weights, with torch's weights_only reader"
-        raise PmodError(f"cannot load {variant.weights}: {first_line(error)}", hint) from error
     return model.to(device).eval()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,9 @@ _NEEDED = {
     "eval": ("tasks", "model.source"),
     "finetune": ("output", "steps", "samples", "seconds", "parts"),
 }
+FROM = "read from"
+"""The key under which a profile has its own file."""
+
 _TRAINING = ("recipe.name", "model", "processes", *(f"result.{key}" for key in _NEEDED["finetune"]))
 """Keys without which a command's result says nothing to a report."""
 
@@ -88,6 +91,34 @@ class Found:
     def counts(self) -> dict[str, int]:
         """How many outputs of the three commands."""
         return {name: len(getattr(self, name)) for name in ("profiles", "trainings", "evaluations")}
+
+    def without_broken(self, use: Callable[[Found], object]) -> Found:
+        """What is left without the items that cannot be used, each tried alone; they are listed as unread."""
+        kept = Found(unread=dict(self.unread))
+        for name, path_of in _PATHS.items():
+            items = getattr(self, name)
+            for key in list(items):
+                alone: Any = {key: items[key]} if isinstance(items, dict) else [key]
+                try:
+                    use(Found(**{name: alone}))
+                except Exception as error:
+                    kept.unread[path_of(key)] = f"not what pmod wrote: {first_line(error)}"
+                else:
+                    more = getattr(kept, name)
+                    more.update(alone) if isinstance(items, dict) else more.extend(alone)
+        return kept
+
+
+_PATHS: dict[str, Callable[[Any], Path]] = {
+    "profiles": lambda profile: profile[FROM],
+    "trainings": lambda training: training.path,
+    "evaluations": lambda evaluation: evaluation.path,
+    "conversions": Path,
+    "pictures": Path,
+    "pages": Path,
+    "names": Path,
+}
+"""Which file each item of `Found` is of."""
 
 
 def collect(paths: Sequence[Path]) -> Found:
@@ -197,7 +228,7 @@ def _read_result(path: Path, found: Found) -> None:
             found.unread[path] = f"it is not what pmod {command} writes for a report"
         return
     if command == "profile":
-        found.profiles.append(result)
+        found.profiles.append(result | {FROM: path})
     elif command == "eval":
         found.evaluations.append(Evaluation(path.parent if path.name == "results.json" else path, result))
     elif command == "finetune":

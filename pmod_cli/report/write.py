@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pmod_cli import __version__
+from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import TAG, check_output, check_place, public_name, replacing_all
 from pmod_cli.report import accuracy, sections
-from pmod_cli.report.collect import collect
+from pmod_cli.report.collect import Found, collect
 from pmod_cli.report.document import Document, to_html, to_markdown
-from pmod_cli.report.models import gather, main_model, reference
+from pmod_cli.report.models import Model, gather, main_model, reference
 
 
 def write_report(
@@ -42,32 +44,23 @@ def write_report(
     for path in (page, markdown, folder):
         check_place(path, force, paths)
     found = collect([Path(path) for path in paths])
-    models = gather(found)
-    other = reference(models, found)
-    chapters = [
-        sections.summary(found, main_model(models, found), other),
-        sections.pictures(found, page.absolute().parent),
-        sections.recipe(found),
-        sections.cost(found),
-        accuracy.accuracy(models, other),
-        accuracy.accuracy_and_flops(models),
-        sections.training(found),
-        accuracy.differences(models, other, include_path),
-        sections.environment(found),
-    ]
-    counts = found.counts
-    summary = ", ".join(f"{n} {name if n != 1 else name[:-1]}" for name, n in counts.items() if n)
     names = ", ".join(public_name(path) for path in paths)
-    document = Document(
-        "p-MoD report", f"{summary} in {names}; pmod {__version__}", [c for c in chapters if c.blocks]
-    )
-    text, pictures = to_markdown(document, folder.name)
+    build = partial(_build, names=names, page=page, folder=folder.name, include_path=include_path)
+    try:
+        built = build(found)
+    except Exception as error:  # a result is not what a command wrote: which one, each alone will tell
+        found = found.without_broken(build)
+        if not sum(found.counts.values()):
+            raise PmodError(f"nothing that was found can be used: {first_line(error)}") from error
+        built = build(found)
+    document, models, text, pictures = built
     with replacing_all([folder, markdown, page], force=force) as [new_folder, new_markdown, new_page]:
         new_folder.mkdir()
         for name, data in pictures.items():
             (new_folder / name).write_bytes(data)
         new_markdown.write_text(f"{text}\n<!-- {TAG} -->\n", encoding="utf-8")
         new_page.write_text(f"{to_html(document)}\n<!-- {TAG} -->\n", encoding="utf-8")
+    counts = found.counts
     return {
         "files": {"html": str(page), "markdown": str(markdown), "pictures": str(folder)},
         "found": counts,
@@ -86,3 +79,27 @@ def write_report(
         ],
         "unread": {str(path): reason for path, reason in found.unread.items()},
     }
+
+
+def _build(
+    found: Found, *, names: str, page: Path, folder: str, include_path: Any
+) -> tuple[Document, list[Model], str, dict[str, bytes]]:
+    """The document, the models in it, and its Markdown with the pictures."""
+    models = gather(found)
+    other = reference(models, found)
+    chapters = [
+        sections.summary(found, main_model(models, found), other),
+        sections.pictures(found, page.absolute().parent),
+        sections.recipe(found),
+        sections.cost(found),
+        accuracy.accuracy(models, other),
+        accuracy.accuracy_and_flops(models),
+        sections.training(found),
+        accuracy.differences(models, other, include_path),
+        sections.environment(found),
+    ]
+    summary = ", ".join(f"{n} {name if n != 1 else name[:-1]}" for name, n in found.counts.items() if n)
+    document = Document(
+        "p-MoD report", f"{summary} in {names}; pmod {__version__}", [c for c in chapters if c.blocks]
+    )
+    return document, models, *to_markdown(document, folder)

@@ -18,14 +18,14 @@ from pmod_cli.data.batches import Collator, EncodedDataset, OrderedSampler, long
 from pmod_cli.data.dataset import open_data
 from pmod_cli.devices import world_size
 from pmod_cli.output.errors import GateError, PmodError
-from pmod_cli.output.files import MARKER, locked, open_folder, public_name, read_json_lines, remove_folder
+from pmod_cli.output.files import MARKER, locked, open_folder, public_name, remove_folder
 from pmod_cli.recipe import Recipe
 from pmod_cli.training import preflight
 from pmod_cli.training.callbacks import Preempted, RatioWarmup, StopAtSignal
 from pmod_cli.training.finish import EVENTS, METRICS, save_result
 from pmod_cli.training.memory import describe, device_memory, estimate
 from pmod_cli.training.model import count_parts, load_for_training
-from pmod_cli.training.monitor import BadSampleLog, Monitor, ProgressCallback, make_probe
+from pmod_cli.training.monitor import BadSampleLog, Monitor, ProgressCallback, make_probe, read_metrics
 from pmod_cli.training.trainer import (
     KEPT_CHECKPOINTS,
     STAGING,
@@ -110,7 +110,7 @@ class _Run:
     ) -> None:
         self.model, self.data, self.recipe, self.settings = model, data, recipe, recipe.train
         self.force = force
-        self.output = Path(os.path.abspath(output.expanduser()))  # noqa: PTH100 - a link is refused, not followed
+        self.output = Path(os.path.abspath(os.path.expanduser(output)))  # noqa: PTH100, PTH111 - a link is refused, not followed
         self.work = self.output.with_name(self.output.name + ".training")
         self.checkpoint = last_checkpoint(self.work) if resume else None
         self.shards = preflight.sharding()
@@ -223,7 +223,7 @@ class _Run:
 
     def finish(self, trainer: PmodTrainer, seconds: float, merge_lora: bool) -> dict[str, Any]:
         """Put the finished checkpoint in its place, and tell what the run did; all processes must call it."""
-        losses = [row["loss"] for row in read_json_lines(self.work / METRICS) if "loss" in row]
+        losses = [row["loss"] for row in read_metrics(self.work / METRICS) if "loss" in row]
         result = {
             "output": str(self.output),
             "steps": trainer.state.global_step,

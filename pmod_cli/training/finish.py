@@ -12,10 +12,11 @@ import torch
 import yaml
 
 from pmod_cli import __version__, plots
-from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
-from pmod_cli.output.files import is_ours, read_json_lines, remove_folder, replacing, tag, to_json
+from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.files import is_ours, remove_folder, replacing, tag, to_json
 from pmod_cli.output.versions import versions
 from pmod_cli.recipe import Recipe
+from pmod_cli.training.monitor import read_metrics
 from pmod_cli.training.trainer import unwritable
 
 METRICS = "metrics.jsonl"
@@ -63,9 +64,13 @@ def save_result(
             text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
             (folder / "recipe.yaml").write_text(text)
             try:
-                _draw(read_json_lines(folder / METRICS), folder / "training.png")
-            except (MissingExtraError, BrokenPackageError) as error:
-                _log.warning("no training.png: %s", error)
+                _draw(read_metrics(folder / METRICS), folder / "training.png")
+            except OSError:
+                raise
+            except (
+                Exception
+            ) as error:  # matplotlib is not there, or a resumed run's metrics are not what they were
+                _log.warning("no training.png: %s", first_line(error))
     except Exception as error:
         reason = unwritable(error)
         if reason is None:

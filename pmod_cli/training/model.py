@@ -18,7 +18,7 @@ from pmod_cli.families.image_processors import PmodLlavaImageProcessor
 from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.kernels import use_kernels
 from pmod_cli.modeling.names import is_router
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.recipe import LoraSettings, TrainSettings
 
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -81,10 +81,8 @@ def load_for_training(model: str | Path, settings: TrainSettings) -> tuple[Any, 
 def load_processor(model: str | Path, settings: TrainSettings) -> Any:
     """The processor alone, as training would use it; `PmodError` as in `load_for_training`."""
     config = read_config(model)
-    try:
+    with told_as(f"cannot load the processor of {model}"):
         processor = processing.load_processor(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise PmodError(f"cannot load the processor of {model}: {first_line(error)}") from error
     return _set_up(config, agree(config, processor), settings)
 
 

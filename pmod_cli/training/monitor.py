@@ -58,7 +58,7 @@ class Monitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the file, or cut it at the checkpoint."""
         if state.is_world_process_zero:
-            kept = [row for row in read_json_lines(self.path) if row["step"] <= state.global_step]
+            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
             write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         # Later looks are compared with this one: the routers as they start, or as the checkpoint has them.
         if self.probe:
@@ -131,9 +131,15 @@ class BadSampleLog:
 
     def all(self) -> dict[str, str]:
         """Id -> reason, those of other processes included."""
-        for name, reason in read_json_lines(self.path):
-            self.samples.setdefault(name, reason)
+        for entry in read_json_lines(self.path):
+            if isinstance(entry, list) and len(entry) == 2:
+                self.samples.setdefault(str(entry[0]), str(entry[1]))
         return self.samples
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``; what is none is left out."""
+    return [row for row in read_json_lines(path) if isinstance(row, dict) and type(row.get("step")) is int]
 
 
 def make_probe(

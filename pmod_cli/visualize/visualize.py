@@ -117,8 +117,8 @@ def _check(options: VisualizeOptions) -> tuple[dict[str, Path], list[int]]:
     for layer in layers:
         if not 0 <= layer <= last:
             raise PmodError(f"--layers: there is no layer {layer}", f"the model has 0 to {last}")
-    if options.baseline not in ("auto", "none"):
-        read_config(options.baseline)
+    if options.baseline not in ("auto", "none") and hasattr(read_config(options.baseline), "mod_config"):
+        raise PmodError(f"--baseline {options.baseline} is p-MoD itself", "give a dense model, auto or none")
     return files, layers
 
 

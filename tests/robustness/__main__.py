@@ -1,7 +1,8 @@
-"""``python -m tests.robustness [SHARE] [WORD]``: run the bad inputs, or a share of them, whose names hold a word."""
+"""``python -m tests.robustness``: all bad inputs and many kills; see its ``--help`` for fewer."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import random
 import sys
@@ -11,32 +12,55 @@ from pathlib import Path
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "COLUMNS": "120",
 }
 
-import pmod_cli.conversion.convert
-import pmod_cli.profiling.command
-import pmod_cli.report.write  # noqa: F401  (imported once, for all children)
-from tests.robustness.cases import cases, make_good
+from tests.robustness.cases import cases
+from tests.robustness.good import import_all, make_good
+from tests.robustness.kills import COMMANDS, kill_all
 from tests.robustness.runner import failures
 
 
-def run(share: float, word: str) -> int:
-    """Run them and print what went wrong; the number of cases that failed."""
-    chosen = [case for case in cases() if word in case.name and random.Random(case.name).random() < share]
+def fuzz(good: Path, share: float, word: str, seed: int) -> int:
+    """Run bad inputs and print what went wrong; the number of inputs that it went wrong with."""
+    ran: Counter[str] = Counter()
     failed: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(prefix="pmod-good-") as base:
-        make_good(Path(base))
-        for case in chosen:
-            if wrong := failures(case, Path(base)):
-                failed[case.words[0]] += 1
-                print(ascii(case.name), *(f"  {line}" for line in wrong), sep="\n")
-    print(f"{len(chosen)} inputs {dict(Counter(case.words[0] for case in chosen))}, failed {dict(failed)}")
+    for case in cases(good):
+        if word not in case.name or random.Random(f"{seed} {case.name}").random() >= share:
+            continue
+        ran[case.command] += 1
+        if wrong := failures(case, good):
+            failed[case.command] += 1
+            print(ascii(case.name), *(f"  {line}" for line in wrong), sep="\n", flush=True)
+    print(f"{ran.total()} inputs {dict(ran)}, failed {failed.total()} {dict(failed)}", flush=True)
     return failed.total()
 
 
+def main() -> int:
+    """Command line; 1 if anything was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--share", type=float, default=1.0, help="Of the bad inputs.")
+    parser.add_argument("--word", default="", help="Only inputs whose names hold it.")
+    parser.add_argument("--kills", type=int, default=60, help="Of each command.")
+    parser.add_argument("--commands", default=",".join(COMMANDS), help="Those that are killed.")
+    parser.add_argument("--seed", type=int, default=0, help="Which inputs a share holds; when kills come.")
+    given = parser.parse_args()
+    import_all()
+    with tempfile.TemporaryDirectory(prefix="pmod-good-") as base:
+        good = Path(base, "good")
+        good.mkdir()
+        for variable in ("HF_DATASETS_CACHE", "LMMS_EVAL_DATASETS_CACHE", "PMOD_CACHE"):
+            os.environ[variable] = str(Path(base, "cache"))
+        make_good(good)
+        failed = fuzz(good, given.share, given.word, given.seed)
+        killed = given.commands.split(",") if given.kills else []
+        wrong = kill_all(good, killed, given.kills, given.seed)
+    print(*wrong, f"kills {dict.fromkeys(killed, given.kills)}, wrong {len(wrong)}", sep="\n")
+    return int(bool(failed or wrong))
+
+
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    sys.exit(min(1, run(float(arguments[0]) if arguments else 1, arguments[1] if len(arguments) > 1 else "")))
+    sys.exit(main())

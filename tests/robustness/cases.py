@@ -1,175 +1,327 @@
-"""The table of bad inputs: each kind of bad file in each place that a command reads, and bad options."""
+"""The table of bad inputs: bad files in each place that a command reads, bad options, streams and limits."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
+import random
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from pmod_cli.checkpoints.shards import read_header, write_shard
-from pmod_cli.demo.job import BASELINE
+from tests.robustness import files
+from tests.robustness.good import EVAL, FINETUNE
 from tests.robustness.runner import Case
 
-BAD_JSON: dict[str, bytes] = {
-    "empty": b"",
-    "cut": b'{"model_type": "lla',
-    "list": b"[]",
-    "null": b"null",
-    "text": b'"x"',
-    "deep": b"[" * 100_000,
-    "deep objects": b'{"a":' * 50_000,
-    "digits": b'{"model_type": ' + b"1" * 5000 + b"}",
-    "latin-1": b'{"model_type": "\xe9"}',
-    "bytes": bytes(range(256)),
-    "surrogate": b'{"model_type": "\\ud800"}',
-    "escape": b'{"model_type": "\\u001b[31mred\\u001b]0;title\\u0007"}',
-    "markup": b'{"model_type": "[/q]"}',
+ASK = ("--image", "picture.png", "--prompt", "What?", "--max-new-tokens", "1")
+TRAIN = ("train/train.json", "--images", "train/images")
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "inspect": ("inspect", "pmod"),
+    "convert": ("convert", "dense", "out"),
+    "convert back": ("convert", "pmod", "out", "--to", "baseline"),
+    "check": ("data", "check", *TRAIN),
+    "fix": ("data", "check", *TRAIN, "--fix", "out.json"),
+    "finetune": (*FINETUNE, "--set", "train.max_steps=1", "--output", "out"),
+    "resume": (*FINETUNE, "--output", "stopped", "--resume"),
+    "generate": ("generate", "pmod", *ASK),
+    "eval": (*EVAL, "--output", "results"),
+    "diff": ("eval", "--diff", "before", "results"),
+    "profile": ("profile", "dense", "--counter", "formula", "--image", "picture.png"),
+    "latency": (
+        "profile",
+        "pmod",
+        "--latency",
+        "--repeats",
+        "1",
+        "--new-tokens",
+        "1",
+        "--counter",
+        "formula",
+    ),
+    "compare": ("profile", "--compare", "profile.json", "profile.json"),
+    "visualize": ("visualize", "pmod", *ASK, "--baseline", "none", "-o", "out.png", "--html", "out.html"),
+    "report": ("report", ".", "-o", "page.html"),
+    "demo": ("demo", "--output", "demo", "--steps", "1", "--train-images", "8", "--heldout-images", "2"),
+    "doctor": ("doctor",),
 }
-BAD_VALUES: tuple[Any, ...] = (
-    None, True, "[/q]", "\x1b[31m", "\ud800", -1, 0, 10**9, 10**30, 1e300, float("nan"), float("inf"), [], {}, [{}],
-)  # fmt: skip
-BAD_RECIPES: dict[str, bytes] = {
-    "empty": b"",
-    "list": b"- a",
-    "deep": b"[" * 5000,
-    "digits": b"seed: " + b"1" * 5000,
-    "date": b"name: 2020-99-99",
-    "dated key": b"2020-01-01: 1",
-    "tab": b"\tname: x",
-    "twice": b"name: a\nname: b",
-    "python": b"!!python/object/apply:os.system ['touch hit']",
-    "surrogate": b'name: "\\ud800"\nmod: {floor: 2}',
-    "latin-1": b"name: \xe9",
-    "nul": b"name: \0",
-    "unknown": b"mod: {flor: 1}",
-    "alias": b"a: &a [*a]",
-    "ratios": b"mod: {schedule: explicit, ratios: [" + b"0.5," * 20_000 + b"]}",
+"""By name, a command that works on the good folder."""
+
+OUTPUT = (
+    "out",
+    "out.json",
+    "out.png",
+    "out.html",
+    "out.training",
+    "page.html",
+    "page.md",
+    "page_files",
+    "demo",
+)
+_OUTPUTS = {"resume": ("stopped", "stopped.training"), "eval": ("results",), "diff": ("results",)}
+"""What they may write."""
+
+_CHECKPOINT = (
+    "config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "generation_config.json",
+)
+_READS: dict[str, tuple[str, ...]] = {
+    "inspect": ("pmod/config.json", "pmod/model.safetensors.index.json"),
+    "convert": tuple(f"dense/{name}" for name in _CHECKPOINT),
+    "convert back": ("pmod/config.json", "pmod/baseline/manifest.json", "pmod/model.safetensors.index.json"),
+    "check": ("train/train.json",),
+    "fix": ("train/train.json",),
+    "finetune": ("train/train.json", "pmod/config.json", "pmod/processor_config.json"),
+    "resume": (
+        "stopped.training/run.json",
+        "stopped.training/metrics.jsonl",
+        "stopped.training/checkpoint-1/trainer_state.json",
+        "stopped.training/.pmod",
+    ),
+    "generate": tuple(f"pmod/{name}" for name in _CHECKPOINT),
+    "eval": ("results/results.json", "results/samples/shapes.jsonl", "results/.pmod"),
+    "diff": ("results/results.json", "results/samples/shapes.jsonl"),
+    "profile": ("dense/config.json", "dense/processor_config.json"),
+    "latency": ("pmod/config.json",),
+    "compare": ("profile.json",),
+    "visualize": ("pmod/config.json", "pmod/processor_config.json"),
+    "report": (
+        "profile.json",
+        "tuned/training.json",
+        "tuned/metrics.jsonl",
+        "tuned/config.json",
+        "results/results.json",
+        "results/samples/shapes.jsonl",
+    ),
 }
-BAD_SETTINGS = (
+"""Which JSON of the good folder they read."""
+
+_MUST = {("inspect", "pmod/config.json"), ("convert", "dense/config.json"), ("compare", "profile.json")}
+"""What a command cannot do without."""
+
+_SETTINGS = (
     "mod.weight_scale=.nan", "mod.floor=.inf", "mod.floor=1e999", "mod.first_layer=-1", "mod.last_layer=-5",
     "mod.ratios=[1]", "mod.schedule=x", "mod", "=", "mod.floor.x=1", "mod={}}", "train.epochs=.inf",
     "train.max_steps=0", "train.learning_rate=1e999", "train.learning_rate=.nan", "mod.floor=[[[[", "\x1b=1",
-    "mod.floor=2020-99-99", "mod.weight_norm=[/q]",
+    "mod.floor=2020-99-99", "mod.weight_norm=[/q]", "train.seed=-1", "train.seed=1e30", f"train.seed={10**30}",
+    "train.router_learning_rate=-1", "train.attn_implementation=[/q]", "train.max_steps=1e30", "\udcff=1",
 )  # fmt: skip
+_NAMES = (
+    "x" * 5000,
+    "a/b/c",
+    "~nosuchuser/x",
+    "\x1b[31m",
+    "[/q]",
+    "\0",
+    "\udcff",
+    "",
+    "/dev/zero",
+    "picture.png/x",
+)
+_NUMBERS = ("nan", "inf", "-1", "0", "1e999", "9" * 5000, "x", "", "1" + "0" * 30)
+_TEXTS = ("", "\udcff", "\x1b[31m", "<image>" * 50, "[/q]", "x" * 200_000, "\0", "{{ 1/0 }}")
 
+_OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "inspect": {"--revision": _NAMES},
+    "convert": {"--recipe": _NAMES, "--vision-tower": _NAMES, "--projector": _NAMES, "--tokenizer": _NAMES,
+                "--to": _TEXTS, "--set": _SETTINGS, "--revision": _NAMES},
+    "check": {"--images": _NAMES, "--model": _NAMES, "--recipe": _NAMES, "--max-length": _NUMBERS,
+              "--limit": _NUMBERS, "--fix": _NAMES},
+    "finetune": {"--data": _NAMES, "--images": _NAMES, "--recipe": _NAMES, "--set": _SETTINGS, "--output": _NAMES},
+    "generate": {"--image": _NAMES, "--prompt": _TEXTS, "--max-new-tokens": _NUMBERS, "--dtype": _TEXTS,
+                 "--device": ("hpu", "cuda:99", "cpu:0", "cpu:1", "meta", "mps", "xla", "[/q]", "", "\udcff"),
+                 "--kernels": _TEXTS, "--cache": _TEXTS},
+    "eval": {"--tasks": (*_TEXTS, "nosuchtask", "../x", ",", "shapes,shapes"), "--baseline": _NAMES,
+             "--output": _NAMES, "--batch-size": (*_NUMBERS, "auto:x"), "--limit": _NUMBERS,
+             "--include-path": _NAMES, "--min": ("x", "shapes", "shapes=", "shapes=nan", "\x1b=1", "shapes=1e999"),
+             "--max-drop": _NUMBERS, "--max-new-tokens": _NUMBERS, "--dtype": _TEXTS, "--device": ("hpu", "[/q]")},
+    "profile": {"--recipe": _NAMES, "--set": _SETTINGS, "--baseline": _NAMES, "--image": _NAMES,
+                "--image-size": (*_NUMBERS, "0x0", "1x", "336x336x3", "1e9x1", "99999999x99999999", "-1x5"),
+                "--text-tokens": _NUMBERS, "--new-tokens": _NUMBERS, "--batch": _NUMBERS, "--sweep": _TEXTS,
+                "--schedules": _TEXTS, "--plot": (*_NAMES, "x.png/y.png", "x.txt"), "--max-flops-ratio": _NUMBERS,
+                "--repeats": _NUMBERS, "--device": ("hpu", "[/q]"), "--dtype": _TEXTS},
+    "visualize": {"--image": _NAMES, "--prompt": _TEXTS, "-o": (*_NAMES, "x.txt", "dense", "x.PNG/y.png"),
+                  "--gif": _NAMES, "--html": _NAMES, "--baseline": _NAMES, "--max-new-tokens": _NUMBERS,
+                  "--layers": (*_NUMBERS, ",", "1,", "1,,2", "99", "0x1", "1" * 5000), "--device": ("hpu", "[/q]")},
+    "report": {"-o": (*_NAMES, "x.txt", "pmod", "pmod/x.html"), "--include-path": _NAMES},
+    "demo": {"--output": (*_NAMES, "dense", "train/images", "picture.png"), "--steps": _NUMBERS,
+             "--train-images": _NUMBERS, "--heldout-images": _NUMBERS},
+    "doctor": {"--timeout": ("nan", "-1", "0", "x", "", "\udcff")},
+}  # fmt: skip
+"""Values that cannot be meant, by option; typer has the last of an option's values count."""
 
-def make_good(folder: Path) -> None:
-    """A dense and a p-MoD checkpoint, a recipe, a picture, the JSON of a profile, and their like."""
-    from pmod_cli.conversion.convert import convert
-    from pmod_cli.conversion.plan import plan_conversion
-
-    shutil.copytree(BASELINE, folder / "dense")
-    convert(plan_conversion(str(folder / "dense")), folder / "pmod", copy=True)
-    (folder / "recipe.yaml").write_text("name: good\n")
-    Image.new("RGB", (40, 30), "red").save(folder / "picture.png")
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
-    records = [{"id": "1", "image": "picture.png", "conversations": turns}]
-    (folder / "data.json").write_text(json.dumps(records))
-    (folder / "profile.json").write_text(json.dumps({"command": "profile", "result": {}}))
-
-
-def _write(path: str, content: bytes) -> None:
-    Path(path).unlink(missing_ok=True)
-    Path(path).write_bytes(content)
-
-
-def _special(path: str, kind: str) -> None:
-    Path(path).unlink()
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "loop":
-        Path(path).symlink_to(Path(path).name)
-    elif kind == "device":
-        Path(path).symlink_to("/dev/zero")
-    else:
-        Path(path).mkdir()
-
-
-def _set(path: str, keys: tuple[str, ...], value: Any) -> None:
-    data = json.loads(Path(path).read_bytes())
-    inner = data
-    for key in keys[:-1]:
-        inner = inner[key]
-    inner[keys[-1]] = value
-    _write(path, json.dumps(data).encode())
-
-
-def _add_tensor(name: str) -> None:
-    path = Path("dense/model.safetensors")
-    tensors = list(read_header(path).values())
-    write_shard(path.with_name("new"), [*tensors, tensors[0].renamed(name)])
-    path.with_name("new").replace(path)
-
-
-_READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "inspect": (("inspect", "pmod"), ("pmod/config.json",)),
-    "convert": (("convert", "dense", "out"), ("dense/config.json",)),
-    "convert back": (("convert", "pmod", "out", "--to", "baseline"), ("pmod/config.json",)),
-    "profile": (("profile", "dense", "--counter", "formula"), ("dense/config.json",)),
-    "compare": (("profile", "--compare", "profile.json", "profile.json"), ("profile.json",)),
-    "report": (("report", ".", "-o", "page.html"), ("profile.json",)),
+_IGNORED = {
+    "visualize": ("--baseline", "pmod"),
+    "convert": ("--vision-tower", "dense"),
+    "convert back": ("--tokenizer", "dense"),
+    "diff": ("--min", "shapes=1"),
+    "generate": ("--revision", "x"),
+    "compare": ("--latency",),
 }
 
 
-def cases() -> Iterator[Case]:
-    """All of them, in the same order each time."""
-    for name, (words, files) in _READERS.items():
-        for file in files:
-            for kind, content in BAD_JSON.items():
-                yield _case(f"{name}: {file} {kind}", words, partial(_write, file, content))
-            for kind in ("pipe", "loop", "device", "folder"):
-                yield _case(f"{name}: {file} is a {kind}", words, partial(_special, file, kind))
-    config = json.loads((BASELINE / "config.json").read_bytes())
-    for keys in _keys(config):
-        for value in BAD_VALUES:
-            for name in ("convert", "profile"):
-                spoil = partial(_set, "dense/config.json", keys, value)
-                what = f"{name}: {'.'.join(keys)} = {value!a}"
-                yield _case(what, _READERS[name][0], spoil, codes=(0, 2))
-    for kind, content in BAD_RECIPES.items():
-        for words in (("profile", "dense"), ("convert", "dense", "out")):
-            spoil = partial(_write, "recipe.yaml", content)
-            yield _case(f"{words[0]}: recipe {kind}", (*words, "--recipe", "recipe.yaml"), spoil)
-    for kind in ("pipe", "loop", "device", "folder"):
-        spoil = partial(_special, "recipe.yaml", kind)
-        yield _case(f"recipe is a {kind}", ("profile", "dense", "--recipe", "recipe.yaml"), spoil)
-    for setting in BAD_SETTINGS:
-        for words in (("profile", "dense"), ("convert", "dense", "out")):
-            yield _case(f"{words[0]}: --set {setting!a}", (*words, "--set", setting))
-    for name in ("x" * 5000, "a/b/c", "~nosuchuser/x", "\x1b[31m", "[/q]", "\0", "\udcff", ""):
-        for words in (("inspect",), ("profile",), ("convert",), ("report",)):
-            rest = {"convert": ("out",), "report": ("-o", "page.html")}.get(words[0], ())
-            yield _case(f"{words[0]} {name[:20]!a}", (*words, name, *rest))
-    layer = "language_model.model.layers.3000000000000.mlp.up_proj.weight"
-    yield _case("convert: a layer far away", ("convert", "dense", "out"), partial(_add_tensor, layer))
-    yield _case("stdout closed", ("profile", "dense"), prepare=_close_stdout, says="stdout is closed")
+def cases(good: Path) -> Iterator[Case]:
+    """All of them, in the same order each time; ``good`` is what they spoil copies of."""
+    yield from _files()
+    yield from _values(good)
+    yield from _formats(good)
+    yield from _options()
+    yield from _surroundings()
 
 
-def _case(
-    name: str,
-    words: tuple[str, ...],
-    spoil: Callable[[], object] = lambda: None,
-    codes: Any = (2,),
-    **more: Any,
-) -> Case:
-    return Case(name, words, spoil, codes, output=("out", "page.html", "page.md", "page_files"), **more)
+def _files() -> Iterator[Case]:
+    for name, paths in _READS.items():
+        for path in paths:
+            codes = (2,) if (name, path) in _MUST else (0, 1, 2)
+            for kind, content in files.JSON.items():
+                yield _case(name, f"{path} {kind}", partial(files.write, path, content), codes=codes)
+            for kind in files.KINDS:
+                yield _case(name, f"{path} is a {kind}", partial(files.replace, path, kind), codes=codes)
+
+
+def _values(good: Path) -> Iterator[Case]:
+    for name, paths in _READS.items():
+        for path in paths:
+            keys = files.keys_of(good / path)
+            few = 2 if len(keys) > 40 else 5
+            for place in random.Random(f"{name} {path}").sample(keys, min(len(keys), 100)):
+                what = f"{path}: {'.'.join(map(str, place))}"
+                for value in random.Random(what).sample(files.VALUES, few):
+                    spoil = partial(files.set_value, path, place, value)
+                    yield _case(name, f"{what} = {value!a:.40}", spoil, codes=(0, 1, 2))
+
+
+def _formats(good: Path) -> Iterator[Case]:
+    for kind, content in files.RECIPES.items():
+        spoil = partial(files.write, "recipe.yaml", content)
+        for name in ("profile", "convert", "finetune", "check"):
+            more = ("--recipe", "recipe.yaml")
+            yield _case(name, f"recipe {kind}", spoil, more=more, codes=(0, 2) if kind == "laughs" else (2,))
+    for kind in files.KINDS:
+        spoil = partial(files.replace, "recipe.yaml", kind)
+        yield _case("profile", f"recipe is a {kind}", spoil, more=("--recipe", "recipe.yaml"))
+    for kind, content in files.TASKS.items():
+        spoil = partial(files.write, "tasks/shapes.yaml", content)
+        yield _case("eval", f"task {kind}", spoil, codes=(0, 2))
+    for kind, content in files.TEMPLATES.items():
+        for name in ("generate", "finetune", "visualize"):
+            path = "pmod/chat_template.jinja"
+            yield _case(name, f"template {kind}", partial(files.write, path, content), codes=(0, 1, 2))
+    for kind, content in files.pictures().items():
+        for name, path in (
+            ("generate", "picture.png"), ("visualize", "picture.png"), ("profile", "picture.png"),
+            ("check", "train/images/00000.png"), ("finetune", "train/images/00000.png"), ("report", "kept.png"),
+        ):  # fmt: skip
+            yield _case(name, f"picture {kind}", partial(files.write, path, content), codes=(0, 1, 2))
+    for kind in files.KINDS:
+        for name, path in (
+            ("generate", "picture.png"), ("visualize", "picture.png"), ("profile", "picture.png"),
+            ("check", "train/images/00000.png"), ("finetune", "train/images/00000.png"), ("report", "kept.png"),
+            ("generate", "pmod/chat_template.jinja"), ("convert", "dense/model.safetensors"),
+            ("inspect", "pmod/model-routers.safetensors"), ("generate", "pmod/model-routers.safetensors"),
+            ("eval", "tasks/shapes.yaml"), ("report", "kept.html"), ("report", "results/report.md"),
+        ):  # fmt: skip
+            yield _case(name, f"{path} is a {kind}", partial(files.replace, path, kind), codes=(0, 1, 2))
+    for name, path in (
+        ("convert", "dense/model.safetensors"), ("profile", "dense/model.safetensors"),
+        ("inspect", "pmod/model-routers.safetensors"), ("convert back", "pmod/model-routers.safetensors"),
+        ("generate", "pmod/model-routers.safetensors"), ("latency", "pmod/model-routers.safetensors"),
+        ("resume", "stopped.training/checkpoint-1/model.safetensors"),
+    ):  # fmt: skip
+        for kind, content in files.weights((good / path).read_bytes()).items():
+            yield _case(name, f"{path} {kind}", partial(files.write, path, content), codes=(0, 2))
+
+
+def _options() -> Iterator[Case]:
+    for name, options in _OPTIONS.items():
+        for option, values in options.items():
+            for value in values:
+                words = tuple(word for word in COMMANDS[name])
+                yield _case(name, f"{option} {value!a:.40}", words=(*words, option, value), codes=(0, 1, 2))
+    for name, place in {"inspect": 1, "convert": 1, "check": 2, "finetune": 1, "generate": 1, "eval": 1, "profile": 1,
+                        "visualize": 1, "report": 1}.items():  # fmt: skip
+        for value in (*_NAMES, "picture.png", "train", "-", "--", "-5", "user/name", "../user/name"):
+            words = COMMANDS[name]
+            given = (*words[:place], value, *words[place + 1 :])
+            yield _case(name, f"of {value!a:.40}", words=given, codes=(0, 1, 2))
+    for name, words in _IGNORED.items():
+        yield _case(name, f"{words[0]}, which it would ignore", more=words)
+    for name in COMMANDS:
+        yield _case(name, "an option that is not there", more=("--nosuch",))
+        yield _case(name, "a word too many", more=("\x1b[31mx", "y", "z"))
+
+
+def _surroundings() -> Iterator[Case]:
+    for name in COMMANDS:
+        if name == "demo":
+            continue
+        yield _case(name, "stdout closed", prepare=_close_stdout, says="stdout is closed")
+        yield _case(name, "stderr closed", prepare=_close_stderr, codes=(0, 1))
+        yield _case(name, "ASCII alone", prepare=_ascii, codes=(0, 1))
+        yield _case(name, "a full disk behind stdout", prepare=_full, codes=(0, 2))
+        for number in (16, 40):
+            limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (number, number))
+            yield _case(name, f"{number} open files", prepare=limit, codes=(0, 1, 2))
+        for size in (2000, 20_000):  # of which the first takes what goes to stderr
+            limit = partial(_largest_file, size)
+            yield _case(name, f"files of {size} bytes", prepare=limit, codes=(0, 1, 2))
+    for name in ("convert", "finetune", "visualize", "report", "fix"):
+        yield _case(name, "in a folder that is gone", _leave, codes=(0, 2))
+    for name in COMMANDS:
+        if name not in ("demo", "doctor"):
+            yield _case(name, "among names with codes", _odd_names, codes=(0, 1))
 
 
 def _close_stdout() -> None:
-    import sys
-
     os.close(1)
     sys.stdout = None
 
 
-def _keys(data: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    for key, value in data.items():
-        yield (*above, key)
-        if isinstance(value, dict):
-            yield from _keys(value, (*above, key))
+def _close_stderr() -> None:
+    os.close(2)
+    sys.stderr = None
+
+
+def _ascii() -> None:
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        setattr(sys, name, open(number, "w", encoding="ascii", closefd=False))  # noqa: SIM115
+
+
+def _full() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+
+
+def _largest_file(size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def _leave() -> None:
+    Path("gone").mkdir()
+    os.chdir("gone")
+    Path("../gone").rmdir()
+
+
+def _odd_names() -> None:
+    for name in ("\x1b[31mx.json", "[/q].json", "javascript:x.html", "a\nb.png"):
+        Path(name).write_text("{}")
+    os.link("profile.json", os.fsencode("\udcff.json"))
+
+
+def _case(
+    name: str,
+    what: str,
+    spoil: Callable[[], object] = lambda: None,
+    *,
+    words: tuple[str, ...] | None = None,
+    more: tuple[str, ...] = (),
+    codes: tuple[int, ...] = (2,),
+    **rest: Any,
+) -> Case:
+    given = (*(words or COMMANDS[name]), *more)
+    return Case(f"{name}: {what}", given, spoil, codes, output=_OUTPUTS.get(name, OUTPUT), **rest)

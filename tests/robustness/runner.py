@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import tempfile
 import time
@@ -20,8 +21,11 @@ from pathlib import Path
 
 from pmod_cli.cli import main
 
-SECONDS = 30
-GIGABYTES = 2.0
+SECONDS = 20
+"""Of processor time; a run that waits is ended after three times as long."""
+GIGABYTES = 1.0
+"""Beyond what the process has at its start."""
+_LARGE = 100_000
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Case:
     output: tuple[str, ...] = ()
     prepare: Callable[[], object] = lambda: None
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """Its subcommand."""
+        return self.words[0]
 
 
 def failures(case: Case, good: Path) -> list[str]:
@@ -74,8 +83,12 @@ def failures(case: Case, good: Path) -> list[str]:
             wrong.append(f"a control code reaches the terminal: {text[-300:]!r}")
         if used > SECONDS:
             wrong.append(f"it took {used:.0f} s")
+        if code == -signal.SIGKILL:
+            wrong.append("it waited for ever")
         if peak > GIGABYTES:
             wrong.append(f"it took {peak:.1f} GB")
+        if not Path(base, "before").exists():
+            return [f"the case itself fails: {text[-500:]}"]
         before, after = Path(base, "before").read_text().splitlines(), _listing(work, case.output)
         wrong += [f"changed: {line}" for line in sorted(set(before) ^ set(after))]
     return wrong
@@ -91,6 +104,7 @@ def _child(case: Case, work: Path, scratch: Path, told: Path) -> None:
         os.environ |= {"TMPDIR": str(scratch), **case.environment}
         for number, target in ((0, os.devnull), (1, "../stdout"), (2, "../stderr")):
             os.dup2(os.open(target, os.O_RDWR | os.O_CREAT), number)
+        _bound()
         case.prepare()
         try:
             main([str(word) for word in case.words])
@@ -103,28 +117,38 @@ def _child(case: Case, work: Path, scratch: Path, told: Path) -> None:
         os._exit(code)
 
 
+def _bound() -> None:
+    """The machine's own memory and time are not at stake."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + int(3 * GIGABYTES * 2**30)
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (2 * SECONDS, 2 * SECONDS))
+
+
 def _wait(child: int) -> tuple[int, float, float]:
-    """Exit code, seconds, and peak gigabytes beyond this process's own."""
+    """Exit code, seconds of processor time, and peak gigabytes beyond this process's own."""
     started = time.monotonic()
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
-        used = time.monotonic() - started
         if done:
             break
-        if used > SECONDS:
+        if time.monotonic() - started > 3 * SECONDS:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.005)
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return os.waitstatus_to_exitcode(status), used, (usage.ru_maxrss - own) / 2**20
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, (usage.ru_maxrss - own) / 2**20
 
 
 def _copy(good: Path, work: Path) -> None:
-    """Copy a folder by links: a command that wrote into a file of its input would change the listing."""
+    """Copy a folder, large files by links: a command that wrote into one would change the listing."""
     for folder, _, files in os.walk(good):
         here = work / Path(folder).relative_to(good)
         here.mkdir()
         for name in files:
-            os.link(Path(folder, name), here / name)
+            if Path(folder, name).stat().st_size > _LARGE:
+                os.link(Path(folder, name), here / name)
+            else:
+                shutil.copy2(Path(folder, name), here / name)
 
 
 def _listing(work: Path, output: Sequence[str]) -> list[str]:

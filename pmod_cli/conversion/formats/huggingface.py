@@ -21,6 +21,7 @@ def translate(source: Source, options: Options) -> Translation:
     """Link the weights as they are; pickled ones are rewritten as safetensors. What is p-MoD already is refused."""
     if any(source.model_type == family.model_type for family in FAMILIES):
         raise PmodError(f"{source.name} is p-MoD already", "--to baseline gives its baseline back")
+    options.refuse("vision_tower", "projector", "tokenizer")
     files, sidecars = source.weight_files(options.allow_pickle), source.sidecars()
     safe = all(file.safe for file in files)
     originals: dict[str, Path | bytes] = {}

@@ -27,6 +27,7 @@ _NO_TOKENIZER = (
 
 def translate_whole(source: Source, options: Options) -> Translation:
     """Translate a model of LLaVA's own code, or of the release: there the p-MoD settings are in its config."""
+    options.refuse("projector")
     config, notes = source.config, []
     mod = llava_config.mod_config(config) if is_released(config) else None
     family = llava_config.family_name(config)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pmod_cli.checkpoints.shards import StoredTensor, decode, encode, read_header, read_pickle
-from pmod_cli.checkpoints.source import Source, open_source
+from pmod_cli.checkpoints.source import Source, open_source, user_path
 from pmod_cli.conversion.formats.llava_config import tower_config
 from pmod_cli.families.defaults import CLIP_LARGE_336
 from pmod_cli.output.errors import PmodError
@@ -122,7 +122,7 @@ def find_tower(
     if not name:
         raise PmodError("the checkpoint names no vision tower", "--vision-tower: a folder or a hub id")
     # What the user names lies where they are; what a checkpoint names lies inside it or beside it, nowhere else.
-    own, here = chosen or near is None, Path(name).expanduser()
+    own, here = chosen or near is None, user_path(name)
     places = [here] if own else []
     if near and not here.is_absolute() and ".." not in here.parts:
         places += [near / name, near.parent / name]
@@ -152,7 +152,7 @@ def read_projector(name: str, near: Path, allow_pickle: bool) -> list[StoredTens
 
     It is a file, a folder that has ``mm_projector.safetensors`` or ``.bin``, or a hub id; first ``near`` is looked in.
     """
-    path = next((path for path in (near / name, Path(name).expanduser()) if path.is_file()), None)
+    path = next((path for path in (near / name, user_path(name)) if path.is_file()), None)
     if path is None:
         folder = open_source(name, near=near, allow_pickle=allow_pickle).folder
         names = ("mm_projector.safetensors", "mm_projector.bin")

@@ -9,6 +9,7 @@ from typing import Any
 
 from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.modeling.settings import MoDConfig
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import Recipe
 
 
@@ -29,6 +30,15 @@ class Options:
     projector: str | None = None
     tokenizer: str | None = None
     recipe: Recipe | None = None
+
+    def refuse(self, *names: str) -> None:
+        """Refuse parts that the user names and the source has itself."""
+        for name in names:
+            if getattr(self, name) is not None:
+                raise PmodError(
+                    f"--{name.replace('_', '-')}: the source has one of its own, which is taken",
+                    "leave it out",
+                )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,217 @@
+"""Bad files: contents for each format that the commands read, and what a path may be instead of a file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+JSON: dict[str, bytes] = {
+    "empty": b"",
+    "cut": b'{"model_type": "lla',
+    "list": b"[]",
+    "null": b"null",
+    "text": b'"x"',
+    "deep": b"[" * 100_000,
+    "deep objects": b'{"a":' * 50_000,
+    "deep and whole": b'{"x":' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    "digits": b'{"model_type": ' + b"1" * 5000 + b"}",
+    "latin-1": b'{"model_type": "\xe9"}',
+    "bytes": bytes(range(256)),
+    "surrogate": b'{"model_type": "\\ud800"}',
+    "escape": b'{"model_type": "\\u001b[31mred\\u001b]0;title\\u0007"}',
+    "markup": b'{"model_type": "[/q]"}',
+}
+VALUES: tuple[Any, ...] = (
+    None, True, "[/q]", "\x1b[31m", "\ud800", -1, 0, 10**9, 10**30, 1e300, float("nan"), float("inf"), [], {}, [{}],
+    "../../etc/passwd", "x" * 100_000,
+)  # fmt: skip
+RECIPES: dict[str, bytes] = {
+    "empty": b"",
+    "list": b"- a",
+    "deep": b"[" * 5000,
+    "digits": b"seed: " + b"1" * 5000,
+    "date": b"name: 2020-99-99",
+    "dated key": b"2020-01-01: 1",
+    "tab": b"\tname: x",
+    "twice": b"name: a\nname: b",
+    "twice inside": b"name: a\nmod: {floor: 0.1, floor: 0.2}",
+    "python": b"!!python/object/apply:os.system ['touch hit']",
+    "surrogate": b'name: "\\ud800"\nmod: {floor: 2}',
+    "latin-1": b"name: \xe9",
+    "nul": b"name: \0",
+    "unknown": b"mod: {flor: 1}",
+    "alias": b"a: &a [*a]",
+    "laughs": b"a: &a [x,x,x,x,x,x,x,x]\n"
+    + b"".join(b"%c: &%c [%s]\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 8)) for i in range(98, 112)),
+    "ratios": b"mod: {schedule: explicit, ratios: [" + b"0.5," * 20_000 + b"]}",
+    "key of a list": b"? [a, b]\n: 1",
+    "not a text": b"name: {a: 1}",
+    "two documents": b"name: a\n---\nname: b",
+}
+TASKS: dict[str, bytes] = {
+    **{key: RECIPES[key] for key in ("empty", "list", "deep", "digits", "date", "twice", "nul", "alias")},
+    "no data": b"task: shapes\n",
+    "a function that is not there": b"task: shapes\ndataset_path: parquet\nprocess_results: !function a.b\n",
+    "another name": b"task: other\n",
+    "a name that leads out": b"task: ../shapes\ndataset_path: parquet\n",
+    "markup": b"task: '[/q]'\n",
+}
+TEMPLATES: dict[str, bytes] = {
+    "empty": b"",
+    "open": b"{{",
+    "no end": b"{% for a in messages %}",
+    "no such filter": b"{{ messages | nosuch }}",
+    "by zero": b"{{ 1 / 0 }}",
+    "undefined": b"{{ a.b.c }}",
+    "large": b"{{ 'x' * 100000000 }}",
+    "long loop": b"{% for a in range(100000000) %}x{% endfor %}",
+    "raises": b"{{ raise_exception('\x1b[31m no [/q]') }}",
+    "attribute": b"{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "latin-1": b"\xe9",
+    "no image": b"{{ messages[0].content[0].type }}",
+}
+
+
+def pictures() -> dict[str, bytes]:
+    """By kind, the bytes of what is no picture, or of one that must not be decoded."""
+
+    def png(width: int, height: int, chunks: bytes = b"") -> bytes:
+        head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        return (
+            b"\x89PNG\r\n\x1a\n"
+            + _chunk(b"IHDR", head)
+            + chunks
+            + _chunk(b"IDAT", b"x")
+            + _chunk(b"IEND", b"")
+        )
+
+    text = zlib.compress(b"x" * 100_000_000, 9)
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    whole = buffer.getvalue()
+    kept = PngImagePlugin.PngInfo()
+    kept.add_text("Software", "pmod visualize\x1b[31m")
+    buffer = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(buffer, "PNG", pnginfo=kept)
+    return {
+        "empty": b"",
+        "text": b"no picture",
+        "cut": whole[: len(whole) // 2],
+        "head alone": whole[:8],
+        "bomb": png(100_000, 100_000),
+        "larger bomb": png(2**31 - 1, 2**31 - 1),
+        "no width": png(0, 10),
+        "huge text": png(10, 10, _chunk(b"zTXt", b"Software\0\0" + text)),
+        "many texts": png(10, 10, _chunk(b"tEXt", b"Software\0" + b"x" * 1000) * 5000),
+        "long line": png(10, 100_000),
+        "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "gif": b"GIF89a" + b"\xff" * 20,
+        "escape": buffer.getvalue(),
+    }
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def weights(good: bytes) -> dict[str, bytes]:
+    """By kind, spoiled forms of a safetensors file."""
+    [length] = struct.unpack("<Q", good[:8])
+    header, data = json.loads(good[8 : 8 + length]), good[8 + length :]
+    name = next(key for key in header if key != "__metadata__")
+
+    def headed(text: bytes) -> bytes:
+        return struct.pack("<Q", len(text)) + text + data
+
+    def changed(**entry: Any) -> bytes:
+        return headed(json.dumps(header | {name: header[name] | entry}).encode())
+
+    begin, end = header[name]["data_offsets"]
+    far = "language_model.model.layers.3000000000000.mlp.up_proj.weight"
+    again = json.dumps({name: header[name]})[1:-1]
+    return {
+        "empty": b"",
+        "cut": good[: len(good) // 2],
+        "cut in its head": good[:20],
+        "length beyond": struct.pack("<Q", 2**62) + good[8:],
+        "length 0": struct.pack("<Q", 0) + good[8:],
+        "no JSON": headed(b"x" * 100),
+        "deep": headed(b"[" * 100_000),
+        "list": headed(b"[]"),
+        "a name twice": headed(json.dumps(header)[:-1].encode() + b", " + again.encode() + b"}"),
+        "float offsets": changed(data_offsets=[float(begin), float(end)]),
+        "offsets that overlap": changed(data_offsets=[begin + 2, end]),
+        "offsets beyond": changed(data_offsets=[begin, 10**15]),
+        "negative offsets": changed(data_offsets=[-end, begin]),
+        "no offsets": headed(json.dumps(header | {name: {"dtype": "F32", "shape": [1]}}).encode()),
+        "shape": changed(shape=[2**40, 2**40]),
+        "negative shape": changed(shape=[-1, -1]),
+        "shape of text": changed(shape=["a"]),
+        "type": changed(dtype="F4"),
+        "a layer far away": headed(
+            json.dumps({(far if k == name else k): v for k, v in header.items()}).encode()
+        ),
+        "names with codes": headed(
+            json.dumps({(k + "\x1b[31m" if k == name else k): v for k, v in header.items()}).encode()
+        ),
+        "surrogate": headed(
+            json.dumps({("\ud800" if k == name else k): v for k, v in header.items()}).encode()
+        ),
+        "pickle": b"\x80\x04cos\nsystem\n(S'touch hit'\ntR.",
+    }
+
+
+KINDS = ("pipe", "loop", "device", "folder", "gone")
+
+
+def replace(path: str, kind: str) -> None:
+    """Put something else than a regular file at a path."""
+    Path(path).unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "loop":
+        Path(path).symlink_to(Path(path).name)
+    elif kind == "device":
+        Path(path).symlink_to("/dev/zero")
+    elif kind == "folder":
+        Path(path).mkdir()
+
+
+def write(path: str, content: bytes) -> None:
+    """Give a file another content; the good one, which may be a link to it, stays."""
+    Path(path).unlink(missing_ok=True)
+    Path(path).write_bytes(content)
+
+
+def set_value(path: str, keys: tuple[str | int, ...], value: Any) -> None:
+    """Change one value of a JSON file, or of the first line of JSON Lines."""
+    text = Path(path).read_text()
+    first, rest = text.split("\n", 1) if path.endswith(".jsonl") else (text, "")
+    data = inner = json.loads(first)
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    write(path, json.dumps(data).encode() + (b"\n" + rest.encode() if path.endswith(".jsonl") else b""))
+
+
+def keys_of(path: Path) -> list[tuple[str | int, ...]]:
+    """Where the values of a JSON file are (or of its first line); of a list, in its first and last."""
+    text = path.read_text()
+    return list(_keys(json.loads(text.split("\n", 1)[0] if path.suffix == ".jsonl" else text), ()))
+
+
+def _keys(data: Any, above: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
+    items: Any = data.items() if isinstance(data, dict) else ()
+    if isinstance(data, list):
+        items = [(place, data[place]) for place in sorted({0, len(data) - 1}) if data]
+    for key, value in items:
+        yield (*above, key)
+        yield from _keys(value, (*above, key))
