@@ -49,6 +49,7 @@ class ModSettings(_Section):
     weight_bias: float = 1.0
     router_bias: bool = True
     target_tokens: Literal["vision", "vision_hr", "all"] = "vision"
+    coverage: float | tuple[float, ...] = 0.0
 
     @field_validator("schedule", "weight_norm")
     @classmethod
@@ -226,7 +227,7 @@ def mod_config(recipe: Recipe, layers: int) -> MoDConfig:
     """The Mixture-of-Depths settings of a recipe for a decoder of so many layers.
 
     Raises:
-        PmodError: The schedule does not fit, gives a ratio outside (0, 1], or leaves every layer dense.
+        PmodError: The schedule or the coverage does not fit, a ratio is outside (0, 1], or every layer stays dense.
     """
     ratios = recipe.mod.retention_ratios(layers)
     for layer, ratio in enumerate(ratios):
@@ -237,7 +238,11 @@ def mod_config(recipe: Recipe, layers: int) -> MoDConfig:
             )
     if all(ratio is None for ratio in ratios):
         raise PmodError(f"recipe {recipe.name} leaves all {layers} decoder layers dense")
-    return MoDConfig(ratios, **recipe.mod.model_dump(include={field.name for field in fields(MoDConfig)}))
+    settings = recipe.mod.model_dump(mode="json", include={field.name for field in fields(MoDConfig)})
+    try:
+        return MoDConfig(ratios, **settings)
+    except ValueError as error:
+        raise PmodError(f"recipe {recipe.name}: {error}") from error
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

@@ -9,7 +9,7 @@ import pytest
 
 from pmod_cli.modeling.schedule import shifted_cosine
 from pmod_cli.output.errors import PmodError
-from pmod_cli.recipe import default_recipe, load_recipe, shipped_recipes
+from pmod_cli.recipe import default_recipe, load_recipe, mod_config, shipped_recipes
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,15 @@ def test_ratios_outside_the_interval_are_refused():
 def test_an_override_reaches_the_schedule():
     ratios = default_recipe(["mod.floor=0.3", "mod.ceiling=0.9"]).mod.retention_ratios(12)
     assert ratios == shifted_cosine(12, floor=0.3, ceiling=0.9)
+
+
+def test_coverage():
+    assert mod_config(default_recipe(["mod.coverage=0.5"]), 8).layer_coverage == [0.5] * 8
+    strengths = [0, 1, 2, 3, 4, 5, 6, 7.5]
+    assert mod_config(default_recipe([f"mod.coverage={strengths}"]), 8).to_dict()["coverage"] == strengths
+    for value, message in (("[1, 2]", "2 coverage strengths for 8"), ("-1", r"-1\.0 is not a number of 0")):
+        with pytest.raises(PmodError, match=f"recipe default: .*{message}"):
+            mod_config(default_recipe([f"mod.coverage={value}"]), 8)
 
 
 def test_files(tmp_path):

@@ -40,7 +40,8 @@ def inspect_command(
     stdout.print(Table("", header, rows, left=2).to_rich())
     routers = sum("router" in layer for layer in found["layers"])
     show_lines(
-        f"family {found['family']}, mean retention {share(found['mean_retention'])}",
+        f"family {found['family']}, mean retention {share(found['mean_retention'])}"
+        f"{_coverage(found['mod']['coverage'])}",
         f"{routers} routers, {found['router_parameters']:,} parameters ({found['router_dtype']}), "
         f"{found['initial_routers']} still at their initial value ({100 * found['initial_share']:.0f} %)",
         _origin(found["provenance"]),
@@ -65,6 +66,14 @@ def _row(layer: dict[str, Any], with_bias: bool) -> list[str]:
         _number(router["bias"]) if with_bias else "",
         "initial" if router["initial"] else "trained",
     ]
+
+
+def _coverage(coverage: float | list[float]) -> str:
+    if not isinstance(coverage, list):
+        coverage = [coverage]
+    low, high = min(coverage), max(coverage)
+    span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return f", coverage {span}" if high else ""
 
 
 def _origin(origin: dict[str, Any] | None) -> str:

@@ -108,6 +108,7 @@ class MoDDecoder:
             self.mod.target_tokens,
             routing_record,
             fused,
+            self.mod.layer_coverage,
         )
         dense = self._static_dense_layers(cache)
         if dense and dense[0].started:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pmod_cli.modeling.router import spread_rank
+from pmod_cli.modeling.router import coverage_term, spread_rank
 from pmod_cli.modeling.schedule import kept_tokens
 
 
@@ -70,6 +71,7 @@ class RoutingPlan:
         fused: Whether layers may use the fused kernels.
         device_lengths: ``kept_lengths`` on the device, int32 [layers, batch]; None where nobody needs them: every
             sample of each layer keeps as many tokens, and there are no fused kernels.
+        coverage: What is added to the logits for ranking, fp32 [layers, batch, tokens]; None for nothing.
     """
 
     target_mask: Tensor | None
@@ -80,6 +82,7 @@ class RoutingPlan:
     num_real: Sequence[int] = ()
     fused: bool = False
     device_lengths: Tensor | None = None
+    coverage: Tensor | None = None
 
     def drops_nothing(self, layer: int) -> bool:
         """Whether a Mixture-of-Depths layer keeps every real token; their order then stays the dense model's."""
@@ -95,11 +98,12 @@ class RoutingPlan:
         ratios: Sequence[float | None],
         record: RoutingRecord | None = None,
         fused: bool = False,
+        coverage: Sequence[float] = (),
     ) -> RoutingPlan:
         """A plan from counts that the host already has; nothing is read from the device.
 
         ``num_targets`` and ``num_real`` are each sample's in the two masks, ``ratios`` the retention ratios of the
-        decoder layers, None for a dense one.
+        decoder layers, None for a dense one; ``coverage`` are their strengths, none of them if empty.
         """
         if target_mask is None or not any(num_targets):
             return cls(None, real_mask, record=record)
@@ -113,7 +117,8 @@ class RoutingPlan:
         uneven = any(min(layer) < max(layer) for layer in lengths if layer is not None)
         on_device = _to_device(lengths, target_mask.device) if fused or uneven else None
         rank = spread_rank(target_mask, len(ratios))
-        return cls(target_mask, real_mask, lengths, rank, record, num_real, fused, on_device)
+        term = coverage_term(rank, _upload(coverage, torch.float32, rank.device)) if any(coverage) else None
+        return cls(target_mask, real_mask, lengths, rank, record, num_real, fused, on_device, term)
 
 
 def plan_forward(
@@ -125,6 +130,7 @@ def plan_forward(
     target_tokens: str,
     record: RoutingRecord | None = None,
     fused: bool = False,
+    coverage: Sequence[float] = (),
 ) -> tuple[RoutingPlan | None, Tensor | None]:
     """Count the tokens of a forward pass and plan it; the one time that the host waits for the device.
 
@@ -137,6 +143,7 @@ def plan_forward(
         target_tokens: See `MoDConfig`; what ``vision_hr`` leaves out is not in ``vision_mask``.
         record: Where layers put their routing, or None.
         fused: Whether layers may use the fused kernels.
+        coverage: Strength of coverage in each decoder layer; none of them if empty.
 
     Returns:
         The plan, None if nothing is routed or padded; and the attention mask as booleans, None if it hides nothing.
@@ -165,7 +172,8 @@ def plan_forward(
         vision_mask = vision_mask.any(-1, keepdim=True).expand_as(vision_mask)
         vision_mask = vision_mask if real_mask is None else vision_mask & real_mask
         vision = [tokens if seen else 0 for tokens, seen in zip(real, vision, strict=True)]
-    return RoutingPlan.from_counts(vision_mask, real_mask, vision, real, ratios, record, fused), whole_mask
+    plan = RoutingPlan.from_counts(vision_mask, real_mask, vision, real, ratios, record, fused, coverage)
+    return plan, whole_mask
 
 
 def _restarts(position_ids: Tensor | None, batch: int) -> Tensor | None:
@@ -198,9 +206,14 @@ def count_tokens(*masks: Tensor | None) -> list[list[int]]:
 
 
 def _to_device(lengths: Sequence[list[int] | None], device: torch.device) -> Tensor:
-    """Tokens that each layer keeps of each sample, int32 [layers, batch], without a wait of the host."""
+    """Tokens that each layer keeps of each sample, int32 [layers, batch]."""
     batch = next(len(layer) for layer in lengths if layer is not None)
     # Rows of 16 bytes: Triton compiles a kernel anew for a pointer that is not aligned to them.
     rows = [(layer or [0] * batch) + [0] * (-batch % 4) for layer in lengths]
-    table = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)[:, :batch]
+    return _upload(rows, torch.int32, device)[:, :batch]
+
+
+def _upload(values: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device, without a wait of the host."""
+    table = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return table.to(device, non_blocking=True)

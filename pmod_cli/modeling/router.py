@@ -93,22 +93,48 @@ def spread_rank(target_mask: Tensor, layers: int = 1) -> Tensor:
     return (order * 0x9E3779B1 + shifts) & 0xFFFFFFFF
 
 
-def selection_keys(logits: Tensor, target_mask: Tensor, real_mask: Tensor | None, rank: Tensor) -> Tensor:
+def coverage_term(rank: Tensor, strengths: Tensor) -> Tensor:
+    """What is added to the logits for ranking, so that a layer keeps tokens that lie evenly over the picture.
+
+    Between 0 for the token that `spread_rank` puts first and minus the layer's strength for the last. A strength far
+    above the spread of the logits leaves only the even pattern. Computed once per forward pass and only added later,
+    so that no device rounds it otherwise.
+
+    Args:
+        rank: What `spread_rank` gave, [layers, batch, tokens].
+        strengths: fp32 [layers].
+
+    Returns:
+        fp32 [layers, batch, tokens].
+    """
+    leading = (rank >> 8).float()  # 24 bits, which fp32 holds exactly
+    return leading * (strengths * -(2.0**-24))[:, None, None] + 0.0  # no -0.0: see `selection_keys`
+
+
+def selection_keys(
+    logits: Tensor,
+    target_mask: Tensor,
+    real_mask: Tensor | None,
+    rank: Tensor,
+    coverage: Tensor | None = None,
+) -> Tensor:
     """Integers whose descending order is the order in which a layer keeps tokens.
 
-    First every real token that is not routed, then routed tokens by logit, exact ties by `spread_rank`, last
-    padding. No two routed tokens of a sample share a key, so the choice does not depend on the device's top-k.
+    First every real token that is not routed, then routed tokens by logit plus coverage, exact ties by `spread_rank`,
+    last padding. No two routed tokens of a sample share a key, so the choice does not depend on the device's top-k.
 
     Args:
         logits: [batch, tokens], fp32.
         target_mask: True for routed tokens, [batch, tokens].
         real_mask: False for padding, [batch, tokens]; None if nothing is padded.
         rank: What `spread_rank` gave for the layer, [batch, tokens].
+        coverage: What `coverage_term` gave for the layer, [batch, tokens]; None is 0.
 
     Returns:
         int64 [batch, tokens].
     """
-    bits = (logits.detach() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 the same bits
+    # + 0.0 makes -0.0 and 0.0 the same bits
+    bits = (logits.detach() + (0.0 if coverage is None else coverage)).view(torch.int32)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # order of the floats, as signed integers
     keys = (ordered.long() << 32) | (0xFFFFFFFF - rank)
     limits = torch.iinfo(torch.int64)

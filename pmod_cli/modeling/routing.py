@@ -44,7 +44,8 @@ class Routing:
             self.indices = torch.arange(self.shape[1], device=hidden_states.device).expand(self.shape[0], -1)
             self.valid = self.hidden = plan.real_mask
         else:
-            keys = selection_keys(self.logits, plan.target_mask, plan.real_mask, plan.rank[index])
+            coverage = None if plan.coverage is None else plan.coverage[index]
+            keys = selection_keys(self.logits, plan.target_mask, plan.real_mask, plan.rank[index], coverage)
             on_device = None if plan.device_lengths is None else plan.device_lengths[index]
             self.indices, self.valid = select_tokens(keys, plan.kept_lengths[index] or [], on_device)
         batch, tokens, width = self.shape
@@ -119,6 +120,7 @@ class FusedRouting(Routing):
             plan.target_mask,
             plan.real_mask,
             plan.rank[index],
+            None if plan.coverage is None else plan.coverage[index],
             norm=router.norm,
             offset=router.offset,
             scale=router.scale,

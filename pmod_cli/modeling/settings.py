@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,9 @@ class MoDConfig:
         weight_bias: See ``weight_norm``.
         router_bias: Whether the router's linear map has a bias.
         target_tokens: Which tokens are routed: ``vision``, ``vision_hr`` (high-resolution sub-images only) or ``all``.
+        coverage: How strongly evenly spread tokens, other ones in every layer, are preferred: a number in units of the
+            logit, or one per decoder layer. It takes part in the ranking alone, never in a weight
+            (`pmod_cli.modeling.router.coverage_term`).
     """
 
     retention_ratios: Ratios
@@ -31,6 +36,7 @@ class MoDConfig:
     weight_bias: float = 1.0
     router_bias: bool = True
     target_tokens: str = "vision"
+    coverage: float | Sequence[float] = 0.0
 
     def __post_init__(self) -> None:
         for ratio in self.retention_ratios:
@@ -42,6 +48,20 @@ class MoDConfig:
             raise ValueError(
                 f"unknown target tokens {self.target_tokens!r}; known: {', '.join(TARGET_TOKENS)}"
             )
+        if isinstance(self.coverage, list | tuple):
+            given, layers = len(self.coverage), len(self.retention_ratios)
+            if given != layers:
+                raise ValueError(f"{given} coverage strengths for {layers} decoder layers")
+        for strength in self.layer_coverage:
+            if not isinstance(strength, int | float) or not 0 <= strength < math.inf:
+                raise ValueError(f"coverage {strength!r} is not a number of 0 or more")
+
+    @property
+    def layer_coverage(self) -> list[float]:
+        """The strength of coverage in each decoder layer."""
+        if isinstance(self.coverage, list | tuple):
+            return list(self.coverage)
+        return [self.coverage] * len(self.retention_ratios)  # type: ignore[list-item]
 
     @property
     def mod_layers(self) -> list[int]:

@@ -51,7 +51,9 @@ def test_json_is_all_of_stdout(pmod, tmp_path):
 
 
 def test_in_words(pmod, tmp_path):
-    code, out, _ = pmod("convert", BASELINE, tmp_path / "pmod", "--set", "mod.floor=0.25")
+    code, out, _ = pmod(
+        "convert", BASELINE, tmp_path / "pmod", "--set", "mod.floor=0.25", "--set", "mod.coverage=2"
+    )
     assert code == 0
     assert "6 of 8 layers are MoD" in out
     assert "1 hard link, 1 written" in out
@@ -59,6 +61,7 @@ def test_in_words(pmod, tmp_path):
     assert code == 0
     assert "0.2500" in out
     assert "6 still at their initial value (100 %)" in out
+    assert ", coverage 2\n" in out
     assert "recipe default" in out
     code, out, _ = pmod("convert", tmp_path / "pmod", tmp_path / "back", "--to", "baseline")
     assert "the dense baseline, 582 router parameters taken out" in out

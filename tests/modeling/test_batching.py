@@ -43,8 +43,9 @@ def test_prefill_equals_one_by_one(side, decoder, attention):
         MoDConfig([None, None, 0.8, 0.6, 0.4, 0.2, 0.15, 0.15]),
         MoDConfig([0.5, None, 0.6, 0.4, 0.4, 0.2, 0.15, 0.0]),
         MoDConfig([0.5, None, 0.6, 0.4, 0.4, 0.2, 0.15, 0.0], target_tokens="all"),
+        MoDConfig([None, 0.8, 0.6, 0.4, 0.4, 0.2, 0.15, 0.0], coverage=[0, 1, 2, 4, 0, 8, 1, 1]),
     ],
-    ids=["first layers dense", "first layer routed", "all tokens routed"],
+    ids=["first layers dense", "first layer routed", "all tokens routed", "coverage"],
 )
 def test_greedy_generation_equals_one_by_one(attention, mod):
     model = tiny_model(mod=mod)

@@ -45,7 +45,9 @@ def prefill(setup, decoder, prompts, cache=None):
     vision = ids == IMAGE
     targets, real = count_tokens(vision, mask)
     ratios = setup.plain.retention_ratios
-    plan = RoutingPlan.from_counts(vision, mask, targets, real or [ids.shape[1]] * len(ids), ratios)
+    real = real or [ids.shape[1]] * len(ids)
+    strengths = [1.0] * len(ratios)
+    plan = RoutingPlan.from_counts(vision, mask, targets, real, ratios, coverage=strengths)
     embeddings = setup.model.get_input_embeddings()(ids)
     if cache is not None:
         adopt_cache(cache, MOD.mod_layers, 3)

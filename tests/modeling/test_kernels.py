@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from pmod_cli.modeling.routing import can_fuse
+from pmod_cli.modeling.schedule import shifted_cosine
+from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.profiling.operators import OperatorCount
 from tests.common.tiny import pad, pictures, prompt, tiny_model
 
@@ -37,7 +39,8 @@ def batch():
 @pytest.mark.parametrize("decoder", ["llama", "qwen2", "mistral"])
 def test_fused_path_equals_the_pytorch_path(family, decoder):
     """On the CPU the operators run their references, so that the two paths must agree to rounding."""
-    model = tiny_model(family, decoder)
+    mod = MoDConfig(shifted_cosine(8), coverage=1.0 if decoder == "qwen2" else 0.0)
+    model = tiny_model(family, decoder, mod)
     ids, mask = (
         pad([prompt(1, 8), prompt(0, 8)], "right") if family == "llava" else pad([prompt(0, 8)], "right")
     )

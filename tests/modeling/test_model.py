@@ -238,6 +238,15 @@ def test_bad_configurations_are_errors():
         MoDConfig([None, 1.5])
     with pytest.raises(ValueError, match="unknown weight norm 'tan'"):
         MoDConfig([0.5], weight_norm="tan")
+    for bad, message in (
+        (-1.0, "coverage -1.0 is not a number of 0 or more"),
+        (float("nan"), "coverage nan is not"),
+        ("much", "coverage 'much' is not"),
+        ([1.0] * 3, "3 coverage strengths for 2 decoder layers"),
+        ([1.0, None], "coverage None is not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MoDConfig([None, 0.5], coverage=bad)
     with pytest.raises(ValueError, match="unknown key in the mod section"):
         MoDConfig.from_dict({"retention_ratios": [0.5], "norm": "tanh"})
     config = tiny_config(decoder="mistral", sliding_window=16)

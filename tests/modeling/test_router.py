@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmod_cli.modeling.router import Router, select_tokens, selection_keys, spread_rank
+from pmod_cli.modeling.router import Router, coverage_term, select_tokens, selection_keys, spread_rank
 from pmod_cli.modeling.settings import MoDConfig
 
 
@@ -85,6 +85,49 @@ def test_layers_keep_other_tokens_of_a_tie():
     kept = [set(rank[0].topk(8, largest=False).indices.tolist()) for rank in ranks]
     assert len(set.union(*kept)) > 50
     assert torch.equal(spread_rank(target)[0], ranks[0])
+
+
+def order(logits, strength, layers=1, layer=0):
+    """Routed tokens in the order in which a layer keeps them."""
+    target = torch.ones(1, logits.numel(), dtype=torch.bool)
+    rank = spread_rank(target, layers)
+    term = coverage_term(rank, torch.full((layers,), float(strength)))
+    keys = selection_keys(logits[None], target, None, rank[layer], term[layer])
+    return keys[0].argsort(descending=True).tolist()
+
+
+def test_coverage_goes_from_the_logits_order_to_the_even_one():
+    logits = torch.randn(200, generator=torch.Generator().manual_seed(0))
+    even = spread_rank(torch.ones(1, 200, dtype=torch.bool), 8)[3, 0]
+    assert order(logits, 0, 8, 3) == logits.argsort(descending=True).tolist()
+    assert order(logits, 1e7, 8, 3) == even.argsort().tolist()
+    between = order(logits, 3, 8, 3)[:40]
+    # Of a strength like the spread of the logits, both matter.
+    assert logits[between].mean() > logits.mean() + 0.3
+    assert even[between].float().mean() < 0.35 * 2**32
+    for zero in (torch.zeros(200), -torch.zeros(200)):
+        assert order(zero, 1, 8, 3) == even.argsort().tolist()
+
+
+def test_coverage_by_hand():
+    """Golden ratio and 0.137 of a layer, modulo 1, to the last bit of fp32."""
+    rank = spread_rank(torch.ones(1, 3, dtype=torch.bool), 2)
+    term = coverage_term(rank, torch.tensor([2.0, 0.5]))
+    golden = (math.sqrt(5) - 1) / 2
+    for layer, strength in enumerate((2.0, 0.5)):
+        places = [(token * golden + layer * 0.137) % 1 for token in range(3)]
+        assert term[layer, 0].tolist() == pytest.approx([-strength * place for place in places], abs=1e-6)
+    assert torch.equal(term * 2**25, (term * 2**25).round())  # exact, so the same on every device
+    assert not torch.signbit(coverage_term(rank, torch.zeros(2))).any()
+
+
+@pytest.mark.parametrize("ratio", [0.08, 0.3])
+def test_coverage_gives_each_picture_its_share(ratio):
+    """The sequence goes on over all pictures of a sample, and every stretch of it is as even."""
+    for layer in range(8):
+        kept = order(torch.zeros(4 * 576), 1, 8, layer)[: math.trunc(4 * 576 * ratio)]
+        shares = [sum(picture * 576 <= token < (picture + 1) * 576 for token in kept) for picture in range(4)]
+        assert max(abs(share - 576 * ratio) for share in shares) <= 3
 
 
 def test_ties_choose_nested_sets():

@@ -34,7 +34,7 @@ def answers(model, prompts, side="left", images=3, **options):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("prompts", [BATCH[:1], BATCH, [prompt(0, 7)]], ids=["one", "batch", "text"])
 def test_same_tokens_as_the_dynamic_cache(prompts, attention):
-    for decoder, mod in (("llama", "cosine"), ("qwen2", MoDConfig([0.5, None, 0.0, 1.0] * 2))):
+    for decoder, mod in (("llama", "cosine"), ("qwen2", MoDConfig([0.5, None, 0.0, 1.0] * 2, coverage=2.0))):
         model = tiny_model(decoder=decoder, mod=mod)
         model.set_attn_implementation(attention)
         images = sum(each.count(99) for each in prompts) // 25

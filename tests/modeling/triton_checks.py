@@ -12,7 +12,7 @@ import torch
 from transformers import set_seed
 
 from pmod_cli.modeling.kernels import add_norm, gather, launch, route, scatter, select
-from pmod_cli.modeling.router import spread_rank
+from pmod_cli.modeling.router import coverage_term, spread_rank
 from pmod_cli.modeling.settings import MoDConfig
 from tests.common.tiny import pad, pictures, prompt, tiny_model
 from tests.modeling.test_layer_reference import test_output_and_choice, variants
@@ -71,14 +71,16 @@ def test_route(shape, dtype, norm):
     weight, bias = torch.randn(1, width).to(hidden) * 0.3, torch.tensor([0.1]).to(hidden)
     target, real = masks(batch, tokens)
     rank = spread_rank(target)[0]
-    for with_bias, with_real in itertools.product((True, False), repeat=2):
+    term = coverage_term(rank[None], torch.tensor([0.7], device=DEVICE))[0]
+    for with_bias, with_real, coverage in itertools.product((True, False), (True, False), (term, None)):
         arguments = (hidden, weight, bias if with_bias else None, target, real if with_real else None, rank)
+        arguments = (*arguments, coverage)
         logits, weights, keys, passed = route.route(*arguments, norm=norm, offset=1.0, scale=0.2)
         expected = route.reference(*arguments, route.NORMS.index(norm), 1.0, 0.2)
         close(logits, expected[0], torch.float32)
         close(weights, expected[1], torch.float32)
         # The rest follows from the kernel's own logits and weights, exactly.
-        assert torch.equal(keys, route.selection_keys(logits, target, arguments[4], rank))
+        assert torch.equal(keys, route.selection_keys(logits, target, arguments[4], rank, coverage))
         same(passed, hidden * weights.to(dtype)[..., None])
 
 
@@ -89,7 +91,7 @@ def test_route_of_ties_zeros_infinities_and_nan():
     target = torch.ones(1, 12, dtype=torch.bool, device=DEVICE)
     weight, rank = torch.ones(1, 16, device=DEVICE), spread_rank(target)[0]
     for norm in route.NORMS:
-        arguments = (hidden, weight, None, target, None, rank)
+        arguments = (hidden, weight, None, target, None, rank, None)
         actual = route.route(*arguments, norm=norm, offset=1.0, scale=0.2)
         expected = route.reference(*arguments, route.NORMS.index(norm), 1.0, 0.2)
         for mine, theirs in zip(actual[:2], expected[:2], strict=True):
@@ -162,7 +164,7 @@ def test_recorded_layers(case):
 
 
 def test_a_whole_model():
-    mod = MoDConfig([0.5, None, 0.0, 1.0], weight_norm="sigmoid")
+    mod = MoDConfig([0.5, None, 0.0, 1.0], weight_norm="sigmoid", coverage=2.0)
     model = tiny_model(mod=mod, num_hidden_layers=4).to(DEVICE)
     ids, mask = (each.to(DEVICE) for each in pad([prompt(1, 3), prompt(0, 3)], "left"))
     inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures(1).to(DEVICE)}

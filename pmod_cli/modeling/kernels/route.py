@@ -24,6 +24,7 @@ def reference(
     target: Tensor,
     real: Tensor | None,
     rank: Tensor,
+    coverage: Tensor | None,
     norm: int,
     offset: float,
     scale: float,
@@ -31,7 +32,7 @@ def reference(
     """See `route`."""
     logits = F.linear(hidden.float(), weight.float(), None if bias is None else bias.float()).squeeze(-1)
     weights = torch.where(target, offset + scale * WEIGHT_NORMS[NORMS[norm]](logits, target), 1.0)
-    keys = selection_keys(logits, target, real, rank)
+    keys = selection_keys(logits, target, real, rank, coverage)
     return logits, weights, keys, hidden * weights.to(hidden.dtype)[..., None]
 
 
@@ -40,8 +41,8 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    # A layer's rows of the ranks are aligned or not as the prompt's length will have it: no kernel for each.
-    @triton.jit(do_not_specialize=["offset", "scale"], do_not_specialize_on_alignment=["rank"])
+    # A layer's rows of these two are aligned or not as the prompt's length will have it: no kernel for each.
+    @triton.jit(do_not_specialize=["offset", "scale"], do_not_specialize_on_alignment=["rank", "coverage"])
     def route_kernel(
         hidden,
         weight,
@@ -49,6 +50,7 @@ def _kernel() -> Any:
         target,
         real,
         rank,
+        coverage,
         logits,
         weights,
         keys,
@@ -59,6 +61,7 @@ def _kernel() -> Any:
         NORM: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         HAS_REAL: tl.constexpr,
+        HAS_COVERAGE: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
@@ -81,7 +84,10 @@ def _kernel() -> Any:
         routed = tl.load(target + row) != 0
         scaled = tl.where(routed, offset + scale * value, 1.0)
 
-        bits = (logit + 0.0).to(tl.int32, bitcast=True)
+        ranked = logit + 0.0
+        if HAS_COVERAGE:
+            ranked += tl.load(coverage + row)
+        bits = ranked.to(tl.int32, bitcast=True)
         ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
         key = (ordered.to(tl.int64) << 32) | (0xFFFFFFFF - tl.load(rank + row))
         key = tl.where(routed, key, 0x7FFFFFFFFFFFFFFF)
@@ -105,6 +111,7 @@ def _launch(
     target: Tensor,
     real: Tensor | None,
     rank: Tensor,
+    coverage: Tensor | None,
     norm: int,
     offset: float,
     scale: float,
@@ -116,20 +123,21 @@ def _launch(
     keys = torch.empty(batch, tokens, dtype=torch.int64, device=hidden.device)
     bias_or_any, real_or_any = weight if bias is None else bias, target if real is None else real.contiguous()
     block = block_of(width)
+    term = weights if coverage is None else coverage.contiguous()
     start(
         _kernel(),
         batch * tokens,
-        (hidden, weight, bias_or_any, target, real_or_any, rank, logits, weights, keys, passed),
+        (hidden, weight, bias_or_any, target, real_or_any, rank, term, logits, weights, keys, passed),
         (float(offset), float(scale)),
-        (width, norm, bias is not None, real is not None, block),
+        (width, norm, bias is not None, real is not None, coverage is not None, block),
         warps_of(block),
     )
     return logits, weights, keys, passed
 
 
 _operator = operator(
-    "route(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? real, Tensor rank, int norm, "
-    "float offset, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "route(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? real, Tensor rank, "
+    "Tensor? coverage, int norm, float offset, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
     reference,
     _launch,
 )
@@ -142,6 +150,7 @@ def route(
     target: Tensor,
     real: Tensor | None,
     rank: Tensor,
+    coverage: Tensor | None = None,
     *,
     norm: str,
     offset: float,
@@ -156,6 +165,7 @@ def route(
         target: True for routed tokens, [batch, tokens].
         real: False for padding, [batch, tokens], or None.
         rank: What `spread_rank` gave for the layer, [batch, tokens].
+        coverage: What `coverage_term` gave for the layer, [batch, tokens]; None is 0.
         norm: One of `NORMS`.
         offset: The router's weight bias.
         scale: The router's weight scale.
@@ -165,6 +175,6 @@ def route(
         are rounded to its dtype, [batch, tokens, hidden].
     """
     result: tuple[Tensor, Tensor, Tensor, Tensor] = _operator(
-        hidden, weight, bias, target, real, rank, NORMS.index(norm), offset, scale
+        hidden, weight, bias, target, real, rank, coverage, NORMS.index(norm), offset, scale
     )
     return result

@@ -259,7 +259,7 @@ def kernel_calls(session: Session) -> Iterator[tuple[Any, ...]]:
             cos, sin = torch.randn(2, 1, tokens, 128, dtype=dtype).unbind()
             rank, lengths = spread_rank(target)[0], torch.full((batch,), vision // 2 + 35, dtype=torch.int32)
         slots = vision // 2 + 35
-        routed = (hidden, weight, None, target, None, rank)
+        routed = (hidden, weight, None, target, None, rank, None)
         _, weights, keys, passed = route.route(*routed, norm="tanh", offset=1.0, scale=0.2)
         chosen = (keys, lengths, slots)
         gathered = (hidden, select.select(*chosen), norm, 1e-5, cos, sin)
