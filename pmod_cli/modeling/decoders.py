@@ -23,7 +23,7 @@ from pmod_cli.modeling.kernels.launch import available
 from pmod_cli.modeling.layer import MoDDecoderLayer
 from pmod_cli.modeling.masks import causal_mask
 from pmod_cli.modeling.plan import RoutingRecord, plan_forward
-from pmod_cli.modeling.router import Router
+from pmod_cli.modeling.router import GOLDEN_STEP, Router
 from pmod_cli.modeling.settings import MoDConfig
 
 
@@ -49,11 +49,13 @@ class MoDDecoder:
     Attributes:
         mod_layer_class: Class of those layers.
         mod: Which layers, and how.
+        token_step: See `spread_rank`.
         kernels: ``auto``: fused kernels where there is a GPU with Triton; ``torch``: never; ``fused``: always.
     """
 
     mod_layer_class: type[MoDDecoderLayer]
     mod: MoDConfig
+    token_step: int = GOLDEN_STEP
     kernels: str = "auto"
 
     @property
@@ -109,6 +111,7 @@ class MoDDecoder:
             routing_record,
             fused,
             self.mod.layer_coverage,
+            self.token_step,
         )
         dense = self._static_dense_layers(cache)
         if dense and dense[0].started:

@@ -28,13 +28,13 @@ class MoDDecoderLayer:
 
     Attributes:
         router: See `Router`.
-        retention_ratio: Share of the routed tokens that the layer keeps.
+        retention_ratio: Share of the routed tokens that the layer keeps; None: it runs dense, as if it had no router.
     """
 
     router: Router
-    retention_ratio: float
+    retention_ratio: float | None
 
-    def add_router(self, hidden_size: int, config: MoDConfig, ratio: float) -> None:
+    def add_router(self, hidden_size: int, config: MoDConfig, ratio: float | None) -> None:
         """Give the layer its router and its retention ratio."""
         self.router = Router(hidden_size, config)
         self.retention_ratio = ratio
@@ -65,7 +65,7 @@ class MoDDecoderLayer:
         """
         cache: Cache | None = kwargs.get(CACHE_ARGUMENT)
         store = None if cache is None else cache.layers[self.self_attn.layer_idx]  # type: ignore[attr-defined]
-        if routing_plan is not None and routing_plan.target_mask is not None:
+        if routing_plan is not None and routing_plan.routes(self.self_attn.layer_idx):  # type: ignore[attr-defined]
             return self._routed(hidden_states, position_embeddings, store, routing_plan, kwargs)
         real = None if routing_plan is None else routing_plan.real_mask
         if store is not None and store.started:  # which may have left no slot in use

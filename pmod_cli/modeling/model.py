@@ -20,6 +20,7 @@ from pmod_cli.modeling.attention import avoid_plans
 from pmod_cli.modeling.compat import PIXELS, encoded_inputs
 from pmod_cli.modeling.decoders import take_over
 from pmod_cli.modeling.plan import RoutingRecord
+from pmod_cli.modeling.router import GOLDEN_STEP, grid_step
 from pmod_cli.modeling.settings import MoDConfig
 
 
@@ -78,8 +79,16 @@ class MoDMultimodalModel:
         known: dict[str, Any] = {cls.config_class.model_type: cls for cls in self.decoders}
         if kind not in known:
             raise ValueError(f"language model {kind!r} is not supported; supported: {', '.join(known)}")
-        self.set_decoder(known[kind].from_dense(language_model, self.mod))  # type: ignore[attr-defined]
+        decoder = known[kind].from_dense(language_model, self.mod)
+        width = self._tokens_across(dense.config)
+        decoder.token_step = GOLDEN_STEP if width is None else grid_step(width)
+        self.set_decoder(decoder)  # type: ignore[attr-defined]
         avoid_plans(self)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _tokens_across(config: Any) -> int | None:
+        """Vision tokens in a row, in a family whose every picture is one square of them; else None."""
+        return None
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; what gets ``sdpa`` gets it without plans per shape (`pmod_cli.modeling.attention`)."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod_cli.modeling.router import coverage_term, spread_rank
+from pmod_cli.modeling.router import GOLDEN_STEP, coverage_term, spread_rank
 from pmod_cli.modeling.schedule import kept_tokens
 
 
@@ -84,6 +84,10 @@ class RoutingPlan:
     device_lengths: Tensor | None = None
     coverage: Tensor | None = None
 
+    def routes(self, layer: int) -> bool:
+        """Whether there are routed tokens and the layer is none that runs dense."""
+        return self.target_mask is not None and self.kept_lengths[layer] is not None
+
     def drops_nothing(self, layer: int) -> bool:
         """Whether a Mixture-of-Depths layer keeps every real token; their order then stays the dense model's."""
         return self.kept_lengths[layer] == self.num_real
@@ -99,11 +103,13 @@ class RoutingPlan:
         record: RoutingRecord | None = None,
         fused: bool = False,
         coverage: Sequence[float] = (),
+        step: int = GOLDEN_STEP,
     ) -> RoutingPlan:
         """A plan from counts that the host already has; nothing is read from the device.
 
         ``num_targets`` and ``num_real`` are each sample's in the two masks, ``ratios`` the retention ratios of the
-        decoder layers, None for a dense one; ``coverage`` are their strengths, none of them if empty.
+        decoder layers, None for a dense one; ``coverage`` are their strengths, none of them if empty;
+        ``step`` see `spread_rank`.
         """
         if target_mask is None or not any(num_targets):
             return cls(None, real_mask, record=record)
@@ -115,8 +121,9 @@ class RoutingPlan:
             for ratio in ratios
         ]
         uneven = any(min(layer) < max(layer) for layer in lengths if layer is not None)
-        on_device = _to_device(lengths, target_mask.device) if fused or uneven else None
-        rank = spread_rank(target_mask, len(ratios))
+        routed = any(layer is not None for layer in lengths)
+        on_device = _to_device(lengths, target_mask.device) if routed and (fused or uneven) else None
+        rank = spread_rank(target_mask, len(ratios), step)
         term = coverage_term(rank, _upload(coverage, torch.float32, rank.device)) if any(coverage) else None
         return cls(target_mask, real_mask, lengths, rank, record, num_real, fused, on_device, term)
 
@@ -131,6 +138,7 @@ def plan_forward(
     record: RoutingRecord | None = None,
     fused: bool = False,
     coverage: Sequence[float] = (),
+    step: int = GOLDEN_STEP,
 ) -> tuple[RoutingPlan | None, Tensor | None]:
     """Count the tokens of a forward pass and plan it; the one time that the host waits for the device.
 
@@ -144,6 +152,7 @@ def plan_forward(
         record: Where layers put their routing, or None.
         fused: Whether layers may use the fused kernels.
         coverage: Strength of coverage in each decoder layer; none of them if empty.
+        step: See `spread_rank`.
 
     Returns:
         The plan, None if nothing is routed or padded; and the attention mask as booleans, None if it hides nothing.
@@ -172,7 +181,9 @@ def plan_forward(
         vision_mask = vision_mask.any(-1, keepdim=True).expand_as(vision_mask)
         vision_mask = vision_mask if real_mask is None else vision_mask & real_mask
         vision = [tokens if seen else 0 for tokens, seen in zip(real, vision, strict=True)]
-    plan = RoutingPlan.from_counts(vision_mask, real_mask, vision, real, ratios, record, fused, coverage)
+    plan = RoutingPlan.from_counts(
+        vision_mask, real_mask, vision, real, ratios, record, fused, coverage, step
+    )
     return plan, whole_mask
 
 

@@ -74,23 +74,39 @@ LAYER_SHIFT = 588410519
 """0.137 of 2**32: by how much the tie-break moves on in every layer."""
 
 
-def spread_rank(target_mask: Tensor, layers: int = 1) -> Tensor:
+GOLDEN_STEP = 0x9E3779B1
+"""The golden ratio, of 2**32: from token to token where pictures have no fixed grid."""
+
+_DOWN, _ACROSS = 0.5698402909980532, 0.7548776662466927
+"""Powers of the reciprocal plastic number: the best two-dimensional lattice of this kind (Roberts 2018, R2)."""
+
+
+def grid_step(width: int) -> int:
+    """A step from token to token, of 2**32, for pictures of ``width`` tokens a row.
+
+    A row down is then 0.5698 modulo 1, and a token across as near 0.7549 as that allows: low-discrepancy in the plane.
+    """
+    return round((round(width * _ACROSS - _DOWN) + _DOWN) / width * 2**32)
+
+
+def spread_rank(target_mask: Tensor, layers: int = 1, step: int = GOLDEN_STEP) -> Tensor:
     """Ranks for breaking exact ties, such that the first k of a layer lie evenly over the image for every k.
 
-    Token j of a sample's routed tokens gets ``j * golden_ratio + 0.137 * layer`` modulo 1 in 32-bit integers (Fibonacci
+    Token j of a sample's routed tokens gets ``j * step + 0.137 * layer`` modulo 1 in 32-bit integers (Fibonacci
     hashing), which is the same on every device. Its prefixes are low-discrepancy along rows and columns. The shift
     lets each layer keep other tokens: the same few in all layers would lose the rest of the picture for good.
 
     Args:
         target_mask: True for routed tokens, [batch, tokens].
         layers: Number of decoder layers.
+        step: `GOLDEN_STEP`, or what `grid_step` gives for a fixed grid.
 
     Returns:
         Ranks below 2**32, smallest first, int64 [layers, batch, tokens].
     """
     order = target_mask.long().cumsum(-1) - 1
     shifts = torch.arange(layers, device=order.device)[:, None, None] * LAYER_SHIFT
-    return (order * 0x9E3779B1 + shifts) & 0xFFFFFFFF
+    return (order * step + shifts) & 0xFFFFFFFF
 
 
 def coverage_term(rank: Tensor, strengths: Tensor) -> Tensor:

@@ -10,8 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmod_cli.modeling.router import Router, coverage_term, select_tokens, selection_keys, spread_rank
+from pmod_cli.modeling.router import (
+    GOLDEN_STEP,
+    Router,
+    coverage_term,
+    grid_step,
+    select_tokens,
+    selection_keys,
+    spread_rank,
+)
 from pmod_cli.modeling.settings import MoDConfig
+from tests.common.tiny import tiny_model
 
 
 def choose(logits, target, real, keep):
@@ -59,11 +68,13 @@ def test_zero_and_minus_zero_tie():
 @pytest.mark.parametrize("layer", [0, 1, 17, 31])
 @pytest.mark.parametrize("width", [10, 24])
 @pytest.mark.parametrize("ratio", [0.15, 0.3, 0.5, 0.85])
-def test_ties_are_spread_evenly_over_rows_columns_and_quarters(width, ratio, layer):
+@pytest.mark.parametrize("known", [False, True], ids=["golden", "grid"])
+def test_ties_are_spread_evenly_over_rows_columns_and_quarters(known, width, ratio, layer):
+    step = grid_step(width) if known else GOLDEN_STEP
     count = width * width
     keep = math.trunc(count * ratio)
     target = torch.tensor([[True] * count + [False] * 4])
-    keys = selection_keys(torch.zeros(1, count + 4), target, None, spread_rank(target, 32)[layer])
+    keys = selection_keys(torch.zeros(1, count + 4), target, None, spread_rank(target, 32, step)[layer])
     indices, _ = select_tokens(keys, [keep + 4])
     grid = torch.zeros(count)
     grid[indices[0][:-4]] = 1
@@ -76,6 +87,26 @@ def test_ties_are_spread_evenly_over_rows_columns_and_quarters(width, ratio, lay
     )
     for lines in (grid.mean(0), grid.mean(1)):
         assert (lines - ratio).abs().max() < 0.21
+
+
+def test_a_known_grid_is_covered_more_evenly():
+    """By the largest deviation of the number kept in any rectangle that begins at the corner."""
+
+    def worst(width, ratio, step):
+        target = torch.ones(1, width * width, dtype=torch.bool)
+        kept = spread_rank(target, 8, step)[:, 0].argsort(-1)[:, : math.trunc(width * width * ratio)]
+        grids = torch.zeros(8, width * width).scatter(1, kept, 1.0).view(8, width, width) - ratio
+        return float(grids.cumsum(1).cumsum(2).abs().amax((1, 2)).mean())
+
+    for width in (10, 24):
+        golden, known = (
+            sum(worst(width, ratio, step) for ratio in (0.08, 0.15, 0.3, 0.5))
+            for step in (GOLDEN_STEP, grid_step(width))
+        )
+        assert known < 0.97 * golden
+        assert grid_step(width) * width % 2**32 / 2**32 == pytest.approx(0.56984, abs=1e-4)
+    assert tiny_model("llava").model.language_model.token_step == grid_step(5)
+    assert tiny_model("llava_next").model.language_model.token_step == GOLDEN_STEP
 
 
 def test_layers_keep_other_tokens_of_a_tie():
