@@ -60,7 +60,7 @@ class RatioWarmup(TrainerCallback):
 
     def __init__(self, model: nn.Module, steps: int) -> None:
         self.layers = [layer for layer in model.modules() if isinstance(layer, MoDDecoderLayer)]
-        self.targets = [layer.retention_ratio for layer in self.layers]
+        self.targets = [layer.retention_ratio or 0.0 for layer in self.layers]
         self.steps = steps
 
     def set_step(self, step: int) -> None:
