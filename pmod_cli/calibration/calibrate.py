@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from pmod_cli import __version__
 from pmod_cli.calibration.bench import Bench, Kept, Progress
@@ -61,8 +62,11 @@ def calibrate(options: CalibrateOptions, progress: Progress) -> dict[str, Any]:
     local = Path(options.model)
     check_destination(options.output, local if local.is_dir() else None, options.force)
     base = CheckpointBase.open(options.model)
+    if options.schedule == "own" and base.source.model_type != base.family.model_type:
+        raise PmodError(f"{options.model} is dense and has no schedule of its own", "--schedule paper")
     source = open_data(options.data, options.images)
     questions = draw_questions(source, options.samples, options.seed)
+    logging.disable_progress_bar()  # one bar is enough
     subject = Subject.load(base, options.dtype, options.device)
     costs = Costs.of(base, subject, [each for part in questions.values() for each in part])
     named = _named_schedules(options, subject, costs)
@@ -131,8 +135,6 @@ def _named_schedules(options: CalibrateOptions, subject: Subject, costs: Costs) 
                 f"give more than {least:.3f}",
             )
         return found
-    if options.schedule == "own" and subject.ratios is None:
-        raise PmodError(f"{options.model} is dense and has no schedule of its own", "--schedule paper")
     if subject.ratios is not None and options.schedule != "paper":
         return {"own": subject.ratios}
     return {"paper": shifted_cosine(subject.layers)}
