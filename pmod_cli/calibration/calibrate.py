@@ -42,7 +42,7 @@ STRENGTHS = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 START = 8.0
 """The strength while ratios are searched."""
 
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+FACTORS = (0.5, 1.0, 2.0, 4.0)
 """Multiples of the chosen ratios on the curve."""
 
 PLOT, REPORT = "calibration.png", "calibration.json"

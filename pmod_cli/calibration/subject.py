@@ -28,8 +28,8 @@ class Subject:
     Attributes:
         loaded: As it was loaded, with its processor.
         routable: The same weights, every layer with a router.
-        own: The selection that the checkpoint brings; None for a dense one.
-        ratios: The retention ratios that it brings, likewise.
+        own: The selection that the checkpoint brings; None for a dense one and for new routers.
+        ratios: The retention ratios that it brings; None for a dense one.
     """
 
     loaded: VisionLanguageModel
@@ -58,12 +58,15 @@ class Subject:
         return self.routable.layers
 
 
-def _own(model: Any, mod: MoDConfig) -> Selection:
+def _own(model: Any, mod: MoDConfig) -> Selection | None:
+    """What a p-MoD model chooses by; None while its routers are new, and choose as the shifted spread does."""
     routers = {index: model.get_decoder().layers[index].router for index in mod.mod_layers}
     tensors = {
         index: (router.weight.detach(), None if router.bias is None else router.bias.detach())
         for index, router in routers.items()
     }
+    if not any(bool(weight.any()) for weight, _ in tensors.values()):
+        return None
     return Selection("its own routers", tensors, mod.layer_coverage)
 
 
