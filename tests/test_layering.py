@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"cli"},
     {"demo"},
-    {"report", "doctor"},
+    {"report", "doctor", "calibration"},
     {"visualize", "evaluation", "training", "conversion", "profiling"},
     {"generation", "data"},
     {"plots", "kernels"},

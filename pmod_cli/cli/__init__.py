@@ -13,6 +13,7 @@ for _command in (
     "doctor",
     "convert",
     "inspect",
+    "calibrate",
     "finetune",
     "data",
     "profile",

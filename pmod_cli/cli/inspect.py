@@ -81,7 +81,8 @@ def _origin(origin: dict[str, Any] | None) -> str:
         return "its config does not say where it comes from"
     recipe = (origin.get("recipe") or {}).get("name")
     commit = f" at {origin['revision']}" if origin.get("revision") else ""
-    how = f"recipe {recipe}" if recipe else "its own routers and ratios"
+    kept = "calibrated" if origin.get("calibration") else "its own routers and ratios"
+    how = f"recipe {recipe}" if recipe else kept
     return (
         f"from {origin.get('source')}{commit} ({origin.get('format')}), {how}, pmod {origin.get('version')}"
     )

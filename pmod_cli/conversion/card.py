@@ -39,14 +39,21 @@ def model_card(
         header=_yaml(header),
         title=title,
         where=f"[{source}](https://huggingface.co/{source}) at `{revision}`" if revision else f"`{title}`",
+        command="calibrate" if "calibration" in origin else "convert",
         version=origin["version"],
-        made_by=f"recipe `{recipe.name}`" if recipe else "the routers and settings that it came with",
+        made_by=_made_by(origin, recipe),
         mod_layers=len(mod.mod_layers),
         layers=len(mod.retention_ratios),
         retention=share(mean_retention(mod.retention_ratios)),
         model_type=family.model_type,
         settings=_yaml(settings),
     )
+
+
+def _made_by(origin: dict[str, Any], recipe: Recipe | None) -> str:
+    if "calibration" in origin:
+        return "what it measured"
+    return f"recipe `{recipe.name}`" if recipe else "the routers and settings that it came with"
 
 
 def _yaml(data: dict[str, Any]) -> str:

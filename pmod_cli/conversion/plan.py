@@ -37,6 +37,7 @@ class Plan:
         translation: The dense checkpoint that it is.
         recipe: What is followed; None if the source brings its own settings.
         mod: Mixture-of-Depths settings, one ratio per layer.
+        calibration: What ``config.json`` says of the calibration that gave routers and ratios; None without one.
     """
 
     source: Source
@@ -47,6 +48,7 @@ class Plan:
     mod: MoDConfig
     layout: DecoderLayout
     routers: list[StoredTensor] = field(repr=False)
+    calibration: dict[str, Any] | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -77,6 +79,7 @@ class Plan:
             "revision": self.source.revision,
             "format": self.format,
             "recipe": {"name": recipe.name, "mod": recipe.mod.model_dump(mode="json")} if recipe else None,
+            **({"calibration": self.calibration} if self.calibration else {}),
         }
         # auto_map names code of the source's repository, which is not run for our model types.
         config = {

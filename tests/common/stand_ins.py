@@ -84,7 +84,7 @@ class StandIns:
                 shutil.copy(self.demo / "data" / "example.png", place)
             elif name in {"data", "images"}:
                 place.symlink_to(self.demo / "data" / "train" / "images")
-            elif place.suffix in {".json", ".jsonl"} and arguments[0] in {"data", "finetune"}:
+            elif place.suffix in {".json", ".jsonl"} and arguments[0] in {"data", "finetune", "calibrate"}:
                 self._write_data(place)
 
     def _write_parts(self) -> None:
@@ -112,6 +112,8 @@ class StandIns:
                 words[words.index(option) + 1] = value
         if words[0] == "finetune":
             words += SMALL_TRAINING
+        elif words[0] == "calibrate":
+            words += ["--samples", "24"]
         elif words[0] == "demo":
             words = ["demo", "--output", str(self.demo), "--steps", "2"]
             words += ["--train-images", "16", "--heldout-images", "12"]

@@ -22,6 +22,7 @@ CASES = {
     "convert": ["{demo}/models/baseline", "out", "--recipe", "demo"],
     "inspect": [MODEL],
     "data check": TRAINING[1:],
+    "calibrate": ["{demo}/models/baseline", *TRAINING, "--output", "out", "--samples", "24"],
     "finetune": ["{demo}/models/pmod-start", *TRAINING, "--output", "out", "--recipe=demo", *SMALL],
     "profile": [MODEL, "--latency", "--repeats", "1", "--new-tokens", "2"],
     "eval": [MODEL, *TASK, "--output", "out"],
