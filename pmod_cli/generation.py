@@ -27,10 +27,10 @@ from pmod_cli.families.agreement import agree
 from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
 from pmod_cli.families.processing import (
     IMAGE_BACKEND,
-    image_tokens,
     in_groups,
     load_processor,
     message,
+    picture_ids,
     video_tokens,
 )
 from pmod_cli.kernels import use_kernels
@@ -207,7 +207,9 @@ class VisionLanguageModel:
     def length(self, prompt: Prompt) -> int:
         """Tokens of the prompt, vision tokens included; without running the image processor."""
         text_ids = self.processor.tokenizer(self.render(prompt)).input_ids
-        vision = image_tokens(self.processor, prompt.images)
+        if prompt.videos and not self.counts_videos:
+            return int(self.encode([prompt])["attention_mask"].sum())
+        vision = [len(ids) for ids in picture_ids(self.processor, [image.size for image in prompt.images])]
         vision += video_tokens(self.processor, [len(video) for video in prompt.videos])
         return len(text_ids) - len(vision) + sum(vision)
 

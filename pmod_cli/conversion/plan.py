@@ -17,7 +17,7 @@ from pmod_cli.conversion.decoder import DecoderLayout, find_decoder, router_tens
 from pmod_cli.conversion.formats import FORMATS, Options, Shard, Translation, find_format
 from pmod_cli.conversion.restore import baseline_files, index_of
 from pmod_cli.conversion.shapes import check_shapes
-from pmod_cli.families import Family, check_decoder, find_family
+from pmod_cli.families import Family, check_decoder, dense_first, find_family
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
@@ -134,7 +134,7 @@ def plan_conversion(
     if translation.mod is None:
         used = recipe or default_recipe(overrides)
         check_recipe(used, family.name)
-        mod = mod_config(used, layout.layers)
+        mod = mod_config(used, layout.layers, dense_first(translation.config))
     else:
         if recipe is not None or overrides:
             raise PmodError(f"{opened.name} brings its own retention ratios", "leave --recipe and --set out")

@@ -16,6 +16,8 @@ from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
 
+_TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
 
 def load_processor(source: str | Path, backend: str = IMAGE_BACKEND) -> Any:
     """A checkpoint's processor; ``backend``, ``pil`` or ``torchvision``, is its image processor's."""
@@ -28,26 +30,8 @@ def load_processor(source: str | Path, backend: str = IMAGE_BACKEND) -> Any:
 def message(processor: Any, role: str, text: str, *, videos: bool = False) -> dict[str, Any]:
     """One turn for ``apply_chat_template``, its pictures where `PLACEHOLDER` stands in the text.
 
-    With ``videos`` they stand where `VIDEO_PLACEHOLDER` does. What is in front of all words is the template's image
-    and video parts. Where it is not, all is written into the text: llava-hf's templates would move parts to the front.
-    What reads like another special token is text: ``</s>`` becomes ``< /s>``.
-    """
-    kinds = {PLACEHOLDER: "image"} | ({VIDEO_PLACEHOLDER: "video"} if videos else {})
-    words, *following = re.split(f"({'|'.join(kinds)})", text)
-    places, texts = following[::2], [words, *following[1::2]]
-    special = _special_tokens(processor.tokenizer)
-    texts = [special.sub(_broken, piece) for piece in texts]
-    if not any(piece.strip() for piece in texts[:-1]):
-        last = texts[-1].lstrip() if places else texts[-1]
-        parts = [{"type": kinds[place]} for place in places]
-        return {"role": role, "content": [*parts, {"type": "text", "text": last}]}
-    # LLaVA's own tokenizer puts a blank before the text behind an image: see `fit_template`.
-    blank = " " if rf"{processor.image_token} \n" in processor.chat_template else ""
-    written = texts[0]
-    for number, (place, piece) in enumerate(zip(places, texts[1:], strict=True), 1):
-        token = processor.image_token if kinds[place] == "image" else processor.video_token
-        written += token + (blank if piece or number == len(places) else "") + piece
-    return {"role": role, "content": [{"type": "text", "text": written}]}
+_TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
 
 
 @lru_cache(maxsize=8)
@@ -65,15 +49,55 @@ def _one_tile_each(processor: Any, images: int) -> bool:
     return images > 1 and "batch_num_images" in processor.image_processor.model_input_names
 
 
-def image_tokens(processor: Any, images: Sequence[Image.Image]) -> list[int]:
-    """How many tokens each picture of one conversation takes in the prompt."""
-    if not images:
+def picture_ids(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """What each picture of one conversation becomes in the prompt: token ids, those of marks around it included.
+
+    Args:
+        processor: A family's.
+        sizes: (width, height) of each picture, pixels.
+    """
+    if not sizes:
         return []
-    if _one_tile_each(processor, len(images)):
+    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if _one_tile_each(processor, len(sizes)):
         cut = processor.vision_feature_select_strategy == "default"
-        return [processor.num_image_tokens + 1 - cut] * len(images)  # the newline's too
-    sizes = [(image.height, image.width) for image in images]
-    return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+        return [[token] * (processor.num_image_tokens + 1 - cut)] * len(sizes)  # the newline's too
+    if set(_expansion(processor, (64, 64))) == {token}:
+        shapes = [(height, width) for width, height in sizes]
+        counts = processor._get_num_multimodal_tokens(image_sizes=shapes)["num_image_tokens"]
+        return [[token] * count for count in counts]
+    return [_expansion(processor, size) for size in sizes]
+
+
+def _expansion(processor: Any, size: tuple[int, int]) -> list[int]:
+    """What the processor writes for a picture of (width, height); pictures cut in the same way share it."""
+    shape = size[1], size[0]
+    layout: list[Any] = []
+    if hasattr(processor, "_get_num_multimodal_tokens"):
+        layout += processor._get_num_multimodal_tokens(image_sizes=[shape])["num_image_tokens"]
+    if hasattr(processor.image_processor, "get_number_of_image_patches"):
+        layout.append(processor.image_processor.get_number_of_image_patches(*shape))
+    known, key = _expansions(processor), tuple(layout) or size
+    if key not in known:
+        pictures = in_groups(processor, [[Image.new("RGB", size)]])
+        made = processor(text=[processor.image_token], images=pictures, add_special_tokens=False)
+        known[key] = [int(token) for token in made["input_ids"][0]]
+    return known[key]
+
+
+@lru_cache(maxsize=8)
+def _expansions(processor: Any) -> dict[Any, list[int]]:
+    return {}
+
+
+def picture_inputs(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+    """The model's inputs for the pictures of a batch: pixels, and what the family says of them; none for no picture."""
+    pictures = in_groups(processor, samples)
+    if pictures is None:
+        return {}
+    texts = [processor.image_token * len(images) for images in samples]
+    made = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    return {name: value for name, value in made.items() if name not in _TEXT_INPUTS}
 
 
 def video_tokens(processor: Any, frames: Sequence[int]) -> list[int]:
@@ -85,8 +109,12 @@ def video_tokens(processor: Any, frames: Sequence[int]) -> list[int]:
 
 
 def in_groups(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> list[Any] | None:
-    """The pictures of a batch as its processor and image processor take them; None if there are none."""
-    groups = [list(images) for images in samples if images]
+    """The pictures of a batch as its processor takes them; None if there are none."""
+    groups = [list(images) for images in samples]
+    if not any(groups):
+        return None
+    if "pixel_attention_mask" in processor.image_processor.model_input_names:
+        return groups  # one row of pictures for each sample, those without one too
     if any(_one_tile_each(processor, len(images)) for images in groups):
-        return groups
-    return [image for images in groups for image in images] or None
+        return [images for images in groups if images]
+    return [image for images in groups for image in images]

@@ -10,7 +10,7 @@ from typing import Any
 
 from pmod_cli.checkpoints.load import refuse_part
 from pmod_cli.checkpoints.source import is_hub_id
-from pmod_cli.families import check_decoder, find_family
+from pmod_cli.families import check_decoder, dense_first, find_family
 from pmod_cli.families.defaults import transformers_config
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError, first_line
@@ -123,7 +123,7 @@ def find_subject(
         family = find_family(dense.raw["model_type"])
         check_recipe(settings, family.name)
         check_decoder(family, dense.raw)
-        mod = mod_config(settings, layers)
+        mod = mod_config(settings, layers, dense_first(dense.raw))
     if len(mod.retention_ratios) != layers:
         raise PmodError(
             f"{found.name}: {len(mod.retention_ratios)} retention ratios for {layers} decoder layers"

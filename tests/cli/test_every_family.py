@@ -13,6 +13,7 @@ from pmod_cli.cli import main
 from pmod_cli.evaluation.tasks import write_task
 from tests.common import onevision_models
 from tests.common.eval_models import make_model, make_processor, noise, write_questions
+from tests.common.family_models import MAKERS
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' }}"
@@ -55,7 +56,8 @@ def llava_onevision():
 def save(make, folder, layout):
     """A dense checkpoint; ``old``: one JSON file for each part of the processor, as before transformers 5."""
     model, processor = make()
-    processor.chat_template = TEMPLATE
+    if make.__module__ == __name__:
+        processor.chat_template = TEMPLATE
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if layout == "old":
@@ -65,7 +67,11 @@ def save(make, folder, layout):
                 (folder / f"{name}_config.json").write_text(json.dumps(whole.pop(part)))
         (folder / "processor_config.json").write_text(json.dumps(whole))
         (folder / "chat_template.jinja").unlink()
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
+        if "qwen2" in model.config.model_type:  # the language model's settings among the rest
+            config = json.loads((folder / "config.json").read_text())
+            config = {**config.pop("text_config"), **config}
+            (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -77,7 +83,10 @@ def run(*arguments):
 
 @pytest.fixture(
     scope="module",
-    params=[(make, layout) for make in (llava, llava_next, llava_onevision) for layout in ("old", "new")],
+    params=[
+        *((make, layout) for make in (llava, llava_next, llava_onevision) for layout in ("old", "new")),
+        *((make, "old" if name.startswith("qwen2") else "new") for name, make in MAKERS.items()),
+    ],
     ids=lambda param: f"{param[0].__name__}-{param[1]}",
 )
 def place(request, tmp_path_factory):
