@@ -17,7 +17,7 @@ from pmod_cli.data.chat import IGNORED, ChatEncoder, Encoded
 from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation
 from pmod_cli.families.processing import picture_ids, picture_inputs
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, first_line
 
 _TEMPLATE_TOKENS = 64
 """Tokens, at most, that a chat template puts around a turn."""
@@ -73,8 +73,11 @@ class EncodedDataset(Dataset[Example]):
 
     def encode(self, sample: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Token ids and labels of a sample whose images are at hand."""
-        sizes = [image.size for image in images]
-        return self.encoder.encode(sample.turns, picture_ids(self.processor, sizes))
+        try:
+            pictures = picture_ids(self.processor, [image.size for image in images])
+        except ValueError as error:  # the image processor's, of a shape that it does not take
+            raise BadSample("unusable image", first_line(error)) from error
+        return self.encoder.encode(sample.turns, pictures)
 
 
 def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:

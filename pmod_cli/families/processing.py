@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
 from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
+from pmod_cli.families.tiling import split_grid
 
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
@@ -71,13 +72,13 @@ def picture_ids(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[list[i
 
 def _expansion(processor: Any, size: tuple[int, int]) -> list[int]:
     """What the processor writes for a picture of (width, height); pictures cut in the same way share it."""
-    shape = size[1], size[0]
-    layout: list[Any] = []
-    if hasattr(processor, "_get_num_multimodal_tokens"):
-        layout += processor._get_num_multimodal_tokens(image_sizes=[shape])["num_image_tokens"]
-    if hasattr(processor.image_processor, "get_number_of_image_patches"):
-        layout.append(processor.image_processor.get_number_of_image_patches(*shape))
-    known, key = _expansions(processor), tuple(layout) or size
+    shape, settings, key = (size[1], size[0]), processor.image_processor.to_dict(), size
+    if settings.get("do_image_splitting"):
+        # Not transformers' own count, which is wrong for some shapes.
+        key = split_grid(shape, settings["size"]["longest_edge"], settings["max_image_size"]["longest_edge"])
+    elif hasattr(processor, "_get_num_multimodal_tokens"):
+        key = tuple(processor._get_num_multimodal_tokens(image_sizes=[shape])["num_image_tokens"])
+    known = _expansions(processor)
     if key not in known:
         pictures = in_groups(processor, [[Image.new("RGB", size)]])
         made = processor(text=[processor.image_token], images=pictures, add_special_tokens=False)

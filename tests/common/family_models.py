@@ -214,3 +214,24 @@ MAKERS: dict[str, Callable[[], tuple[Any, Any]]] = {
     "smolvlm": smolvlm,
     "idefics3": idefics3,
 }
+
+
+def pmod_of(dense: Any, ratios: list[float | None], router_scale: float = 0.3) -> Any:
+    """The p-MoD counterpart of a dense model with the same weights; routers are random, or zero for scale 0."""
+    from transformers.models.auto import CONFIG_MAPPING, AutoModelForImageTextToText
+
+    import pmod_cli  # noqa: F401
+    from pmod_cli.modeling.settings import MoDConfig
+
+    data = {**dense.config.to_dict(), "model_type": f"pmod_{dense.config.model_type}"}
+    config = CONFIG_MAPPING[data["model_type"]].from_dict({**data, "mod": MoDConfig(ratios).to_dict()})
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    missing, unexpected = model.load_state_dict(dense.state_dict(), strict=False)
+    assert not unexpected
+    assert all(".router." in name for name in missing)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".router." in name:
+            parameter.data.normal_(std=router_scale, generator=generator)
+    model.generation_config = dense.generation_config
+    return model
