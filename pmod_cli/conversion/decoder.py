@@ -88,7 +88,7 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
             f"expected names that begin with {' or '.join(family.layer_prefixes)}",
         )
     layers = _count_layers(stacks[prefix])
-    text = _completed(text_part(config), family.decoders[0])
+    text = _completed(text_part(config), (family.decoders or ("",))[0])
     expected = text.get("num_hidden_layers", layers)
     if expected != layers:
         raise PmodError(f"the weights have {layers} decoder layers, and {_CONFIG} says {expected}")

@@ -41,7 +41,7 @@ class Family:
     @property
     def model_type(self) -> str:
         """``model_type`` of the p-MoD model."""
-        return f"pmod_{self.base_type}"
+        return f"{_OURS}{self.base_type}"
 
 
 def _qwen(
@@ -79,6 +79,16 @@ FAMILIES = (
     _idefics("idefics3", "Idefics3"),
 )
 
+_OURS = "pmod_"
+_ANYWHERE = (
+    "model.language_model.layers.",
+    "model.language_model.model.layers.",
+    "language_model.model.layers.",
+    "model.text_model.layers.",
+    "model.layers.",
+)
+"""Where the layers of a family that is not listed may be."""
+
 _LINEAR = "some of its decoder layers have linear attention, whose state cannot leave tokens out"
 _BOTH_WAYS = "its decoder's tokens of a picture see one another both ways, and a p-MoD layer's mask is causal"
 _FOUR_NORMS = "its decoder layers have four norms, two of them behind the branches that p-MoD weighs"
@@ -113,24 +123,43 @@ def dense_first(config: dict[str, Any]) -> int:
     return len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
 
 
-def find_family(model_type: str) -> Family:
-    """The family of a dense or p-MoD ``model_type``; a `PmodError` names those that exist."""
+def find_family(model_type: str, unlisted: bool = False) -> Family:
+    """The family of a dense or p-MoD ``model_type``; a `PmodError` names those that exist.
+
+    With ``unlisted``, and for a p-MoD type, that may be any family of transformers (`pmod_cli.families.anything`).
+    """
     for family in FAMILIES:
         if model_type in (family.base_type, family.model_type):
             return family
-    if model_type in REFUSED:
-        raise PmodError(f"{model_type} cannot become p-MoD: {REFUSED[model_type]}")
+    base = model_type.removeprefix(_OURS)
+    if base in REFUSED:
+        raise PmodError(f"{base} cannot become p-MoD: {REFUSED[base]}")
+    if (unlisted or base != model_type) and (architecture := _architecture(base)):
+        return Family(base, base, f"Pmod{architecture}", (), _ANYWHERE, ())
     supported = ", ".join(family.base_type for family in FAMILIES)
     raise PmodError(f"model type {model_type!r} is not supported", f"supported: {supported}")
+
+
+def _architecture(base: str) -> str | None:
+    """Name of transformers' image-text-to-text class of a model type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(base)
+    return name if isinstance(name, str) else None
 
 
 def check_decoder(family: Family, config: dict[str, Any]) -> None:
     """Refuse a language model that cannot become p-MoD: of another architecture, or with a sliding window."""
     text = text_part(config)
-    kind = text.get("model_type", family.decoders[0])
+    kind = text.get("model_type") or (family.decoders or ("",))[0]
     if kind in REFUSED:
         raise PmodError(f"language model {kind!r} cannot become p-MoD: {REFUSED[kind]}")
-    if kind not in family.decoders:
+    odd = set(text.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        raise PmodError(
+            f"the language model has layers with {', '.join(sorted(odd))}, which cannot leave tokens out"
+        )
+    if family.decoders and kind not in family.decoders:
         raise PmodError(
             f"language model {kind!r} is not supported in {family.name}",
             f"supported: {', '.join(family.decoders)}",
@@ -171,7 +200,14 @@ def register_lazily(auto_module: Any) -> None:
 
 
 def load_families(model_type: str | None = None) -> None:
-    """Import the family of a p-MoD ``model_type``, if it is one, or all families: their classes are then registered."""
+    """Register the classes of a p-MoD ``model_type``, if it is one, or those of all listed families."""
     for family in FAMILIES:
         if model_type in (None, family.model_type):
             importlib.import_module(f"pmod_cli.families.{family.name}")
+    listed = {family.model_type for family in FAMILIES}
+    if model_type and model_type.startswith(_OURS) and model_type not in listed:
+        base = model_type.removeprefix(_OURS)
+        if base not in REFUSED and _architecture(base):
+            from pmod_cli.families.anything import classes_of
+
+            classes_of(base)
