@@ -188,7 +188,7 @@ def _sides_of(text: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[i
         sides["key width"] = (text.get("num_key_value_heads") or heads) * head
     sides["vision hidden_size"] = seen = vision.get("hidden_size")
     if isinstance(seen, int):
-        layers = config.get("vision_feature_layer")
+        layers = config.get("vision_feature_layers") or config.get("vision_feature_layer")
         merged = round(1 / config.get("downsample_ratio", 1)) ** 2  # patches to a token
         sides["features"] = seen * merged * (len(layers) if isinstance(layers, list) else 1)
     return {name: (value, _CONFIG) for name, value in sides.items() if isinstance(value, int)}

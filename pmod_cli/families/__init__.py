@@ -25,6 +25,7 @@ class Family:
         videos: Whether it takes videos.
         layer_prefixes: What may stand before a decoder layer's number in a checkpoint's parameter names.
         projector: Ends of the names of the projector's weights.
+        task_name: What lmms-eval's tasks call it where they word a prompt for one model; else they use their default.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Family:
         "multi_modal_projector.linear_1.weight",
         "multi_modal_projector.linear_2.weight",
     )
+    task_name: str = "pmod"
 
     @property
     def model_type(self) -> str:
@@ -50,7 +52,7 @@ def _qwen(
     # In the first checkpoints the vision tower (`visual.*`) stands beside the language model (`model.*`).
     prefixes = ("model.language_model.layers.", "model.layers.")
     return Family(
-        name, name, f"Pmod{classes}ForConditionalGeneration", (f"{name}_text",), True, prefixes, projector
+        name, name, f"Pmod{classes}ForConditionalGeneration", (f"{name}_text",), True, prefixes, projector, name
     )
 
 

@@ -123,6 +123,9 @@ SMALL = [
         "num_workers=0",
     )
 ]
+TWINS = ("qwen2_vl", "idefics3")
+"""Families that differ little from another's."""
+
 COMMANDS = {
     "inspect": "{pmod}",
     "data check": "{data} --images {images} --model {pmod}",
@@ -135,7 +138,10 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_it_runs(place, command, capsys):
+def test_it_runs(request, place, command, capsys):
+    measured = not any(
+        name in request.node.callspec.id for name in ("llava-old", "next", "vision-old", *TWINS)
+    )
     paths = {
         "pmod": place / "pmod",
         "data": place / "data.json",
@@ -148,7 +154,35 @@ def test_it_runs(place, command, capsys):
         "page": place / "page.html",
     }
     arguments = [argument.format(**paths) for argument in COMMANDS[command].split()]
+    if command == "profile" and not measured:
+        arguments = arguments[: arguments.index("--latency")]
     code = run(*command.split(), *arguments, *(SMALL if command == "finetune" else []), "--json")
     output = capsys.readouterr()
     assert code == 0, output.err
     assert json.loads(output.out)["command"] == command
+
+
+def test_lora_trains_the_decoder_the_projector_and_the_routers(place):
+    pytest.importorskip("peft")
+    from pmod_cli.recipe import TrainSettings
+    from pmod_cli.training.model import count_parts, load_for_training
+
+    settings = TrainSettings(lora={"r": 2, "alpha": 4}, dtype="float32", gradient_checkpointing=False)
+    network, _ = load_for_training(place / "pmod", settings)
+    parts = {part["part"]: part for part in count_parts(network)}
+    for whole in ("projector", "routers"):
+        assert (
+            parts[whole]["trained"] >= parts[whole]["frozen"] > 0
+        )  # the copy that is trained, and the original
+    assert parts["vision tower"]["trained"] == 0
+    assert 0 < parts["language model"]["trained"] < parts["language model"]["frozen"]
+
+
+def test_tasks_are_worded_as_lmms_eval_words_them_for_the_family(place):
+    from pmod_cli.evaluation.catalogue import Tasks
+    from pmod_cli.evaluation.identity import task_name
+
+    family = json.loads((place / "dense" / "config.json").read_text())["model_type"]
+    name = task_name(place / "pmod")
+    assert name == (family if family.startswith("qwen") else "pmod")
+    assert Tasks(["family_qa"], [place / "task"], name).manager.model_name == name
