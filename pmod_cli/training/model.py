@@ -87,7 +87,7 @@ def load_processor(model: str | Path, settings: TrainSettings) -> Any:
     config = read_config(model)
     try:
         processor = processing.load_processor(model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise PmodError(f"cannot load the processor of {model}: {first_line(error)}") from error
     return _set_up(config, agree(config, processor), settings)
 
