@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import random
 
 import pytest
@@ -12,6 +13,8 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from pmod_cli.families import FAMILIES, load_families
 from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.modeling.schedule import kept_tokens
 from tests.common import onevision_models
 from tests.common.eval_models import make_model, make_processor, noise
 from tests.common.family_models import MAKERS, pmod_of
@@ -151,6 +154,50 @@ class TestEveryModel:
         expected = logits(model, inputs)
         model.set_attn_implementation("eager")
         torch.testing.assert_close(logits(model, inputs), expected, atol=2e-4, rtol=1e-3)
+
+    def test_each_layer_stores_and_tells_what_it_kept(self, model, inputs):
+        with torch.no_grad():
+            output = model(**inputs, use_cache=True, output_routing=True)
+        vision = inputs["input_ids"] == model.config.image_token_id
+        real = inputs["attention_mask"].bool()
+        cache = output[CACHE_ARGUMENT]
+        for layer, ratio in enumerate(model.model.mod.retention_ratios):
+            if ratio is None:
+                assert cache.layers[layer].keys.shape[-2] == real.shape[1]
+                continue
+            kept = output.routing[layer].kept
+            expected = [kept_tokens(count, ratio) for count in vision.sum(-1).tolist()]
+            assert (kept & vision).sum(-1).tolist() == expected
+            assert kept[real & ~vision].all()
+            assert cache.layers[layer].keys.shape[-2] == int(kept.sum(-1).max())
+        assert cache.get_seq_length() == real.shape[1]
+
+    def test_merged_embeddings_are_routed_by_the_vision_mask(self, model, inputs):
+        """Without pictures nothing else tells the tokens apart; positions are those of text."""
+        vision, mask = inputs["input_ids"] == model.config.image_token_id, inputs["attention_mask"]
+        width = model.config.text_config.hidden_size
+        embeds = torch.randn(*vision.shape, width, generator=torch.Generator().manual_seed(0))
+        made = model.generate(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            vision_mask=vision,
+            return_dict_in_generate=True,
+            **GREEDY,
+        )
+        real, counts = mask.sum(-1).tolist(), vision.sum(-1).tolist()
+        for layer, ratio in zip(made[CACHE_ARGUMENT].layers, model.model.mod.retention_ratios, strict=True):
+            kept = [
+                mask.shape[1] if ratio is None else total - count + kept_tokens(count, ratio)
+                for total, count in zip(real, counts, strict=True)
+            ]
+            assert layer.keys.shape[-2] == max(kept) + 3
+
+    def test_outputs_can_be_pickled(self, model, inputs):
+        output = model(**inputs, output_routing=True)
+        with torch.no_grad():
+            copied = pickle.loads(pickle.dumps(type(output)(logits=torch.zeros(1), routing=(None,))))
+        assert copied.routing == (None,)
+        assert type(output).__module__ == type(model).__module__
 
     def test_outputs_as_tuple_and_hidden_states(self, model, inputs):
         with torch.no_grad():
