@@ -199,6 +199,12 @@ class TestEveryModel:
         assert copied.routing == (None,)
         assert type(output).__module__ == type(model).__module__
 
+    def test_fused_kernels(self, model, inputs):
+        """On the CPU their operators run the references; `triton_checks` holds the kernels to these."""
+        expected = logits(model, inputs)
+        model.get_decoder().kernels = "fused"
+        torch.testing.assert_close(logits(model, inputs), expected, atol=2e-4, rtol=1e-3)
+
     def test_outputs_as_tuple_and_hidden_states(self, model, inputs):
         with torch.no_grad():
             output = model(**inputs, output_hidden_states=True, output_routing=True, use_cache=False)
