@@ -52,13 +52,22 @@ def _qwen(
     # In the first checkpoints the vision tower (`visual.*`) stands beside the language model (`model.*`).
     prefixes = ("model.language_model.layers.", "model.layers.")
     return Family(
-        name, name, f"Pmod{classes}ForConditionalGeneration", (f"{name}_text",), True, prefixes, projector, name
+        name,
+        name,
+        f"Pmod{classes}ForConditionalGeneration",
+        (f"{name}_text",),
+        True,
+        prefixes,
+        projector,
+        name,
     )
 
 
 def _idefics(name: str, classes: str) -> Family:
     prefixes, projector = ("model.text_model.layers.",), ("connector.modality_projection.proj.weight",)
-    return Family(name, name, f"Pmod{classes}ForConditionalGeneration", ("llama",), False, prefixes, projector)
+    return Family(
+        name, name, f"Pmod{classes}ForConditionalGeneration", ("llama",), False, prefixes, projector
+    )
 
 
 FAMILIES = (
@@ -137,7 +146,7 @@ def find_family(model_type: str, unlisted: bool = False) -> Family:
     if base in REFUSED:
         raise PmodError(f"{base} cannot become p-MoD: {REFUSED[base]}")
     if (unlisted or base != model_type) and (architecture := _architecture(base)):
-        return Family(base, base, f"Pmod{architecture}", (), _ANYWHERE, ())
+        return Family(base, base, f"Pmod{architecture}", (), False, _ANYWHERE, ())
     supported = ", ".join(family.base_type for family in FAMILIES)
     raise PmodError(f"model type {model_type!r} is not supported", f"supported: {supported}")
 

@@ -31,8 +31,46 @@ def load_processor(source: str | Path, backend: str = IMAGE_BACKEND) -> Any:
 def message(processor: Any, role: str, text: str, *, videos: bool = False) -> dict[str, Any]:
     """One turn for ``apply_chat_template``, its pictures where `PLACEHOLDER` stands in the text.
 
-_TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+    With ``videos`` they stand where `VIDEO_PLACEHOLDER` does. Where a template leaves image and video parts in their
+    places, they are parts. llava-hf's templates move parts to the front: there they are parts if they are in front of
+    all words, else all is written into the text. What reads like another special token is text: ``</s>`` becomes
+    ``< /s>``.
+    """
+    kinds = {PLACEHOLDER: "image"} | ({VIDEO_PLACEHOLDER: "video"} if videos else {})
+    words, *following = re.split(f"({'|'.join(kinds)})", text)
+    places, texts = following[::2], [words, *following[1::2]]
+    special = _special_tokens(processor.tokenizer)
+    texts = [special.sub(_broken, piece) for piece in texts]
+    if not any(piece.strip() for piece in texts[:-1]):
+        last = texts[-1].lstrip() if places else texts[-1]
+        parts = [{"type": kinds[place]} for place in places]
+        return {"role": role, "content": [*parts, _written(last)]}
+    if _keeps_order(processor):
+        parts = [_written(texts[0])] if texts[0].strip() else []
+        for place, piece in zip(places, texts[1:], strict=True):
+            worded = any(part["type"] == "text" for part in parts)
+            parts.append({"type": kinds[place]})
+            piece = piece if worded else piece.lstrip()
+            parts += [_written(piece)] if piece else []
+        return {"role": role, "content": parts}
+    # LLaVA's own tokenizer puts a blank before the text behind an image: see `fit_template`.
+    blank = " " if rf"{processor.image_token} \n" in processor.chat_template else ""
+    written = texts[0]
+    for number, (place, piece) in enumerate(zip(places, texts[1:], strict=True), 1):
+        token = processor.image_token if kinds[place] == "image" else processor.video_token
+        written += token + (blank if piece or number == len(places) else "") + piece
+    return {"role": role, "content": [_written(written)]}
 
+
+def _written(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _keeps_order(processor: Any) -> bool:
+    """Whether the chat template leaves a picture between the words where it is."""
+    content = [_written("before"), {"type": "image"}, _written("after")]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    return bool(re.search(f"before.*{re.escape(processor.image_token)}.*after", text, re.DOTALL))
 
 
 @lru_cache(maxsize=8)
@@ -99,14 +137,6 @@ def picture_inputs(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> 
     texts = [processor.image_token * len(images) for images in samples]
     made = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
     return {name: value for name, value in made.items() if name not in _TEXT_INPUTS}
-
-
-def video_tokens(processor: Any, frames: Sequence[int]) -> list[int]:
-    """How many tokens videos of so many frames take in the prompt."""
-    if not frames:
-        return []
-    sizes = [(count, 1, 1) for count in frames]
-    return list(processor._get_num_multimodal_tokens(video_sizes=sizes)["num_video_tokens"])
 
 
 def in_groups(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> list[Any] | None:
