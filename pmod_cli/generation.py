@@ -26,11 +26,10 @@ from pmod_cli.families.agreement import agree
 from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
 from pmod_cli.families.processing import (
     IMAGE_BACKEND,
-    image_tokens,
     in_groups,
     load_processor,
     message,
-    video_tokens,
+    picture_ids,
 )
 from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line, told_as
@@ -214,14 +213,15 @@ class VisionLanguageModel:
         return text
 
     def length(self, prompt: Prompt) -> int:
-        """Tokens of the prompt, vision tokens included; without running the image processor."""
+        """Tokens of the prompt, vision tokens included; without running the image processor if there is no video."""
         text_ids = self.processor.tokenizer(self.render(prompt)).input_ids
-        vision = image_tokens(self.processor, prompt.images)
-        vision += video_tokens(self.processor, [len(video) for video in prompt.videos])
-        return len(text_ids) - len(vision) + sum(vision)
+        if prompt.videos:
+            return int(self.encode([prompt])["attention_mask"].sum())
+        pictures = picture_ids(self.processor, [image.size for image in prompt.images])
+        return len(text_ids) - len(pictures) + sum(map(len, pictures))
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
-        """The model's inputs for a batch of prompts, padded on the left, on the CPU."""
+        """The model's inputs for a batch of prompts, padded on the left, on the CPU; else `PmodError`."""
         videos = [video for prompt in prompts for video in prompt.videos]
         texts = [self.render(prompt) for prompt in prompts]
         with told_as("the checkpoint's processor fails"):

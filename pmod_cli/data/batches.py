@@ -18,11 +18,14 @@ from pmod_cli.data.chat import IGNORED, ChatEncoder, Encoded
 from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation
 from pmod_cli.data.table import Shapes
-from pmod_cli.families.processing import image_tokens, in_groups
-from pmod_cli.output.errors import PmodError, told_as
+from pmod_cli.families.processing import picture_ids, picture_inputs
+from pmod_cli.output.errors import PmodError, first_line, told_as
 
 _TEMPLATE_TOKENS = 64
 """Tokens, at most, that a chat template puts around a turn."""
+
+_LARGE = [[4096, 4096], [3072, 4096]]
+"""Pictures, (height, width), of which one takes the most tokens where there are no fixed grids."""
 
 _MEGABATCH = 50
 """Global batches among which samples of like length are brought together."""
@@ -72,9 +75,12 @@ class EncodedDataset(Dataset[Example]):
 
     def encode(self, sample: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Token ids and labels of a sample whose images are at hand."""
-        with told_as("the checkpoint's processor fails"):
-            numbers = image_tokens(self.processor, images)
-        return self.encoder.encode(sample.turns, numbers)
+        try:
+            with told_as("the checkpoint's processor fails"):
+                pictures = picture_ids(self.processor, [image.size for image in images])
+        except PmodError as error:  # the image processor's, of a shape that it does not take
+            raise BadSample("unusable image", first_line(error)) from error
+        return self.encoder.encode(sample.turns, pictures)
 
 
 def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
@@ -82,11 +88,11 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
 
     A token is at least one character; a picture takes the most that any shape takes.
     """
-    processor = dataset.processor
-    pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None) or [[336, 336]]
-    sizes = [tuple(pinpoint) for pinpoint in pinpoints]
+    pinpoints = getattr(dataset.processor.image_processor, "image_grid_pinpoints", None) or _LARGE
     with told_as("the checkpoint's processor fails"):
-        picture = max(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+        picture = max(
+            len(picture_ids(dataset.processor, [(width, height)])[0]) for height, width in pinpoints
+        )
 
     shapes = Shapes.of(dataset.samples)
     vision = picture * shapes.images.astype(np.int64)
@@ -118,11 +124,10 @@ class Collator:
         mask = [[1] * len(row) for row in ids]
         images = [example.images for example in examples]
         if not any(images) and self.image_for_text:
-            images = [[Image.new("RGB", (64, 64))]]
-            blank = image_tokens(self.processor, images[0])[0]
-            token = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-            ids[0] = ids[0] + [token] * blank
-            labels[0], mask[0] = labels[0] + [IGNORED] * blank, mask[0] + [1] * blank
+            images[0] = [Image.new("RGB", (64, 64))]
+            [blank] = picture_ids(self.processor, [(64, 64)])
+            ids[0] = ids[0] + blank
+            labels[0], mask[0] = labels[0] + [IGNORED] * len(blank), mask[0] + [1] * len(blank)
         length = max(map(len, ids))
 
         def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
@@ -137,9 +142,11 @@ class Collator:
             "attention_mask": padded(mask, 0),
             "logits_to_keep": length - first,
         }
-        if (pictures := in_groups(self.processor, images)) is not None:
-            with told_as("the checkpoint's image processor fails"):
-                batch |= self.processor.image_processor(pictures, return_tensors="pt")
+        with told_as("the checkpoint's image processor fails"):
+            batch |= picture_inputs(self.processor, images)
+        if "mm_token_type_ids" in self.processor.model_input_names:
+            image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+            batch["mm_token_type_ids"] = (batch["input_ids"] == image).long()
         batch["notes"] = {
             "ids": [example.id for example in examples],
             "replaced": [pair for example in examples for pair in example.replaced],

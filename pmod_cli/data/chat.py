@@ -58,8 +58,8 @@ class ChatEncoder:
         self._ended: dict[tuple[Any, ...], bool] = {}
         self._ends = set(self.tokenizer.all_special_tokens) - (other - {self.tokenizer.eos_token})
 
-    def encode(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> Encoded:
-        """Encode one conversation; ``image_tokens`` says how many tokens each image takes.
+    def encode(self, turns: Sequence[Turn], pictures: Sequence[list[int]]) -> Encoded:
+        """Encode one conversation; ``pictures`` are the ids that each picture becomes (`picture_ids`).
 
         Raises:
             BadSample: No answer or not every image is within the maximum length; images and placeholders differ.
@@ -73,10 +73,10 @@ class ChatEncoder:
         images, span = 0, 0
         for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
             if token == self.image_token_id:
-                if images == len(image_tokens):
+                if images == len(pictures):
                     raise BadSample("<image> count", "a placeholder too many after the chat template")
-                ids += [token] * image_tokens[images]
-                labels += [IGNORED] * image_tokens[images]
+                ids += pictures[images]
+                labels += [IGNORED] * len(pictures[images])
                 images += 1
                 continue
             while span < len(spans) and spans[span][1] <= start:
@@ -85,8 +85,8 @@ class ChatEncoder:
             answers = span < len(spans) and start < end and end > spans[span][0]
             ids.append(token)
             labels.append(token if answers else IGNORED)
-        if images != len(image_tokens):
-            raise BadSample("<image> count", f"{images} placeholders, {len(image_tokens)} images")
+        if images != len(pictures):
+            raise BadSample("<image> count", f"{images} placeholders, {len(pictures)} images")
         if self.image_token_id in ids[self.max_length :]:
             raise BadSample("too long", f"an image past {self.max_length} tokens")
         ids, labels = ids[: self.max_length], labels[: self.max_length]
@@ -105,12 +105,12 @@ class ChatEncoder:
         special = bool(texts) and self._adds_special_tokens(texts[0])  # all are of one template
         return [found.ids for found in backend.encode_batch_fast(list(texts), add_special_tokens=special)]
 
-    def length(self, turns: Sequence[Turn], ids: Sequence[int], image_tokens: Sequence[int]) -> int:
+    def length(self, turns: Sequence[Turn], ids: Sequence[int], pictures: Sequence[list[int]]) -> int:
         """How many tokens `encode` gives a conversation with these `token_ids`; it raises what `encode` does."""
-        length = len(ids) + sum(image_tokens) - len(image_tokens)
-        if length <= self.max_length and ids.count(self.image_token_id) == len(image_tokens):
+        length = len(ids) + sum(map(len, pictures)) - len(pictures)
+        if length <= self.max_length and ids.count(self.image_token_id) == len(pictures):
             return length  # nothing is cut off, so there are answers to learn
-        return len(self.encode(turns, image_tokens).input_ids)
+        return len(self.encode(turns, pictures).input_ids)
 
     def _adds_special_tokens(self, text: str) -> bool:
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmod_cli.data.dataset import DataSource, open_data
 from pmod_cli.data.records import READ, BadSample, Conversation, parse_record, unread_keys
+from pmod_cli.output.errors import PmodError, first_line, told_as
 from pmod_cli.output.files import check_place
 from pmod_cli.pictures import Facts
 
@@ -111,7 +112,7 @@ class _Check:
         self._facts: dict[str, Future[Facts | BadSample] | Facts | BadSample] = {}  # by picture
         self._noted: set[str] = set()  # many records may name one picture
         self._seen: set[bytes] = set()
-        self._counts: dict[tuple[tuple[int, int], ...], list[int]] = {}
+        self._ids: dict[tuple[tuple[int, int], ...], list[list[int]]] = {}
 
     def run(self) -> Iterator[int]:
         """Check all records; yields how many are done."""
@@ -170,7 +171,7 @@ class _Check:
             raise BadSample("duplicate", "the same image and conversation stand earlier in the file")
         pictures = [self._picture(name) for name in sample.images]
         if self.encoder is not None:
-            length = self.encoder.length(sample.turns, token_ids, self._image_tokens(pictures))
+            length = self.encoder.length(sample.turns, token_ids, self._picture_ids(pictures))
             self.longest = max(self.longest or 0, length)
             if self.encoder.moves(sample.turns):
                 self.notes["picture moved in front of the words (train.image_position)"] += 1
@@ -180,13 +181,17 @@ class _Check:
                 self.notes.update(f"picture {note}" for note in picture.notes)
         self._seen.add(key)
 
-    def _image_tokens(self, pictures: Sequence[Facts]) -> list[int]:
-        from pmod_cli.families.processing import image_tokens
+    def _picture_ids(self, pictures: Sequence[Facts]) -> list[list[int]]:
+        from pmod_cli.families.processing import picture_ids
 
-        sizes = tuple((picture.height, picture.width) for picture in pictures)
-        if sizes not in self._counts:  # asking the processor takes longer than all else here
-            self._counts[sizes] = image_tokens(self.processor, pictures)
-        return self._counts[sizes]
+        sizes = tuple((picture.width, picture.height) for picture in pictures)
+        if sizes not in self._ids:  # asking the processor takes longer than all else here
+            try:
+                with told_as("the checkpoint's processor fails"):
+                    self._ids[sizes] = picture_ids(self.processor, sizes)
+            except PmodError as error:  # the image processor's, of a shape that it does not take
+                raise BadSample("unusable image", first_line(error)) from error
+        return self._ids[sizes]
 
     def _picture(self, name: str) -> Facts:
         facts = self._facts[name]

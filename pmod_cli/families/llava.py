@@ -30,8 +30,4 @@ CLASSES = family_classes(
     vision=SquareVision,
 )
 PmodLlavaConfig, PmodLlavaModel, PmodLlavaForConditionalGeneration, PmodLlavaCausalLMOutputWithPast = CLASSES
-
-
-def register() -> None:
-    """Register with transformers."""
-    CLASSES.register(LlavaProcessor, PmodLlavaImageProcessor)
+CLASSES.register(LlavaProcessor, PmodLlavaImageProcessor)
