@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,7 +21,7 @@ from pmod_cli.calibration.routable import Ratios
 from pmod_cli.calibration.selection import Selection
 from pmod_cli.calibration.subject import Subject
 from pmod_cli.evaluation.stats import Difference, Ratio, Strata, Stratum, difference
-from pmod_cli.output.files import read_json, read_json_lines, write_json
+from pmod_cli.output.files import open_folder, read_json, read_json_lines, remove_folder, write_json
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, of how much."""
@@ -40,8 +39,9 @@ class Kept:
         self.folder = output.absolute().parent / f".{output.name}.calibrating"
         mark = self.folder / "settings.json"
         if not mark.is_file() or read_json(mark).get("digest") != digest:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            if self.folder.exists():
+                remove_folder(self.folder)
+            open_folder(self.folder)
             write_json(mark, {"digest": digest})
         self.outcomes = {row[0]: Outcome(*map(np.array, row[1:])) for row in read_json_lines(self._measured)}
 
@@ -62,7 +62,7 @@ class Kept:
 
     def remove(self) -> None:
         """All is done."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove_folder(self.folder)
 
 
 @dataclass

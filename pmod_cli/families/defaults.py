@@ -61,6 +61,7 @@ _LARGEST = dict.fromkeys(
     ("hidden_size", "intermediate_size", "num_attention_heads", "num_channels", "image_size", "patch_size"),
     10**6,
 ) | {"num_hidden_layers": 1000, "vocab_size": 10**8}
+_PAIRS = ("image_size", "patch_size")
 _OPTIONAL = {"num_key_value_heads": 10**6, "head_dim": 10**6}
 
 
@@ -81,7 +82,9 @@ def check_config(raw: dict[str, Any]) -> None:
         of = f" of {kind}" if kind else ""
         for key, largest in (_LARGEST | _OPTIONAL).items():
             size = (part or {}).get(key)
-            if size is not None and (type(size) is not int or not 1 <= size <= largest):
+            # Some towers take pictures of (height, width).
+            sizes = size if key in _PAIRS and isinstance(size, list) and len(size) == 2 else [size]
+            if size is not None and any(type(each) is not int or not 1 <= each <= largest for each in sizes):
                 raise PmodError(f"config.json: {key}{of} is {size!r}, not a number from 1 to {largest}")
         dropout = (part or {}).get("attention_dropout", 0)
         if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
