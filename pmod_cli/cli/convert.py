@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         "pmod convert llava-hf/llava-1.5-7b-hf ./pmod-llava-1.5-7b --recipe llava-1.5-7b",
         "pmod convert ./my-llava ./my-pmod --set mod.floor=0.1 --dry-run",
         "pmod convert ./my-pmod ./my-llava-again --to baseline",
+        "pmod convert ./lora-run ./tuned --merge",
     ),
 )
 def convert_command(
@@ -40,6 +41,10 @@ def convert_command(
         Literal["pmod", "baseline"],
         typer.Option(help="baseline takes the routers out of a p-MoD checkpoint again."),
     ] = "pmod",
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="SOURCE is a LoRA run: merge its adapter into its base, in memory."),
+    ] = False,
     vision_tower: Annotated[
         str | None, typer.Option(help="Folder or hub id, where SOURCE is a language model alone.")
     ] = None,
@@ -80,7 +85,23 @@ def convert_command(
         raise PmodError("no DESTINATION", "pmod convert SOURCE DESTINATION, or --dry-run")
     if push_to_hub and not dry_run:
         hub.check_login()
-    if to == "baseline":
+    if merge:
+        if (
+            to == "baseline"
+            or recipe
+            or settings
+            or dry_run
+            or vision_tower
+            or projector
+            or tokenizer
+            or revision
+        ):
+            raise PmodError("--merge takes SOURCE and DESTINATION alone", "convert what it writes")
+        assert destination is not None
+        with starting("convert --merge"):
+            from pmod_cli.training.merge import merge_adapter
+        result = merge_adapter(Path(source), destination, force=force)
+    elif to == "baseline":
         if recipe or settings or dry_run:
             raise PmodError("--recipe, --set and --dry-run say nothing about --to baseline", "leave them out")
         assert destination is not None
@@ -127,7 +148,9 @@ def _progress() -> Iterator[Progress]:
 
 def _show(result: dict[str, Any], pushed: str | None) -> None:
     routers = f"{result['router_parameters']:,} router parameters"
-    if result["mean_retention"] is None:
+    if result["to"] == "merged":
+        what = f"the merged checkpoint, {routers} in it"
+    elif result["mean_retention"] is None:
         what = f"the dense baseline, {routers} taken out"
     else:
         mod = sum(row["kind"] == "mod" for row in result["layers"])
