@@ -125,8 +125,15 @@ def test_what_an_old_processor_lacks_is_the_models(tmp_path):
 def test_model_and_processor_that_do_not_belong_together(tmp_path, file, changes, message):
     source = make_checkpoint(tmp_path / "source")
     edited(source, file, **changes)
-    with pytest.raises(PmodError, match=message):
-        VisionLanguageModel.load(source)
+    for use in (VisionLanguageModel.load, plan_conversion):
+        with pytest.raises(PmodError, match=message):
+            use(source)
+
+
+def test_weights_without_a_processor_can_be_converted(tmp_path):
+    source = make_checkpoint(tmp_path / "source")
+    (source / "processor_config.json").unlink()
+    assert "no processor could be loaded" in plan_conversion(source).translation.notes[-1]
 
 
 @pytest.mark.parametrize(
