@@ -81,8 +81,10 @@ def test_empty_tensors_of_zero_3(tmp_path, part):
         assert hit
         tensors.update({name: StoredTensor.zeros(name, "BF16", (0,)) for name in hit})
 
-    with pytest.raises(PmodError, match=r"has shape \[0\]"):
-        plan_conversion(make_checkpoint(tmp_path / "source", change=empty))
+    source = make_checkpoint(tmp_path / "source", change=empty)
+    for use in (plan_conversion, VisionLanguageModel.load):
+        with pytest.raises(PmodError, match=r"has shape \[0\]"):
+            use(source)
 
 
 def test_a_head_that_is_not_there_and_not_tied(tmp_path):
