@@ -98,16 +98,25 @@ class KeptTokensLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append keys and values of the kept tokens, [batch, kv_heads, kept, head_dim]; return all of them."""
+        """Append keys and values of the kept tokens, [batch, kv_heads, kept, head_dim]; return all of them.
+
+        Rows behind those that were announced fill up the slots of a fused layer: they are returned, not stored.
+        """
         batch, _, new, _ = key_states.shape
         length, indices, valid = self._announced or (new, None, None)
         self._announced = None
+        first = not self.started
         if valid is not None:
             self._used = join_valid(self.valid, valid, batch, self.slots, new, key_states.device)
             self._bias = None
         if indices is not None:
             self.positions = torch.cat([self._all_positions(batch, indices), indices + self.length], dim=-1)
         self.length += length
+        if first:  # nothing to append to: no copy
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            kept = new if indices is None else indices.shape[1]
+            self.keys, self.values = key_states[..., :kept, :], value_states[..., :kept, :]
+            return key_states, value_states
         return super().update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> int:
@@ -250,14 +259,16 @@ class StaticKeptTokensLayer(StaticLayer):
             At the first call what it was given, later the whole capacity.
         """
         first = not self.is_initialized
-        if first:
-            self.lazy_initialization(key_states, value_states)
         kept = key_states.shape[-2]
-        length, _, valid = self._announced or (kept, None, None)
+        length, indices, valid = self._announced or (kept, None, None)
+        kept = kept if indices is None else indices.shape[1]  # the rest fills up a fused layer's slots
+        stored = key_states[:, :, :kept], value_states[:, :, :kept]
+        if first:
+            self.lazy_initialization(*stored)
         self._announced = None
         slots = self.filled + torch.arange(kept, device=self.device)
-        self.keys.index_copy_(2, slots, key_states)
-        self.values.index_copy_(2, slots, value_states)
+        self.keys.index_copy_(2, slots, stored[0])
+        self.values.index_copy_(2, slots, stored[1])
         if valid is None:
             self.used.index_fill_(1, slots, True)
         else:

@@ -92,8 +92,11 @@ class MoDDecoderLayer:
         layer: int = self.self_attn.layer_idx  # type: ignore[attr-defined]
         lengths = plan.kept_lengths[layer]
         assert lengths is not None
-        fused = plan.fused and not plan.drops_nothing(layer) and can_fuse(self, hidden_states)
-        routed = (FusedRouting if fused else Routing)(self, hidden_states, plan, layer)
+        continues = store is not None and store.started
+        if plan.fused and not plan.drops_nothing(layer) and can_fuse(self, hidden_states):
+            routed: Routing = FusedRouting(self, hidden_states, plan, layer, continues)
+        else:
+            routed = Routing(self, hidden_states, plan, layer)
         if plan.record is not None:
             plan.record[layer] = routed.record()
         if max(lengths) == 0:
@@ -102,10 +105,11 @@ class MoDDecoderLayer:
             return routed.passed_on
         kept, normed, tables = routed.kept(position_embeddings)
         config = self.self_attn.config  # type: ignore[attr-defined]
-        if store is None or not store.started:
+        if not continues:
             # Unused slots lie behind all kept tokens, where causal attention never sees them.
             attention_mask = causal_mask(config, kept, 0, routed.hidden)
         else:
+            assert store is not None
             attention_mask = store.mask(config, kept, routed.valid)
         if store is not None:
             store.announce(hidden_states.shape[1], routed.indices, routed.valid)

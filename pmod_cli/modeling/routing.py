@@ -87,10 +87,25 @@ class Routing:
         return flat.index_copy_(0, self.rows, processed).view(self.shape)
 
 
-class FusedRouting(Routing):
-    """With fused kernels: one launch where `Routing` has ten, for inference."""
+SLOTS = 32
+"""A single sample's kept tokens are rounded up to a multiple of it where nothing is cached yet.
 
-    def __init__(self, layer: Any, hidden_states: Tensor, plan: RoutingPlan, index: int) -> None:
+A GPU's matrix products are planned anew for each number of rows that they have not seen, and a p-MoD model has
+another number in each layer of each prompt: rounded, those of all prompts are soon seen.
+"""
+
+
+class FusedRouting(Routing):
+    """With fused kernels: one launch where `Routing` has ten, for inference.
+
+    Attributes:
+        rows: Kept tokens with those that fill up the slots, which lie behind, where causal attention never sees them,
+            [batch, slots].
+    """
+
+    def __init__(
+        self, layer: Any, hidden_states: Tensor, plan: RoutingPlan, index: int, continues: bool
+    ) -> None:
         self.layer, self.hidden_states = layer, hidden_states
         assert plan.target_mask is not None
         assert plan.rank is not None
@@ -109,7 +124,10 @@ class FusedRouting(Routing):
             scale=router.scale,
         )
         self.lengths, longest = plan.device_lengths[index], max(lengths)
-        self.indices = select(keys, self.lengths, longest)
+        batch, tokens = keys.shape
+        slots = longest if batch > 1 or continues else min(longest + -longest % SLOTS, tokens)
+        self.rows = select(keys, self.lengths, slots)
+        self.indices = self.rows[:, :longest]
         self.valid = self.hidden = None
         if min(lengths) < longest:
             self.valid = torch.arange(longest, device=keys.device) < self.lengths[:, None]
@@ -120,7 +138,7 @@ class FusedRouting(Routing):
             raise ValueError("a layer with fused kernels needs rotary tables (cos, sin)")
         norm = self.layer.input_layernorm
         kept, normed, cos, sin = gather(
-            self.hidden_states, self.indices, norm.weight, norm.variance_epsilon, *tables
+            self.hidden_states, self.rows, norm.weight, norm.variance_epsilon, *tables
         )
         return kept, normed, (cos, sin)
 
@@ -131,7 +149,7 @@ class FusedRouting(Routing):
 
     def joined(self, residual: Tensor, branch: Tensor) -> Tensor:
         """See `Routing.joined`."""
-        scatter(self.passed_on, residual, branch, self.weights, self.indices, self.lengths)
+        scatter(self.passed_on, residual, branch, self.weights, self.rows, self.lengths)
         return self.passed_on
 
 

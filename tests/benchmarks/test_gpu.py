@@ -53,10 +53,8 @@ def test_every_section_is_measured(result):
     for name in ("cold", "prefill", "decode", "throughput", "train"):
         for case in sections[name]["cases"]:
             assert case["dense_setting"] in ("dense", "dense without cuDNN")
-            if "static" not in case["case"]:  # a difference of two times, which may be noise in tiny models
-                assert all(value > 0 for value in case["ratio"].values())
-            if not case.get("refused"):
-                assert case["ratio"], f"{name}, {case['case']}"
+            assert case["ratio"], f"{name}, {case['case']}"
+            assert all(value > 0 for value in case["ratio"].values())
     for case in sections["trace"]["cases"]:
         assert case["pmod"]["prefill"]["operations"] > case["pmod"]["decode_step"]["operations"] > 0
 
@@ -92,9 +90,9 @@ def test_time_that_is_over_skips_the_rest_and_a_failure_only_itself():
     def fails() -> dict[str, int]:
         raise RuntimeError("no such kernel\nmore")
 
-    section = run_section([("first", fails), ("second", lambda: {"value": 1})], limit=60)
+    *_, section = run_section([("first", fails), ("second", lambda: {"value": 1})], limit=60)
     assert [case.get("error") for case in section["cases"]] == ["RuntimeError: no such kernel", None]
-    section = run_section([("first", lambda: {"value": 1})], limit=0)
+    (section,) = run_section([("first", lambda: {"value": 1})], limit=0)
     assert (section["cases"], section["skipped"]) == ([], ["first"])
 
 

@@ -52,6 +52,25 @@ def test_fused_path_equals_the_pytorch_path(family, decoder):
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_slots_filled_up_are_not_cached(cache):
+    """A single prompt's rows are rounded up; what is stored, and the tokens after it, are as without."""
+    model = tiny_model()
+    ids = torch.tensor([prompt(2, 8)])
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    options |= {"pixel_values": pictures(2), "return_dict_in_generate": True, "output_logits": True}
+    results = []
+    for kernels in ("torch", "fused"):
+        model.model.language_model.kernels = kernels
+        results.append(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options))
+    plain, fused = results
+    torch.testing.assert_close(fused.logits, plain.logits, atol=1e-5, rtol=1e-5)
+    for expected, actual in zip(plain.past_key_values.layers, fused.past_key_values.layers, strict=True):
+        assert actual.keys.shape == expected.keys.shape
+        torch.testing.assert_close(actual.keys, expected.keys, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(actual.values, expected.values, atol=1e-5, rtol=1e-5)
+
+
 def fused_operators(model, inputs):
     model.model.language_model.kernels = "fused"
     with OperatorCount() as count:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pmod_cli.modeling.kernels.gather import rms_norm
-from pmod_cli.modeling.kernels.launch import block_of, operator, warps_of
+from pmod_cli.modeling.kernels.launch import block_of, operator, start, warps_of
 
 
 def reference(residual: Tensor, branch: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -23,18 +23,20 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit(do_not_specialize=["width"])
-    def add_norm_kernel(residual, branch, weight, total, normed, width, epsilon, BLOCK: tl.constexpr):
+    @triton.jit(do_not_specialize=["epsilon"])
+    def add_norm_kernel(
+        residual, branch, weight, total, normed, epsilon, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, BLOCK)
-        inside = columns < width
-        place = row * width + columns
+        inside = columns < WIDTH
+        place = row * WIDTH + columns
         x = tl.load(residual + place, mask=inside, other=0.0)
         added = x.to(tl.float32) + tl.load(branch + place, mask=inside, other=0.0).to(tl.float32)
         rounded = added.to(x.dtype)
         tl.store(total + place, rounded, mask=inside)
         wide = rounded.to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / width + epsilon)
+        scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / WIDTH + epsilon)
         w = tl.load(weight + columns, mask=inside, other=0.0)
         y = (wide * scale).to(x.dtype).to(tl.float32) * w.to(tl.float32)
         tl.store(normed + place, y.to(x.dtype), mask=inside)
@@ -47,9 +49,8 @@ def _launch(residual: Tensor, branch: Tensor, weight: Tensor, epsilon: float) ->
     total, normed = torch.empty_like(residual), torch.empty_like(residual)
     width = residual.shape[-1]
     block = block_of(width)
-    _kernel()[(residual.numel() // width,)](
-        residual, branch, weight, total, normed, width, epsilon, BLOCK=block, num_warps=warps_of(block)
-    )
+    tensors = (residual, branch, weight, total, normed)
+    start(_kernel(), residual.numel() // width, tensors, (epsilon,), (width, block), warps_of(block))
     return total, normed
 
 

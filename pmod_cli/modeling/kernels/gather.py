@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod_cli.modeling.kernels.launch import block_of, operator, warps_of
+from pmod_cli.modeling.kernels.launch import block_of, operator, start, warps_of
 
 
 def rms_norm(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -38,7 +38,7 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit(do_not_specialize=["tokens", "slots", "width", "head", "table_step"])
+    @triton.jit(do_not_specialize=["tokens", "slots", "epsilon"])
     def gather_kernel(
         hidden,
         indices,
@@ -51,10 +51,10 @@ def _kernel() -> Any:
         sin_rows,
         tokens,
         slots,
-        width,
-        head,
-        table_step,
         epsilon,
+        WIDTH: tl.constexpr,
+        HEAD: tl.constexpr,
+        SHARED_TABLES: tl.constexpr,
         BLOCK: tl.constexpr,
         HEAD_BLOCK: tl.constexpr,
     ):
@@ -62,20 +62,20 @@ def _kernel() -> Any:
         sample = row // slots
         token = tl.load(indices + row)
         columns = tl.arange(0, BLOCK)
-        inside = columns < width
-        x = tl.load(hidden + (sample * tokens + token) * width + columns, mask=inside, other=0.0)
-        tl.store(kept + row * width + columns, x, mask=inside)
+        inside = columns < WIDTH
+        x = tl.load(hidden + (sample * tokens + token) * WIDTH + columns, mask=inside, other=0.0)
+        tl.store(kept + row * WIDTH + columns, x, mask=inside)
         wide = x.to(tl.float32)
-        scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / width + epsilon)
+        scale = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / WIDTH + epsilon)
         w = tl.load(weight + columns, mask=inside, other=0.0)
         y = (wide * scale).to(x.dtype).to(tl.float32) * w.to(tl.float32)
-        tl.store(normed + row * width + columns, y.to(x.dtype), mask=inside)
+        tl.store(normed + row * WIDTH + columns, y.to(x.dtype), mask=inside)
 
         places = tl.arange(0, HEAD_BLOCK)
-        in_head = places < head
-        source = sample * table_step + token * head + places
-        tl.store(cos_rows + row * head + places, tl.load(cos + source, mask=in_head), mask=in_head)
-        tl.store(sin_rows + row * head + places, tl.load(sin + source, mask=in_head), mask=in_head)
+        in_head = places < HEAD
+        source = (token if SHARED_TABLES else sample * tokens + token) * HEAD + places
+        tl.store(cos_rows + row * HEAD + places, tl.load(cos + source, mask=in_head), mask=in_head)
+        tl.store(sin_rows + row * HEAD + places, tl.load(sin + source, mask=in_head), mask=in_head)
 
     return gather_kernel
 
@@ -91,25 +91,13 @@ def _launch(
     cos_rows = torch.empty(batch, slots, head, dtype=cos.dtype, device=cos.device)
     sin_rows = torch.empty_like(cos_rows)
     block = block_of(width)
-    _kernel()[(batch * slots,)](
-        hidden,
-        indices,
-        weight,
-        cos,
-        sin,
-        kept,
-        normed,
-        cos_rows,
-        sin_rows,
-        tokens,
-        slots,
-        width,
-        head,
-        0 if cos.shape[0] == 1 else tokens * head,
-        epsilon,
-        BLOCK=block,
-        HEAD_BLOCK=block_of(head),
-        num_warps=warps_of(block),
+    start(
+        _kernel(),
+        batch * slots,
+        (hidden, indices, weight, cos, sin, kept, normed, cos_rows, sin_rows),
+        (tokens, slots, epsilon),
+        (width, head, cos.shape[0] == 1, block, block_of(head)),
+        warps_of(block),
     )
     return kept, normed, cos_rows, sin_rows
 

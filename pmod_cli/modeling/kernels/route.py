@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pmod_cli.modeling.kernels.launch import block_of, operator, warps_of
+from pmod_cli.modeling.kernels.launch import block_of, operator, start, warps_of
 from pmod_cli.modeling.router import selection_keys
 from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
 
@@ -40,7 +40,8 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit(do_not_specialize=["width"])
+    # A layer's rows of the ranks are aligned or not as the prompt's length will have it: no kernel for each.
+    @triton.jit(do_not_specialize=["offset", "scale"], do_not_specialize_on_alignment=["rank"])
     def route_kernel(
         hidden,
         weight,
@@ -52,9 +53,9 @@ def _kernel() -> Any:
         weights,
         keys,
         passed,
-        width,
         offset,
         scale,
+        WIDTH: tl.constexpr,
         NORM: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         HAS_REAL: tl.constexpr,
@@ -62,8 +63,8 @@ def _kernel() -> Any:
     ):
         row = tl.program_id(0).to(tl.int64)
         columns = tl.arange(0, BLOCK)
-        inside = columns < width
-        x = tl.load(hidden + row * width + columns, mask=inside, other=0.0)
+        inside = columns < WIDTH
+        x = tl.load(hidden + row * WIDTH + columns, mask=inside, other=0.0)
         w = tl.load(weight + columns, mask=inside, other=0.0).to(tl.float32)
         wide = x.to(tl.float32)
         logit = tl.sum(wide * w, axis=0)
@@ -92,7 +93,7 @@ def _kernel() -> Any:
         tl.store(keys + row, key)
         # Rounded to the model's dtype first, as the PyTorch path does.
         rounded = scaled.to(x.dtype).to(tl.float32)
-        tl.store(passed + row * width + columns, (wide * rounded).to(x.dtype), mask=inside)
+        tl.store(passed + row * WIDTH + columns, (wide * rounded).to(x.dtype), mask=inside)
 
     return route_kernel
 
@@ -113,26 +114,15 @@ def _launch(
     logits = torch.empty(batch, tokens, dtype=torch.float32, device=hidden.device)
     weights, passed = torch.empty_like(logits), torch.empty_like(hidden)
     keys = torch.empty(batch, tokens, dtype=torch.int64, device=hidden.device)
+    bias_or_any, real_or_any = weight if bias is None else bias, target if real is None else real.contiguous()
     block = block_of(width)
-    _kernel()[(batch * tokens,)](
-        hidden,
-        weight,
-        weight if bias is None else bias,
-        target,
-        target if real is None else real.contiguous(),
-        rank,
-        logits,
-        weights,
-        keys,
-        passed,
-        width,
-        offset,
-        scale,
-        NORM=norm,
-        HAS_BIAS=bias is not None,
-        HAS_REAL=real is not None,
-        BLOCK=block,
-        num_warps=warps_of(block),
+    start(
+        _kernel(),
+        batch * tokens,
+        (hidden, weight, bias_or_any, target, real_or_any, rank, logits, weights, keys, passed),
+        (float(offset), float(scale)),
+        (width, norm, bias is not None, real is not None, block),
+        warps_of(block),
     )
     return logits, weights, keys, passed
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod_cli.modeling.kernels.launch import block_of, operator, warps_of
+from pmod_cli.modeling.kernels.launch import block_of, operator, start, warps_of
 
 
 def reference(
@@ -28,21 +28,30 @@ def _kernel() -> Any:
     import triton
     import triton.language as tl
 
-    @triton.jit(do_not_specialize=["tokens", "slots", "width"])
+    @triton.jit(do_not_specialize=["tokens", "slots"])
     def scatter_kernel(
-        passed, residual, branch, weights, indices, lengths, tokens, slots, width, BLOCK: tl.constexpr
+        passed,
+        residual,
+        branch,
+        weights,
+        indices,
+        lengths,
+        tokens,
+        slots,
+        WIDTH: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         sample = row // slots
         used = row % slots < tl.load(lengths + sample)
         place = sample * tokens + tl.load(indices + row)
         columns = tl.arange(0, BLOCK)
-        inside = columns < width
-        x = tl.load(residual + row * width + columns, mask=inside, other=0.0)
-        y = tl.load(branch + row * width + columns, mask=inside, other=0.0).to(tl.float32)
+        inside = columns < WIDTH
+        x = tl.load(residual + row * WIDTH + columns, mask=inside, other=0.0)
+        y = tl.load(branch + row * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
         weight = tl.load(weights + place).to(x.dtype).to(tl.float32)
         result = (x.to(tl.float32) + y * weight).to(x.dtype)
-        tl.store(passed + place * width + columns, result, mask=inside & used)
+        tl.store(passed + place * WIDTH + columns, result, mask=inside & used)
 
     return scatter_kernel
 
@@ -53,18 +62,13 @@ def _launch(
     _, tokens, width = passed.shape
     batch, slots = indices.shape
     block = block_of(width)
-    _kernel()[(batch * slots,)](
-        passed,
-        residual.contiguous(),
-        branch.contiguous(),
-        weights,
-        indices,
-        lengths,
-        tokens,
-        slots,
-        width,
-        BLOCK=block,
-        num_warps=warps_of(block),
+    start(
+        _kernel(),
+        batch * slots,
+        (passed, residual.contiguous(), branch.contiguous(), weights, indices, lengths),
+        (tokens, slots),
+        (width, block),
+        warps_of(block),
     )
 
 

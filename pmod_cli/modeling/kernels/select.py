@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod_cli.modeling.kernels.launch import block_of, operator, warps_of
+from pmod_cli.modeling.kernels.launch import block_of, operator, start, warps_of
 
 MOST_TOKENS = 32768
 """A sample's keys are held in registers; longer prompts take PyTorch's top-k."""
@@ -61,7 +61,7 @@ def _launch(keys: Tensor, lengths: Tensor, slots: int) -> Tensor:
     batch, tokens = keys.shape
     indices = torch.empty(batch, slots, dtype=torch.int64, device=keys.device)
     block = block_of(tokens)
-    _kernel()[(batch,)](keys, lengths, indices, tokens, slots, BLOCK=block, num_warps=warps_of(block))
+    start(_kernel(), batch, (keys, lengths, indices), (tokens, slots), (block,), warps_of(block))
     return indices
 
 

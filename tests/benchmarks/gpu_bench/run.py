@@ -1,4 +1,4 @@
-"""Runs sections within their time, and saves after each."""
+"""Runs sections within their time, and saves after each case."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datetime
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,40 +47,41 @@ def run(limits: dict[str, float], output: Path, device: str, tiny: bool) -> dict
     session = Session(target, tiny)
     for name, limit in limits.items():
         print(f"{name}:", file=sys.stderr)
-        result["sections"][name] = run_section(CASES[name](session), limit)
-        write_json(output, result)
+        for section in run_section(CASES[name](session), limit):
+            result["sections"][name] = section
+            write_json(output, result)
     print(f"saved to {output}", file=sys.stderr)
     return result
 
 
-def run_section(cases: Iterable[Case], limit: float) -> dict[str, Any]:
+def run_section(cases: Iterable[Case], limit: float) -> Iterator[dict[str, Any]]:
     """Run cases until the time is over; a case that fails does not end the others.
 
-    Returns:
-        ``date`` (UTC), ``seconds``, ``limit``, ``cases`` (each with ``case`` and its result, or ``error``), and
-        ``skipped``, the cases for which no time was left.
+    Yields:
+        After each case ``date`` (UTC), ``seconds``, ``limit``, ``cases`` (each with ``case`` and its result, or
+        ``error``), and ``skipped``, the cases for which no time was left.
     """
     start = time.monotonic()
     done: list[dict[str, Any]] = []
     skipped: list[str] = []
     for name, case in cases:
-        if time.monotonic() - start >= limit:
-            skipped.append(name)
-            continue
         began = time.monotonic()
-        try:
-            result = case()
-        except Exception as error:  # whatever it is, the time on the machine is not lost
-            result = {"error": f"{type(error).__name__}: {first_line(error)}"}
-        done.append({"case": name, **result, "took": time.monotonic() - began})
-        print(f"  {name}: {result.get('error', '')}{done[-1]['took']:.1f} s", file=sys.stderr)
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "seconds": time.monotonic() - start,
-        "limit": limit,
-        "cases": done,
-        "skipped": skipped,
-    }
+        if began - start >= limit:
+            skipped.append(name)
+        else:
+            try:
+                result = case()
+            except Exception as error:  # whatever it is, the time on the machine is not lost
+                result = {"error": f"{type(error).__name__}: {first_line(error)}"}
+            done.append({"case": name, **result, "took": time.monotonic() - began})
+            print(f"  {name}: {result.get('error', '')}{done[-1]['took']:.1f} s", file=sys.stderr)
+        yield {
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "seconds": time.monotonic() - start,
+            "limit": limit,
+            "cases": done,
+            "skipped": skipped,
+        }
 
 
 def describe(device: torch.device, tiny: bool) -> dict[str, Any]:

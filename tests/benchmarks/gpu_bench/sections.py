@@ -13,12 +13,10 @@ from torch import Tensor
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.kernels import add_norm, gather, route, scatter, select
 from pmod_cli.modeling.router import spread_rank
-from pmod_cli.output.errors import first_line
 from tests.benchmarks.gpu_bench.models import LLAVA, NEXT, Pair, Session, free_memory
 from tests.benchmarks.gpu_bench.timing import (
     PMOD,
     Contender,
-    compare,
     contenders,
     recorded,
     seconds,
@@ -107,7 +105,7 @@ def warm_prefill(session: Session) -> Iterator[Case]:
 
 
 def decoding(session: Session) -> Iterator[Case]:
-    """Milliseconds per token after prompts of lengths not seen before, and again; dynamic and static caches."""
+    """Milliseconds per token after prompts of lengths not seen before, and again."""
     one, some, many = session.sizes.batches
     count = session.sizes.decode_tokens
     for name, batch in ((LLAVA, one), (LLAVA, some), (LLAVA, many), (NEXT, one)):
@@ -124,31 +122,27 @@ def decoding(session: Session) -> Iterator[Case]:
             return take_turns(contenders(pair), rounds(session, 2), measure)
 
         yield label(name, batch), case
-    yield f"{label(LLAVA, 1)}, static cache", lambda: static_decode(session, session.pair(LLAVA))
 
 
-def static_decode(session: Session, pair: Pair) -> dict[str, Any]:
-    """``generate`` with a static cache, compiled by transformers on a GPU; p-MoD may refuse it."""
-    inputs, count = pair.inputs(1), session.sizes.new_tokens
-    runs: dict[str, list[dict[str, float]]] = {}
-    refused: dict[str, str] = {}
-    first_seconds: dict[str, float] = {}
+def static(session: Session) -> Iterator[Case]:
+    """``generate`` with a static cache, compiled by transformers on a GPU: one model after the other."""
+    pair, count = session.pair(LLAVA), session.sizes.new_tokens
     for rival in contenders(pair)[:2]:
 
-        def new(tokens: int, rival: Contender = rival) -> float:
-            length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
-            options = {**length, "do_sample": False, "cache_implementation": "static"}
-            return seconds(lambda: rival.model.generate(**inputs, **options), session.device)
+        def case(rival: Contender = rival) -> dict[str, Any]:
+            inputs = pair.inputs(1)
 
-        try:
+            def new(tokens: int) -> float:
+                length = {"min_new_tokens": tokens, "max_new_tokens": tokens}
+                options = {**length, "do_sample": False, "cache_implementation": "static"}
+                return seconds(lambda: rival.model.generate(**inputs, **options), session.device)
+
             with rival.setting():
-                first_seconds[rival.name] = new(count)
+                first = new(count)
                 rows = [1e3 * (new(count) - new(1)) / (count - 1) for _ in range(rounds(session, 3))]
-        except Exception as error:  # of one model; the other's result stays
-            refused[rival.name] = first_line(error)
-            rows = []
-        runs[rival.name] = [{"ms_per_token": row} for row in rows]
-    return compare(runs) | {"refused": refused, "first_seconds": first_seconds}
+            return {"ms_per_token": statistics.median(rows), "first_seconds": first, "runs": rows}
+
+        yield f"{label(LLAVA, 1)}, {rival.name}", case
 
 
 def throughput(session: Session) -> Iterator[Case]:
@@ -367,6 +361,7 @@ CASES: dict[str, Callable[[Session], Iterator[Case]]] = {
     "cold": cold,
     "prefill": warm_prefill,
     "decode": decoding,
+    "static": static,
     "throughput": throughput,
     "train": train,
     "kernels": kernels,

@@ -11,6 +11,7 @@ HEADS = {
     "cold": ["", "dense", "p-MoD", "ratio"],
     "prefill": ["warm prefill", "dense (device busy)", "p-MoD (device busy)", "ratio", "FLOPs ratio"],
     "decode": ["decode, per token", "dense", "p-MoD", "ratio", "ratio, lengths seen before"],
+    "static": ["decode with a static cache", "per token", "first call, compiling"],
     "throughput": ["`generate`", "dense", "p-MoD", "ratio"],
     "train": ["forward and backward", "dense", "p-MoD", "ratio"],
     "kernels": ["kernel", "fused", "PyTorch", "ratio"],
@@ -36,7 +37,6 @@ def tables(result: Entry) -> str:
                 remarks.append(f"{case['case']}: {case.get('error') or case['note']}")
             else:
                 rows += ROWS[name](case)
-                remarks += [f"{case['case']}, {who}: {why}" for who, why in case.get("refused", {}).items()]
         lines = [f"**{name}** ({section['date'][:10]}, {section['seconds']:.0f} s)", ""]
         if rows:
             head = HEADS[name]
@@ -87,6 +87,10 @@ def _decode(case: Entry) -> list[Row]:
     return [[case["case"], *values(case, "ms_per_token", " ms"), again]]
 
 
+def _static(case: Entry) -> list[Row]:
+    return [[case["case"], number(case["ms_per_token"], " ms"), number(case["first_seconds"], " s")]]
+
+
 def _throughput(case: Entry) -> list[Row]:
     sides = []
     for role in ("dense", "pmod"):
@@ -134,6 +138,7 @@ ROWS: dict[str, Callable[[Entry], list[Row]]] = {
     "cold": _cold,
     "prefill": _prefill,
     "decode": _decode,
+    "static": _static,
     "throughput": _throughput,
     "train": _train,
     "kernels": _kernels,
