@@ -4,9 +4,49 @@
 transformers is imported for that, and no model's code until a checkpoint of its family is opened.
 """
 
+import importlib
+import importlib.machinery
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
 import wrapt
 
 __version__ = "0.1.0"
+
+_MOVED = {
+    f"pmod_cli.training.{name}": f"pmod_cli.data.{name}"
+    for name in ("chat", "dataset", "pictures", "records")
+}
+_MOVED |= {
+    "pmod_cli.demo.run": "pmod_cli.demo.job",
+    "pmod_cli.evaluation.run": "pmod_cli.evaluation.evaluate",
+    "pmod_cli.training.check": "pmod_cli.data.check",
+    "pmod_cli.training.collate": "pmod_cli.data.batches",
+    "pmod_cli.training.run": "pmod_cli.training.finetune",
+}
+
+
+class _Moved:
+    """Imports a module under the name that it had before; scripts have it."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, _Moved) if name in _MOVED else None  # type: ignore[arg-type]
+
+    @staticmethod
+    def create_module(spec: Any) -> None:
+        return None
+
+    @staticmethod
+    def exec_module(module: ModuleType) -> None:
+        new = _MOVED[module.__name__]
+        warnings.warn(f"{module.__name__} is now {new}", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = importlib.import_module(new)  # the import system hands this out
+
+
+sys.meta_path.append(_Moved)
 
 
 def _register(auto_module: object) -> None:

@@ -178,6 +178,7 @@ class VisionLanguageModel:
                 output_loading_info=True,
                 use_safetensors=True,
                 trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # told below, by name
                 **options,
             )
             model.to(device)
@@ -185,6 +186,12 @@ class VisionLanguageModel:
             # transformers would go on with random numbers there.
             missing = sorted(info["missing_keys"])
             raise PmodError(f"{source} lacks {len(missing)} of the model's tensors, e.g. {missing[0]}")
+        if info["mismatched_keys"]:
+            name, stored, wanted = sorted(info["mismatched_keys"])[0]
+            raise PmodError(
+                f"{source}: {name} has shape {list(stored)}, and config.json (or its defaults) says {list(wanted)}",
+                "a DeepSpeed ZeRO-3 run has to gather its weights when it saves" if 0 in stored else None,
+            )
         agree(model.config, processor)
         used = use_kernels(model, kernels)
         return cls(model, processor, cache, used)

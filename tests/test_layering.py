@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
+import sys
 from pathlib import Path
+
+import pytest
+
+import pmod_cli
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
@@ -69,3 +75,11 @@ def test_the_documentation_draws_the_imports():
     assert drawn == found, "the arrows of docs/architecture.md should be:\n" + "\n".join(lines.values())
     rooms = {room for layer in LAYERS for room in layer} | {"output"}
     assert rooms == set(re.findall(r"^- `(\w+)`:", page, re.MULTILINE)), "one line for each room"
+
+
+@pytest.mark.parametrize("old", sorted(pmod_cli._MOVED))
+def test_modules_that_moved_can_be_imported_under_their_old_names(old):
+    sys.modules.pop(old, None)
+    with pytest.warns(DeprecationWarning, match=f"{old} is now"):
+        module = importlib.import_module(old)
+    assert module is importlib.import_module(pmod_cli._MOVED[old])

@@ -10,6 +10,9 @@ from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.output.files import check_regular, read_json
 
+ADAPTER_CONFIG = "adapter_config.json"
+"""Settings of an adapter of PEFT's, in its folder."""
+
 ORIGINAL_DECODERS = {
     "llava_llama": "llama",
     "llava_mistral": "mistral",
@@ -43,15 +46,14 @@ def refuse_part(folder: Path) -> None:
     """Refuse a folder that has only a LoRA adapter or a projector, and no whole model."""
     if not folder.is_dir() or any((folder / name).is_file() for name in WHOLE):
         return
-    if (folder / "adapter_config.json").is_file() or any(folder.glob("adapter_model.*")):
-        config = (
-            read_json(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else {}
-        )
+    if (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("adapter_model.*")):
+        config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
         base = config.get("base_model_name_or_path") or "its base"
+        merge = f"pmod convert {folder} NEW --merge"
+        if (folder / "non_lora_trainables.bin").is_file():
+            merge = "scripts/merge_lora_weights.py of LLaVA's own code"
         raise PmodError(
-            f"{folder} is a LoRA adapter, not a whole checkpoint",
-            f"merge it into {base} first: PEFT's merge_and_unload and save_pretrained; "
-            "pmod finetune --merge writes a merged checkpoint at once",
+            f"{folder} is a LoRA adapter, not a whole checkpoint", f"{merge} merges it into {base}"
         )
     for name in ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin"):
         if (folder / name).is_file():

@@ -95,6 +95,12 @@ class Source:
                         f"{self.name} has unmerged LoRA layers, or PEFT's names ({name} in {file})",
                         "merge them first: PEFT's merge_and_unload, then save_pretrained",
                     )
+            for stored in (stored for file in files for stored in file.tensors.values()):
+                if 0 in stored.shape:
+                    raise PmodError(
+                        f"{self.name}: {stored.name} has shape {list(stored.shape)}, which is empty",
+                        "a DeepSpeed ZeRO-3 run has to gather its weights when it saves; zero_to_fp32.py does it later",
+                    )
             return files
         hint = f"expected {SINGLE} or {INDEX}"
         if self.revision is not None and not allow_pickle:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         "pmod convert llava-hf/llava-1.5-7b-hf ./pmod-llava-1.5-7b --recipe llava-1.5-7b",
         "pmod convert ./my-llava ./my-pmod --set mod.floor=0.1 --dry-run",
         "pmod convert ./my-pmod ./my-llava-again --to baseline",
+        "pmod convert ./lora-run ./tuned --merge",
     ),
 )
 def convert_command(
@@ -40,6 +41,10 @@ def convert_command(
         Literal["pmod", "baseline"],
         typer.Option(help="baseline takes the routers out of a p-MoD checkpoint again."),
     ] = "pmod",
+    merge: Annotated[
+        bool,
+        typer.Option("--merge", help="SOURCE is a LoRA run: merge its adapter into its base, in memory."),
+    ] = False,
     vision_tower: Annotated[
         str | None, typer.Option(help="Folder or hub id, where SOURCE is a language model alone.")
     ] = None,
@@ -86,7 +91,22 @@ def convert_command(
         raise PmodError("no DESTINATION", "pmod convert SOURCE DESTINATION, or --dry-run")
     if push_to_hub and not dry_run:
         hub.check_login()
-    if to == "baseline":
+    if merge:
+        given: dict[str, Any] = {
+            "--to": to == "baseline",
+            "--recipe": recipe,
+            "--set": settings,
+            "--dry-run": dry_run,
+            "--any": any_family,
+        }
+        given |= {"--vision-tower": vision_tower, "--projector": projector, "--tokenizer": tokenizer}
+        if unused := ", ".join(name for name, value in (given | {"--revision": revision}).items() if value):
+            raise PmodError(f"{unused}: nothing that --merge looks at", "convert what it writes")
+        assert destination is not None
+        with starting("convert --merge"):
+            from pmod_cli.training.merge import merge_adapter
+        result = merge_adapter(Path(source), destination, force=force)
+    elif to == "baseline":
         given = {"--recipe": recipe, "--set": settings, "--dry-run": dry_run, "--vision-tower": vision_tower}
         given |= {"--projector": projector, "--tokenizer": tokenizer, "--allow-pickle": allow_pickle}
         if unused := ", ".join(name for name, value in given.items() if value):
@@ -135,7 +155,9 @@ def _progress() -> Iterator[Progress]:
 
 def _show(result: dict[str, Any], pushed: str | None) -> None:
     routers = f"{result['router_parameters']:,} router parameters"
-    if result["mean_retention"] is None:
+    if result["to"] == "merged":
+        what = f"the merged checkpoint, {routers} in it"
+    elif result["mean_retention"] is None:
         what = f"the dense baseline, {routers} taken out"
     else:
         mod = sum(row["kind"] == "mod" for row in result["layers"])

@@ -81,8 +81,9 @@ def check_command(
         for problem in problems[:limit]:
             show_lines(f"record {problem['index']} (id {problem['id'] or '-'}): {problem['detail']}")
         rows = [[kind, str(count)] for kind, count in report["counts"].items()]
-        title = f"{report['good']} of {report['records']} records are fit"
-        stdout.print(Table(title, ("problem", "records"), rows).to_rich())
+        if rows:
+            stdout.print(Table("", ("problem", "records"), rows).to_rich())
+        show_lines(f"{report['good']} of {report['records']} records are fit")
         show_lines(*(f"note: {note}: {count}" for note, count in report["notes"].items()))
         if report["fixed"]:
             show_lines(f"clean file: {report['fixed']}")

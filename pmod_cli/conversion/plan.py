@@ -16,7 +16,7 @@ from pmod_cli.conversion.card import model_card
 from pmod_cli.conversion.decoder import DecoderLayout, find_decoder, router_tensors
 from pmod_cli.conversion.formats import FORMATS, Options, Shard, Translation, find_format
 from pmod_cli.conversion.restore import baseline_files, index_of
-from pmod_cli.conversion.shapes import check_shapes
+from pmod_cli.conversion.shapes import check_processor, check_shapes
 from pmod_cli.families import Family, check_decoder, dense_first, find_family
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
@@ -143,6 +143,8 @@ def plan_conversion(
     tensors = [tensor for shard in translation.shards for tensor in shard.tensors]
     layout = find_decoder(family, translation.config, tensors)
     check_shapes(translation.config, tensors)
+    if note := check_processor(translation.config, translation.files):
+        translation = replace(translation, notes=[*translation.notes, note])
     if translation.mod is None:
         used = recipe or default_recipe(overrides)
         check_recipe(used, family.name)

@@ -16,6 +16,7 @@ from lmms_eval.api.model import lmms
 
 from pmod_cli.devices import own_device
 from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all
+from pmod_cli.evaluation.blame import told
 from pmod_cli.evaluation.identity import preparation, prompt_digest
 from pmod_cli.evaluation.visuals import prompt_of
 from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
@@ -132,7 +133,7 @@ class PmodLmms(lmms):
                     answered.append((doc_id, keys[waiting[index]], outcome))
                     results[waiting[index]] = _finish(outcome, until)
                 else:
-                    self.failures[task, doc_id] = f"{type(outcome).__name__}: {outcome}"
+                    self.failures[task, doc_id] = told(outcome)
             if self.store is not None:
                 self.store.add(answered)
             self.generated += len(batch)

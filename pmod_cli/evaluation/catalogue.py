@@ -11,6 +11,7 @@ from typing import Any
 
 from pmod_cli.checkpoints.source import user_path
 from pmod_cli.evaluation import patches
+from pmod_cli.evaluation.blame import told
 from pmod_cli.extras import reason, require
 from pmod_cli.output.errors import PmodError
 
@@ -89,8 +90,9 @@ class Tasks:
         except Exception as error:
             # Some tasks make their judge's client, or read a variable, as soon as they are imported.
             variable = "OPENAI_API_KEY" if type(error).__name__ == "OpenAIError" else str(error).strip("'")
-            hint = f"export {variable}=..." if re.fullmatch("[A-Z]+_[A-Z_]+", variable) else None
-            raise PmodError(f"task {name} cannot be loaded: {reason(error)}", hint) from error
+            known = re.fullmatch("[A-Z]+_[A-Z_]+", variable)
+            hint = f"export {variable}=..." if known else f"see {self.file(name)}"
+            raise PmodError(f"task {name} cannot be loaded: {told(error)}", hint) from error
 
     def load(self, name: str) -> Any:
         """Load a task with its data; a `PmodError` if they cannot be had."""
@@ -110,7 +112,9 @@ class Tasks:
             if isinstance(error, KeyError) and splits:
                 what = f"task {name}: its data ({config['dataset_path']}) have no split {error}"
                 raise PmodError(what, f"correct {splits[0]} in {self.file(name)}") from error
-            raise PmodError(f"task {name} cannot be loaded: {reason(error)}") from error
+            raise PmodError(
+                f"task {name} cannot be loaded: {told(error)}", f"see {self.file(name)}"
+            ) from error
 
     def missing_folder(self, name: str, config: dict[str, Any]) -> str | None:
         """The local folder that a task of the user's names and that is not there.

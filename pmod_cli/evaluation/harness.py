@@ -86,7 +86,16 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
         for key, value in sorted(results["results"][name].items())  # lmms-eval's order is another each time
         if "," in key and "_stderr" not in key and isinstance(value, numbers.Real) and value == value
     }
-    metric = metric_of(name, tasks.config(name), metrics, broken_metrics)
+    config = tasks.config(name)
+    metric = metric_of(name, config, metrics, broken_metrics)
+    if metric is None or metric.key not in metrics:
+        named = (
+            ", ".join(str(entry.get("metric")) for entry in config.get("metric_list") or []) or "no metric"
+        )
+        broken_metrics.setdefault(
+            "score",
+            f"metric_list in {tasks.file(name)} names {named}, and process_results gives no number for it",
+        )
     samples = []
     for entry in sorted(results["samples"][name], key=lambda entry: entry["doc_id"]):
         error = failures.get((name, entry["doc_id"])) or entry.get(SCORING_ERROR)

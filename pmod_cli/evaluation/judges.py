@@ -29,6 +29,7 @@ _JUDGES = {
     "lmms_eval.verifiers.gemini": "GOOGLE_API_KEY",
 }
 _DRAWS = ("choice", "choices", "randint", "randrange", "random")
+_SILENT = "the judge did not answer"
 _LIBRARIES = tuple({sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")})
 _VARIABLE = re.compile(r"""(?:getenv|environ(?:\.get)?)\s*[\[(]\s*["'](\w+)["']""")
 
@@ -125,8 +126,8 @@ class Watch:
         self._asked: dict[int, str] = {}  # by thread: the last question
 
     def take(self) -> str | None:
-        """What went wrong since the last call, if anything did."""
-        trouble = next(iter(self._trouble.values()), None)
+        """What went wrong since the last call, if anything did; a judge's silence first, the cause of the rest."""
+        trouble = min(self._trouble.values(), key=lambda what: _SILENT not in what, default=None)
         self._trouble.clear()
         self._asked.clear()
         return trouble
@@ -175,10 +176,10 @@ class Watch:
         try:
             yield answers
         except Exception as error:
-            self._note(f"the judge did not answer: {type(error).__name__}: {error}", question)
+            self._note(f"{_SILENT}: {type(error).__name__}: {error}", question)
             raise
         if (status := getattr(answers[0], "status_code", 200)) >= 400:
-            self._note(f"the judge did not answer: HTTP status {status}", question)
+            self._note(f"{_SILENT}: HTTP status {status}", question)
         else:
             self._trouble.pop(question, None)
 

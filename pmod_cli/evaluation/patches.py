@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pmod_cli.evaluation.blame import told
 from pmod_cli.evaluation.judges import Watch
 from pmod_cli.evaluation.metrics import METRICS
 from pmod_cli.pictures import refuse_cut_pictures
@@ -54,7 +55,7 @@ def guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
         try:
             scored = score(task, doc, results, **options)
         except Exception as error:
-            return {SCORING_ERROR: f"scoring raised {type(error).__name__}: {error}"}
+            return {SCORING_ERROR: f"scoring raised {told(error)}"}
         trouble = watch.take()
         return {SCORING_ERROR: trouble} if trouble else scored
 
@@ -65,7 +66,7 @@ def guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
             try:
                 value = function(*args, **options)
             except Exception as error:
-                broken_metrics[metric] = f"aggregation raised {type(error).__name__}: {error}"
+                broken_metrics[metric] = f"aggregation raised {told(error)}"
                 return None
             if trouble := watch.take():
                 broken_metrics[metric] = trouble

@@ -81,8 +81,10 @@ def test_empty_tensors_of_zero_3(tmp_path, part):
         assert hit
         tensors.update({name: StoredTensor.zeros(name, "BF16", (0,)) for name in hit})
 
-    with pytest.raises(PmodError, match=r"has shape \[0\]"):
-        plan_conversion(make_checkpoint(tmp_path / "source", change=empty))
+    source = make_checkpoint(tmp_path / "source", change=empty)
+    for use in (plan_conversion, VisionLanguageModel.load):
+        with pytest.raises(PmodError, match=r"has shape \[0\]"):
+            use(source)
 
 
 def test_a_head_that_is_not_there_and_not_tied(tmp_path):
@@ -125,8 +127,15 @@ def test_what_an_old_processor_lacks_is_the_models(tmp_path):
 def test_model_and_processor_that_do_not_belong_together(tmp_path, file, changes, message):
     source = make_checkpoint(tmp_path / "source")
     edited(source, file, **changes)
-    with pytest.raises(PmodError, match=message):
-        VisionLanguageModel.load(source)
+    for use in (VisionLanguageModel.load, plan_conversion):
+        with pytest.raises(PmodError, match=message):
+            use(source)
+
+
+def test_weights_without_a_processor_can_be_converted(tmp_path):
+    source = make_checkpoint(tmp_path / "source")
+    (source / "processor_config.json").unlink()
+    assert "no processor could be loaded" in plan_conversion(source).translation.notes[-1]
 
 
 @pytest.mark.parametrize(

@@ -203,3 +203,11 @@ def test_a_split_that_is_not_there_is_named_with_its_file(llava, tmp_path):
     with pytest.raises(PmodError, match="have no split 'validation'") as raised:
         evaluate(llava, ["mine"], include_path=tmp_path, settings=SETTINGS)
     assert raised.value.hint == f"correct test_split in {path}"
+
+
+def test_a_metric_that_nothing_gives_is_named_with_its_file(llava, tmp_path):
+    metric = "metric_list: [{metric: other, aggregation: mean, higher_is_better: true}]\n"
+    path = make_task(tmp_path, "def process_results(doc, results):\n    return {'mine': 1.0}\n", metric)
+    result = evaluate(llava, ["mine"], include_path=tmp_path, settings=SETTINGS)
+    assert score_of(result, "mine") is None
+    assert f"metric_list in {path} names other" in result.first_broken_metric

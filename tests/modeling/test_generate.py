@@ -182,8 +182,8 @@ def merged(model, ids, pixels):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_merged_embeddings_are_routed_in_generate_too(model, beams):
-    """With ``vision_mask`` the prefill is the one of ids and pictures, left-padded and with beams too."""
+def test_merged_embeddings_are_routed_in_generate_too(model, beams, caplog):
+    """With ``vision_mask`` the prefill is the one of ids and pictures, left-padded and with beams; else a warning."""
     # One picture a sample at most: transformers 5.17 mixes up the pictures of a sample's beams.
     ids, mask = pad([prompt(1, 5, seed=3), prompt(1, 9, seed=4), prompt(0, 6, seed=5)], "left")
     pixels = pictures(2)
@@ -195,7 +195,9 @@ def test_merged_embeddings_are_routed_in_generate_too(model, beams):
     slots = [[layer.keys.shape[-2] for layer in output[CACHE_ARGUMENT].layers] for output in (made, expected)]
     assert slots[0] == slots[1]
     assert slots[0][-1] < slots[0][0]
+    assert not caplog.records
     dense = model.generate(**inputs, **options)
+    assert "all tokens are taken for text" in caplog.text
     assert len({layer.keys.shape[-2] for layer in dense[CACHE_ARGUMENT].layers}) == 1
 
 

@@ -12,12 +12,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from pmod_cli.demo.job import BASELINE
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.modeling.layer import MoDDecoderLayer
 from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.output.files import read_json_lines
 from pmod_cli.training.callbacks import RatioWarmup
 from pmod_cli.training.finetune import finetune
 from pmod_cli.training.finish import save_result
+from pmod_cli.training.merge import merge_adapter
 
 
 def _tensors(folder):
@@ -233,8 +236,6 @@ def test_a_full_disk_is_one_line_and_loses_nothing(pmod_start, demo_data, tmp_pa
 
 def test_lora(pmod_start, demo_data, tmp_path, recipe):
     pytest.importorskip("peft")
-    from peft import PeftModel
-
     settings = recipe(max_steps=4, lora={"r": 4, "alpha": 8, "dropout": 0.0})
     finetune(pmod_start, *demo_data, tmp_path / "merged", recipe=settings, merge_lora=True)
     finetune(pmod_start, *demo_data, tmp_path / "adapter", recipe=settings)
@@ -245,13 +246,24 @@ def test_lora(pmod_start, demo_data, tmp_path, recipe):
     assert [key for key in changed if ".router." in key]
     assert [key for key in changed if "q_proj" in key]
     assert [key for key in changed if "multi_modal_projector" in key]
-    base = AutoModelForImageTextToText.from_pretrained(pmod_start, dtype=torch.float32)
-    adapted = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
-    again = {key: value for key, value in adapted.state_dict().items() if ".router.weight" in key}
-    assert again
-    for key, value in again.items():
-        name = next(other for other in merged if other.endswith(key.split("language_model.")[1]))
-        torch.testing.assert_close(value, merged[name], rtol=1e-4, atol=1e-6)
+    result = merge_adapter(tmp_path / "adapter", tmp_path / "again")
+    assert (result["to"], result["router_parameters"]) == ("merged", 582)
+    later = _tensors(tmp_path / "again")
+    assert later.keys() == merged.keys()
+    for key, value in later.items():
+        assert value.dtype == merged[key].dtype
+        torch.testing.assert_close(value, merged[key], rtol=1e-4, atol=1e-6)
+    VisionLanguageModel.load(tmp_path / "again")
+    # What is no adapter, has lost its base, or belongs to another model.
+    with pytest.raises(PmodError, match=r"not an adapter"):
+        merge_adapter(tmp_path / "merged", tmp_path / "new")
+    named = tmp_path / "adapter" / "adapter_config.json"
+    config = json.loads(named.read_text())
+    for base, message in ((tmp_path / "gone", "the adapter's base: .*gone"), (BASELINE, "does not fit")):
+        named.write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+        with pytest.raises(PmodError, match=message):
+            merge_adapter(tmp_path / "adapter", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_ratio_warm_up_ends_exactly_on_the_schedule(pmod_start):

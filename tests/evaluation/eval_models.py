@@ -1,0 +1,1 @@
+../common/eval_models.py

@@ -1,0 +1,1 @@
+../common/onevision_models.py
