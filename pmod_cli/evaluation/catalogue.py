@@ -12,6 +12,7 @@ from pmod_cli.checkpoints.source import user_path
 from pmod_cli.evaluation import patches
 from pmod_cli.extras import reason, require
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import check_regular
 
 
 def import_lmms_eval() -> None:
@@ -39,6 +40,8 @@ class Tasks:
         for folder in self.folders:
             if not Path(folder).is_dir():
                 raise PmodError(f"--include-path {folder}: no such folder")
+            for path in Path(folder).rglob("*.yaml"):
+                check_regular(path, 2**24)
         self.manager = self._index(self.folders)
         if not all(name in self.manager.task_index for name in names):
             # The first folder that has a name wins. lmms-eval's two thousand tasks take seconds to read.
