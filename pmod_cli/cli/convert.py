@@ -110,7 +110,7 @@ def convert_command(
         given = {"--recipe": recipe, "--set": settings, "--dry-run": dry_run, "--vision-tower": vision_tower}
         given |= {"--projector": projector, "--tokenizer": tokenizer, "--allow-pickle": allow_pickle}
         if unused := ", ".join(name for name, value in given.items() if value):
-            raise PmodError(f"{unused}: nothing that --to baseline looks at", "leave it out")
+            raise PmodError(f"{unused}: nothing that --to baseline looks at", "leave them out")
         assert destination is not None
         with _progress() as progress:
             result = convert_back(

@@ -14,6 +14,7 @@ from pmod_cli.evaluation import patches
 from pmod_cli.evaluation.blame import told
 from pmod_cli.extras import reason, require
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import check_regular
 
 _BUILDERS = ("csv", "json", "parquet", "text", "pandas", "arrow", "imagefolder", "webdataset")
 """Data set paths that name a kind of file."""
@@ -47,6 +48,8 @@ class Tasks:
         for folder in self.folders:
             if not Path(folder).is_dir():
                 raise PmodError(f"--include-path {folder}: no such folder")
+            for path in Path(folder).rglob("*.yaml"):
+                check_regular(path, 2**24)
         self.task_name = task_name
         self.manager = self._index(self.folders)
         if not all(name in self.manager.task_index for name in names):

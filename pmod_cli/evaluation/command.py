@@ -44,8 +44,6 @@ def run(options: EvalOptions) -> None:
         if not names:
             raise PmodError("--tasks is missing", "e.g. --tasks gqa,pope_full, or --tasks paper")
         if options.prepare:
-            used = ("prepare", "tasks", "model", "baseline", "include_path", "as_json")
-            refuse_ignored(options, "--prepare", used)
             _prepare(options, names)
             return
         if options.model is None:

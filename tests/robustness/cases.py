@@ -148,7 +148,7 @@ _OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "visualize": {"--image": _NAMES, "--prompt": _TEXTS, "-o": (*_NAMES, "x.txt", "dense", "x.PNG/y.png"),
                   "--gif": _NAMES, "--html": _NAMES, "--baseline": _NAMES, "--max-new-tokens": _NUMBERS,
                   "--layers": (*_NUMBERS, ",", "1,", "1,,2", "99", "0x1", "1" * 5000), "--device": ("hpu", "[/q]")},
-    "report": {"-o": (*_NAMES, "x.txt", "pmod", "pmod/x.html"), "--include-path": _NAMES},
+    "report": {"-o": (*_NAMES, "x.txt", "pmod", "pmod/x.txt"), "--include-path": _NAMES},
     "demo": {"--output": (*_NAMES, "dense", "train/images", "picture.png"), "--steps": _NUMBERS,
              "--train-images": _NUMBERS, "--heldout-images": _NUMBERS},
     "doctor": {"--timeout": ("nan", "-1", "0", "x", "", "\udcff")},
@@ -308,7 +308,7 @@ def _leave() -> None:
 
 
 def _odd_names() -> None:
-    for name in ("\x1b[31mx.json", "[/q].json", "javascript:x.html", "a\nb.png"):
+    for name in ("\x1b[31mx.json", "[b]q.json", "javascript:x.html", "a\nb.png"):
         Path(name).write_text("{}")
     os.link("profile.json", os.fsencode("\udcff.json"))
 
