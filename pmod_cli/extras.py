@@ -22,7 +22,7 @@ from pmod_cli.output.versions import version_of
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-EXTRAS = ("eval", "profile", "train", "plot", "kernels")
+EXTRAS = ("eval", "profile", "train", "plot", "kernels", "smolvlm")
 """Those that a user installs; the others are sums of them, or for development."""
 
 
@@ -76,6 +76,7 @@ OPTIONAL = {
         Package("tensorboard", _TENSORBOARD, "train"),
         Package("matplotlib", _MATPLOTLIB, "plot"),
         Package("liger-kernel", ("liger_kernel", "liger_kernel.transformers"), "kernels"),
+        Package("num2words", ("num2words",), "smolvlm"),
     )
 }
 """By top-level module."""

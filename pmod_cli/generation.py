@@ -27,11 +27,10 @@ from pmod_cli.families.agreement import agree
 from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
 from pmod_cli.families.processing import (
     IMAGE_BACKEND,
-    image_tokens,
     in_groups,
     load_processor,
     message,
-    video_tokens,
+    picture_ids,
 )
 from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line
@@ -205,7 +204,7 @@ class VisionLanguageModel:
         """The prompt in the chat template, up to where the answer begins; `PmodError` if the model takes no videos."""
         text = prompt.text
         if prompt.videos and not hasattr(self.processor, "video_token"):
-            raise PmodError("the model takes no videos", "LLaVA-OneVision does")
+            raise PmodError("the model takes no videos", "LLaVA-OneVision, Qwen's models and InternVL do")
         if not prompt.images:
             text = text.replace(PLACEHOLDER, "")
         elif PLACEHOLDER not in text:
@@ -216,22 +215,26 @@ class VisionLanguageModel:
         return self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
 
     def length(self, prompt: Prompt) -> int:
-        """Tokens of the prompt, vision tokens included; without running the image processor."""
+        """Tokens of the prompt, vision tokens included; without running the image processor if there is no video."""
         text_ids = self.processor.tokenizer(self.render(prompt)).input_ids
-        vision = image_tokens(self.processor, prompt.images)
-        vision += video_tokens(self.processor, [len(video) for video in prompt.videos])
-        return len(text_ids) - len(vision) + sum(vision)
+        if prompt.videos:
+            return int(self.encode([prompt])["attention_mask"].sum())
+        pictures = picture_ids(self.processor, [image.size for image in prompt.images])
+        return len(text_ids) - len(pictures) + sum(map(len, pictures))
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
-        """The model's inputs for a batch of prompts, padded on the left, on the CPU."""
+        """The model's inputs for a batch of prompts, padded on the left, on the CPU; else `PmodError`."""
         videos = [video for prompt in prompts for video in prompt.videos]
-        return self.processor(
-            text=[self.render(prompt) for prompt in prompts],
-            images=in_groups(self.processor, [prompt.images for prompt in prompts]),
-            **({"videos": videos, "do_sample_frames": False} if videos else {}),
-            padding=True,
-            return_tensors="pt",
-        )
+        try:
+            return self.processor(
+                text=[self.render(prompt) for prompt in prompts],
+                images=in_groups(self.processor, [prompt.images for prompt in prompts]),
+                **({"videos": videos, "do_sample_frames": False} if videos else {}),
+                padding=True,
+                return_tensors="pt",
+            )
+        except ValueError as error:
+            raise PmodError(f"the model's processor refuses the prompt: {first_line(error)}") from error
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:

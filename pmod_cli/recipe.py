@@ -223,13 +223,17 @@ def check_recipe(recipe: Recipe, family: str) -> None:
         )
 
 
-def mod_config(recipe: Recipe, layers: int) -> MoDConfig:
+def mod_config(recipe: Recipe, layers: int, dense_first: int = 0) -> MoDConfig:
     """The Mixture-of-Depths settings of a recipe for a decoder of so many layers.
+
+    Of a schedule's ratios those of the ``dense_first`` layers are left out; ``explicit`` ones are followed.
 
     Raises:
         PmodError: The schedule does not fit, gives a ratio outside (0, 1], or leaves every layer dense.
     """
     ratios = recipe.mod.retention_ratios(layers)
+    if recipe.mod.schedule != "explicit":
+        ratios = [None if layer < dense_first else ratio for layer, ratio in enumerate(ratios)]
     for layer, ratio in enumerate(ratios):
         if ratio is not None and not 0 < ratio <= 1:
             raise PmodError(

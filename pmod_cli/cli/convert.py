@@ -54,6 +54,12 @@ def convert_command(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or hub id, where SOURCE has no tokenizer.")
     ] = None,
+    any_family: Annotated[
+        bool,
+        typer.Option(
+            "--any", help="Try a family that is not listed: proved on a tiny random model, or refused."
+        ),
+    ] = False,
     revision: Revision = None,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Load .bin weights (with torch's weights_only reader).")
@@ -115,7 +121,7 @@ def convert_command(
             source,
             recipe=chosen,
             overrides=settings or (),
-            options=Options(allow_pickle, vision_tower, projector, tokenizer),
+            options=Options(allow_pickle, vision_tower, projector, tokenizer, any_family),
             revision=revision,
             headers=dry_run,
         )

@@ -123,9 +123,10 @@ def expected_savings(plan: Plan) -> dict[str, Any]:
     """
     from pmod_cli.profiling import closed_form
     from pmod_cli.profiling.prompt import Workload, default_image_size, image_tokens
-    from pmod_cli.profiling.subject import Variant
+    from pmod_cli.profiling.subject import Variant, read_pictures
 
-    geometry = Variant(plan.source.name, plan.translation.config, plan.mod, None).geometry
+    pictures = read_pictures(plan.source.folder)
+    geometry = Variant(plan.source.name, plan.translation.config, plan.mod, None, pictures).geometry
     size = default_image_size(geometry)
     work = Workload(image_tokens(geometry, size), size, dtype=TORCH_DTYPES[plan.layout.dtype])
 

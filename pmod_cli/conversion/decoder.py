@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli.checkpoints.shards import StoredTensor
-from pmod_cli.families import Family
+from pmod_cli.families import Family, text_part
 from pmod_cli.families.defaults import PARTS
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
@@ -37,14 +37,7 @@ _OUTSIDE = {
 }
 """Tensors outside the layers, by the end of their names."""
 
-_REQUIRED = (
-    "embed_tokens.weight",
-    "multi_modal_projector.linear_1.weight",
-    "multi_modal_projector.linear_2.weight",
-)
-"""Those of them that no family lacks."""
-
-_STACKED = re.compile(r"(.*\.layers\.)(\d+)\.(.+)")
+_STACKED = re.compile(r"(.*\.(?:layers?|blocks)\.)(\d+)\.(.+)")
 
 _CONFIG = "config.json (or its defaults)"
 
@@ -95,13 +88,15 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
             f"expected names that begin with {' or '.join(family.layer_prefixes)}",
         )
     layers = _count_layers(stacks[prefix])
-    text = _completed(config.get("text_config") or {}, family.decoders[0])
+    text = _completed(text_part(config), (family.decoders or ("",))[0])
     expected = text.get("num_hidden_layers", layers)
     if expected != layers:
         raise PmodError(f"the weights have {layers} decoder layers, and {_CONFIG} says {expected}")
     for end in _LAYER:
         stacks[prefix].setdefault(end, {})
-    required = [*_REQUIRED, *(["lm_head.weight"] if config.get("tie_word_embeddings") is False else [])]
+    required = ["embed_tokens.weight", *family.projector]
+    if config.get("tie_word_embeddings") is False:
+        required.append("lm_head.weight")
     missing = [
         *(end for end in required if not any(name.endswith(end) for name in by_name)),
         # Of the vision tower only this can be told, since its names differ by its kind.
@@ -193,8 +188,9 @@ def _sides_of(text: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[i
         sides["key width"] = (text.get("num_key_value_heads") or heads) * head
     sides["vision hidden_size"] = seen = vision.get("hidden_size")
     if isinstance(seen, int):
-        layers = config.get("vision_feature_layer")
-        sides["features"] = seen * (len(layers) if isinstance(layers, list) else 1)
+        layers = config.get("vision_feature_layers") or config.get("vision_feature_layer")
+        merged = round(1 / config.get("downsample_ratio", 1)) ** 2  # patches to a token
+        sides["features"] = seen * merged * (len(layers) if isinstance(layers, list) else 1)
     return {name: (value, _CONFIG) for name, value in sides.items() if isinstance(value, int)}
 
 

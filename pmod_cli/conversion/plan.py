@@ -17,7 +17,7 @@ from pmod_cli.conversion.decoder import DecoderLayout, find_decoder, router_tens
 from pmod_cli.conversion.formats import FORMATS, Options, Shard, Translation, find_format
 from pmod_cli.conversion.restore import baseline_files, index_of
 from pmod_cli.conversion.shapes import check_processor, check_shapes
-from pmod_cli.families import Family, check_decoder, find_family
+from pmod_cli.families import Family, check_decoder, dense_first, find_family
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
@@ -37,6 +37,7 @@ class Plan:
         translation: The dense checkpoint that it is.
         recipe: What is followed; None if the source brings its own settings.
         mod: Mixture-of-Depths settings, one ratio per layer.
+        proof: Of a family that is not listed: what its classes were made of and what was found equal.
     """
 
     source: Source
@@ -47,6 +48,7 @@ class Plan:
     mod: MoDConfig
     layout: DecoderLayout
     routers: list[StoredTensor] = field(repr=False)
+    proof: dict[str, Any] | None = None
 
     @property
     def weight_bytes(self) -> int:
@@ -78,6 +80,8 @@ class Plan:
             "format": self.format,
             "recipe": {"name": recipe.name, "mod": recipe.mod.model_dump(mode="json")} if recipe else None,
         }
+        if self.proof is not None:
+            origin["any"] = self.proof
         # auto_map names code of the source's repository, which is not run for our model types.
         config = {
             **{key: value for key, value in dense.config.items() if key != "auto_map"},
@@ -124,10 +128,15 @@ def plan_conversion(
     options = replace(options or Options(), recipe=recipe)
     opened = open_source(source, revision=revision, allow_pickle=options.allow_pickle, headers=headers)
     refuse_part(opened.folder)
-    name = find_format(opened)
+    name = find_format(opened, options.any_family)
     translation = FORMATS[name].translate(opened, options)
-    family = find_family(str(translation.config.get("model_type", "")))
+    family = find_family(str(translation.config.get("model_type", "")), options.any_family)
     check_decoder(family, translation.config)
+    proof = None
+    if not family.decoders:
+        from pmod_cli.conversion.proof import prove  # imports torch
+
+        proof = prove(opened.folder, translation.config)
     tensors = [tensor for shard in translation.shards for tensor in shard.tensors]
     layout = find_decoder(family, translation.config, tensors)
     check_shapes(translation.config, tensors)
@@ -136,7 +145,7 @@ def plan_conversion(
     if translation.mod is None:
         used = recipe or default_recipe(overrides)
         check_recipe(used, family.name)
-        mod = mod_config(used, layout.layers)
+        mod = mod_config(used, layout.layers, dense_first(translation.config))
     else:
         if recipe is not None or overrides:
             raise PmodError(f"{opened.name} brings its own retention ratios", "leave --recipe and --set out")
@@ -145,7 +154,7 @@ def plan_conversion(
         if given != layout.layers:
             raise PmodError(f"{opened.name}: {given} retention ratios for {layout.layers} decoder layers")
     routers = router_tensors(mod, layout, translation.routers)
-    return Plan(opened, name, family, translation, used, mod, layout, routers)
+    return Plan(opened, name, family, translation, used, mod, layout, routers, proof)
 
 
 def layer_table(mod: MoDConfig) -> list[dict[str, Any]]:

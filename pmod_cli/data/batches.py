@@ -16,11 +16,14 @@ from torch.utils.data import Dataset, Sampler
 from pmod_cli.data.chat import IGNORED, ChatEncoder, Encoded
 from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation
-from pmod_cli.families.processing import image_tokens, in_groups
-from pmod_cli.output.errors import PmodError
+from pmod_cli.families.processing import picture_ids, picture_inputs
+from pmod_cli.output.errors import PmodError, first_line
 
 _TEMPLATE_TOKENS = 64
 """Tokens, at most, that a chat template puts around a turn."""
+
+_LARGE = [[4096, 4096], [3072, 4096]]
+"""Pictures, (height, width), of which one takes the most tokens where there are no fixed grids."""
 
 _MEGABATCH = 50
 """Global batches among which samples of like length are brought together."""
@@ -70,7 +73,11 @@ class EncodedDataset(Dataset[Example]):
 
     def encode(self, sample: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Token ids and labels of a sample whose images are at hand."""
-        return self.encoder.encode(sample.turns, image_tokens(self.processor, images))
+        try:
+            pictures = picture_ids(self.processor, [image.size for image in images])
+        except ValueError as error:  # the image processor's, of a shape that it does not take
+            raise BadSample("unusable image", first_line(error)) from error
+        return self.encoder.encode(sample.turns, pictures)
 
 
 def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
@@ -78,10 +85,8 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
 
     A token is at least one character; a picture takes the most that any shape takes.
     """
-    processor = dataset.processor
-    pinpoints = getattr(processor.image_processor, "image_grid_pinpoints", None) or [[336, 336]]
-    sizes = [tuple(pinpoint) for pinpoint in pinpoints]
-    picture = max(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+    pinpoints = getattr(dataset.processor.image_processor, "image_grid_pinpoints", None) or _LARGE
+    picture = max(len(picture_ids(dataset.processor, [(width, height)])[0]) for height, width in pinpoints)
 
     def lengths(sample: Conversation) -> tuple[int, int]:
         vision = picture * len(sample.images)
@@ -114,11 +119,10 @@ class Collator:
         mask = [[1] * len(row) for row in ids]
         images = [example.images for example in examples]
         if not any(images) and self.image_for_text:
-            images = [[Image.new("RGB", (64, 64))]]
-            blank = image_tokens(self.processor, images[0])[0]
-            token = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
-            ids[0] = ids[0] + [token] * blank
-            labels[0], mask[0] = labels[0] + [IGNORED] * blank, mask[0] + [1] * blank
+            images[0] = [Image.new("RGB", (64, 64))]
+            [blank] = picture_ids(self.processor, [(64, 64)])
+            ids[0] = ids[0] + blank
+            labels[0], mask[0] = labels[0] + [IGNORED] * len(blank), mask[0] + [1] * len(blank)
         length = max(map(len, ids))
 
         def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
@@ -133,8 +137,10 @@ class Collator:
             "attention_mask": padded(mask, 0),
             "logits_to_keep": length - first,
         }
-        if (pictures := in_groups(self.processor, images)) is not None:
-            batch |= self.processor.image_processor(pictures, return_tensors="pt")
+        batch |= picture_inputs(self.processor, images)
+        if "mm_token_type_ids" in self.processor.model_input_names:
+            image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
+            batch["mm_token_type_ids"] = (batch["input_ids"] == image).long()
         batch["notes"] = {
             "ids": [example.id for example in examples],
             "replaced": [pair for example in examples for pair in example.replaced],

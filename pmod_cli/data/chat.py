@@ -48,8 +48,8 @@ class ChatEncoder:
         other = {processor.image_token, self.tokenizer.bos_token, self.tokenizer.unk_token}
         self._ends = set(self.tokenizer.all_special_tokens) - (other - {self.tokenizer.eos_token})
 
-    def encode(self, turns: Sequence[Turn], image_tokens: Sequence[int]) -> Encoded:
-        """Encode one conversation; ``image_tokens`` says how many tokens each image takes.
+    def encode(self, turns: Sequence[Turn], pictures: Sequence[list[int]]) -> Encoded:
+        """Encode one conversation; ``pictures`` are the ids that each picture becomes (`picture_ids`).
 
         Raises:
             BadSample: No answer or not every image is within the maximum length; images and placeholders differ.
@@ -63,10 +63,10 @@ class ChatEncoder:
         images, span = 0, 0
         for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"], strict=True):
             if token == self.image_token_id:
-                if images == len(image_tokens):
+                if images == len(pictures):
                     raise BadSample("<image> count", "a placeholder too many after the chat template")
-                ids += [token] * image_tokens[images]
-                labels += [IGNORED] * image_tokens[images]
+                ids += pictures[images]
+                labels += [IGNORED] * len(pictures[images])
                 images += 1
                 continue
             while span < len(spans) and spans[span][1] <= start:
@@ -75,8 +75,8 @@ class ChatEncoder:
             answers = span < len(spans) and start < end and end > spans[span][0]
             ids.append(token)
             labels.append(token if answers else IGNORED)
-        if images != len(image_tokens):
-            raise BadSample("<image> count", f"{images} placeholders, {len(image_tokens)} images")
+        if images != len(pictures):
+            raise BadSample("<image> count", f"{images} placeholders, {len(pictures)} images")
         if self.image_token_id in ids[self.max_length :]:
             raise BadSample("too long", f"an image past {self.max_length} tokens")
         ids, labels = ids[: self.max_length], labels[: self.max_length]

@@ -32,7 +32,10 @@ class Tasks:
     """
 
     def __init__(
-        self, names: Sequence[str], include_path: str | Path | Sequence[str | Path] | None = None
+        self,
+        names: Sequence[str],
+        include_path: str | Path | Sequence[str | Path] | None = None,
+        task_name: str = "pmod",
     ) -> None:
         import_lmms_eval()
         from lmms_eval import tasks as builtin
@@ -42,13 +45,13 @@ class Tasks:
         for folder in self.folders:
             if not Path(folder).is_dir():
                 raise PmodError(f"--include-path {folder}: no such folder")
+        self.task_name = task_name
         self.manager = self._index(self.folders)
         if not all(name in self.manager.task_index for name in names):
             # The first folder that has a name wins. lmms-eval's two thousand tasks take seconds to read.
             self.manager = self._index([*self.folders, str(Path(builtin.__file__).parent)])
 
-    @staticmethod
-    def _index(folders: Sequence[str]) -> Any:
+    def _index(self, folders: Sequence[str]) -> Any:
         from lmms_eval.tasks import TaskManager
 
         class Manager(TaskManager):
@@ -59,7 +62,7 @@ class Tasks:
                 return _located(config, self.task_index[name]["yaml_path"])
 
         try:
-            return Manager(include_path=list(folders), include_defaults=False, model_name="pmod")
+            return Manager(include_path=list(folders), include_defaults=False, model_name=self.task_name)
         except Exception as error:  # a YAML error, a missing include, a document that is no mapping ...
             what = " ".join(str(error).split())
             raise PmodError(f"a task file below {', '.join(folders)} cannot be read: {what}") from error

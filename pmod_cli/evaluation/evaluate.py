@@ -69,7 +69,7 @@ def evaluate(
     sources = {"baseline": baseline, "model": model} if baseline is not None else {"model": model}
     with ExitStack() as stack:
         stack.enter_context(requirements.offline_mode(offline))
-        catalogue = Tasks(names, include_path)
+        catalogue = Tasks(names, include_path, identity.task_name(model))
         checkpoints = [source for source in sources.values() if isinstance(source, (str, Path))]
         leaves = requirements.check(catalogue, names, checkpoints=checkpoints, offline=offline)
         join(settings.device)

@@ -11,8 +11,11 @@ from typing import Any
 from transformers.image_processing_backends import PilBackend
 
 import pmod_cli
+from pmod_cli.checkpoints.load import read_config
 from pmod_cli.checkpoints.source import open_source
+from pmod_cli.families import find_family
 from pmod_cli.generation import Prompt
+from pmod_cli.output.errors import PmodError
 from pmod_cli.output.versions import versions
 
 _CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.bin", "*.model", "*.txt")
@@ -107,3 +110,12 @@ def _digest_file(path: Path) -> str:
         while chunk := file.read(1 << 20):
             state.update(chunk)
     return state.hexdigest()
+
+
+def task_name(source: Any) -> str:
+    """What lmms-eval's tasks call a model's family; ``pmod`` too for what cannot be read, which is told later."""
+    try:
+        config = read_config(source) if isinstance(source, (str, Path)) else source.model.config
+        return find_family(config.model_type).task_name
+    except PmodError:
+        return "pmod"

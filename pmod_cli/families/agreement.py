@@ -14,14 +14,14 @@ def agree(config: Any, processor: Any) -> Any:
         PmodError: They differ in the image token, the vocabulary, or how many tokens a picture takes.
     """
     vision = config.vision_config
-    side, patch = vision.image_size, vision.patch_size
+    side, patch = (_one(getattr(vision, name, None)) for name in ("image_size", "patch_size"))
     extra = int(vision.model_type == "clip_vision_model")  # the class token
     strategy = getattr(config, "vision_feature_select_strategy", None)
     for name, expected in (
         ("patch_size", patch),
         ("vision_feature_select_strategy", strategy),
         ("num_additional_image_tokens", extra),
-        ("num_image_tokens", (side // patch) ** 2),
+        ("num_image_tokens", (side // patch) ** 2 if side and patch else None),
     ):
         if not hasattr(processor, name) or expected is None:
             continue
@@ -54,8 +54,13 @@ def agree(config: Any, processor: Any) -> Any:
     return processor
 
 
+def _one(side: Any) -> int | None:
+    """The side of a square that a config may give twice; None where pictures keep their shape."""
+    return side[0] if isinstance(side, (list, tuple)) else side
+
+
 def _same(what: str, processor: Any, model: Any) -> None:
-    if processor is not None and processor != model:
+    if None not in (processor, model) and processor != model:
         raise PmodError(
             f"processor and model differ in the {what}: {processor} and {model}",
             "correct config.json, or take the processor that came with the model",

@@ -16,8 +16,4 @@ CLASSES = family_classes(
     decoders=(PmodLlamaModel, PmodMistralModel, PmodQwen2Model),
 )
 PmodLlavaConfig, PmodLlavaModel, PmodLlavaForConditionalGeneration, PmodLlavaCausalLMOutputWithPast = CLASSES
-
-
-def register() -> None:
-    """Register with transformers."""
-    CLASSES.register(LlavaProcessor, PmodLlavaImageProcessor)
+CLASSES.register(LlavaProcessor, PmodLlavaImageProcessor)

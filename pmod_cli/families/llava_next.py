@@ -141,8 +141,4 @@ CLASSES = family_classes(
     PmodLlavaNextForConditionalGeneration,
     PmodLlavaNextCausalLMOutputWithPast,
 ) = CLASSES
-
-
-def register() -> None:
-    """Register with transformers."""
-    CLASSES.register(PmodLlavaNextProcessor, PmodLlavaNextImageProcessor)
+CLASSES.register(PmodLlavaNextProcessor, PmodLlavaNextImageProcessor)

@@ -30,8 +30,4 @@ CLASSES = family_classes(
     PmodLlavaOnevisionForConditionalGeneration,
     PmodLlavaOnevisionCausalLMOutputWithPast,
 ) = CLASSES
-
-
-def register() -> None:
-    """Register with transformers."""
-    CLASSES.register(LlavaOnevisionProcessor)
+CLASSES.register(LlavaOnevisionProcessor)

@@ -12,9 +12,12 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
 from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
+from pmod_cli.families.tiling import split_grid
 
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
+
+_TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 def load_processor(source: str | Path, backend: str = IMAGE_BACKEND) -> Any:
@@ -28,9 +31,10 @@ def load_processor(source: str | Path, backend: str = IMAGE_BACKEND) -> Any:
 def message(processor: Any, role: str, text: str, *, videos: bool = False) -> dict[str, Any]:
     """One turn for ``apply_chat_template``, its pictures where `PLACEHOLDER` stands in the text.
 
-    With ``videos`` they stand where `VIDEO_PLACEHOLDER` does. What is in front of all words is the template's image
-    and video parts. Where it is not, all is written into the text: llava-hf's templates would move parts to the front.
-    What reads like another special token is text: ``</s>`` becomes ``< /s>``.
+    With ``videos`` they stand where `VIDEO_PLACEHOLDER` does. Where a template leaves image and video parts in their
+    places, they are parts. llava-hf's templates move parts to the front: there they are parts if they are in front of
+    all words, else all is written into the text. What reads like another special token is text: ``</s>`` becomes
+    ``< /s>``.
     """
     kinds = {PLACEHOLDER: "image"} | ({VIDEO_PLACEHOLDER: "video"} if videos else {})
     words, *following = re.split(f"({'|'.join(kinds)})", text)
@@ -40,14 +44,33 @@ def message(processor: Any, role: str, text: str, *, videos: bool = False) -> di
     if not any(piece.strip() for piece in texts[:-1]):
         last = texts[-1].lstrip() if places else texts[-1]
         parts = [{"type": kinds[place]} for place in places]
-        return {"role": role, "content": [*parts, {"type": "text", "text": last}]}
+        return {"role": role, "content": [*parts, _written(last)]}
+    if _keeps_order(processor):
+        parts = [_written(texts[0])] if texts[0].strip() else []
+        for place, piece in zip(places, texts[1:], strict=True):
+            worded = any(part["type"] == "text" for part in parts)
+            parts.append({"type": kinds[place]})
+            piece = piece if worded else piece.lstrip()
+            parts += [_written(piece)] if piece else []
+        return {"role": role, "content": parts}
     # LLaVA's own tokenizer puts a blank before the text behind an image: see `fit_template`.
     blank = " " if rf"{processor.image_token} \n" in processor.chat_template else ""
     written = texts[0]
     for number, (place, piece) in enumerate(zip(places, texts[1:], strict=True), 1):
         token = processor.image_token if kinds[place] == "image" else processor.video_token
         written += token + (blank if piece or number == len(places) else "") + piece
-    return {"role": role, "content": [{"type": "text", "text": written}]}
+    return {"role": role, "content": [_written(written)]}
+
+
+def _written(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def _keeps_order(processor: Any) -> bool:
+    """Whether the chat template leaves a picture between the words where it is."""
+    content = [_written("before"), {"type": "image"}, _written("after")]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+    return bool(re.search(f"before.*{re.escape(processor.image_token)}.*after", text, re.DOTALL))
 
 
 @lru_cache(maxsize=8)
@@ -65,28 +88,64 @@ def _one_tile_each(processor: Any, images: int) -> bool:
     return images > 1 and "batch_num_images" in processor.image_processor.model_input_names
 
 
-def image_tokens(processor: Any, images: Sequence[Image.Image]) -> list[int]:
-    """How many tokens each picture of one conversation takes in the prompt."""
-    if not images:
+def picture_ids(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """What each picture of one conversation becomes in the prompt: token ids, those of marks around it included.
+
+    Args:
+        processor: A family's.
+        sizes: (width, height) of each picture, pixels.
+    """
+    if not sizes:
         return []
-    if _one_tile_each(processor, len(images)):
+    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    if _one_tile_each(processor, len(sizes)):
         cut = processor.vision_feature_select_strategy == "default"
-        return [processor.num_image_tokens + 1 - cut] * len(images)  # the newline's too
-    sizes = [(image.height, image.width) for image in images]
-    return list(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"])
+        return [[token] * (processor.num_image_tokens + 1 - cut)] * len(sizes)  # the newline's too
+    if set(_expansion(processor, (64, 64))) == {token}:
+        shapes = [(height, width) for width, height in sizes]
+        counts = processor._get_num_multimodal_tokens(image_sizes=shapes)["num_image_tokens"]
+        return [[token] * count for count in counts]
+    return [_expansion(processor, size) for size in sizes]
 
 
-def video_tokens(processor: Any, frames: Sequence[int]) -> list[int]:
-    """How many tokens videos of so many frames take in the prompt."""
-    if not frames:
-        return []
-    sizes = [(count, 1, 1) for count in frames]
-    return list(processor._get_num_multimodal_tokens(video_sizes=sizes)["num_video_tokens"])
+def _expansion(processor: Any, size: tuple[int, int]) -> list[int]:
+    """What the processor writes for a picture of (width, height); pictures cut in the same way share it."""
+    shape, settings, key = (size[1], size[0]), processor.image_processor.to_dict(), size
+    if settings.get("do_image_splitting"):
+        # Not transformers' own count, which is wrong for some shapes.
+        key = split_grid(shape, settings["size"]["longest_edge"], settings["max_image_size"]["longest_edge"])
+    elif hasattr(processor, "_get_num_multimodal_tokens"):
+        key = tuple(processor._get_num_multimodal_tokens(image_sizes=[shape])["num_image_tokens"])
+    known = _expansions(processor)
+    if key not in known:
+        pictures = in_groups(processor, [[Image.new("RGB", size)]])
+        made = processor(text=[processor.image_token], images=pictures, add_special_tokens=False)
+        known[key] = [int(token) for token in made["input_ids"][0]]
+    return known[key]
+
+
+@lru_cache(maxsize=8)
+def _expansions(processor: Any) -> dict[Any, list[int]]:
+    return {}
+
+
+def picture_inputs(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+    """The model's inputs for the pictures of a batch: pixels, and what the family says of them; none for no picture."""
+    pictures = in_groups(processor, samples)
+    if pictures is None:
+        return {}
+    texts = [processor.image_token * len(images) for images in samples]
+    made = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    return {name: value for name, value in made.items() if name not in _TEXT_INPUTS}
 
 
 def in_groups(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> list[Any] | None:
-    """The pictures of a batch as its processor and image processor take them; None if there are none."""
-    groups = [list(images) for images in samples if images]
+    """The pictures of a batch as its processor takes them; None if there are none."""
+    groups = [list(images) for images in samples]
+    if not any(groups):
+        return None
+    if "pixel_attention_mask" in processor.image_processor.model_input_names:
+        return groups  # one row of pictures for each sample, those without one too
     if any(_one_tile_each(processor, len(images)) for images in groups):
-        return groups
-    return [image for images in groups for image in images] or None
+        return [images for images in groups if images]
+    return [image for images in groups for image in images]

@@ -7,6 +7,7 @@ what comes before it, a family's own forward, stays as transformers wrote it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -199,6 +200,43 @@ def mod_decoder(text_model: type, layer: type, module: str) -> Any:
         "_no_split_modules": (layer.__name__, mod_layer.__name__),
     }
     return type(f"Pmod{text_model.__name__}", (MoDDecoder, text_model), {**shared, **attributes})
+
+
+_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+
+
+@functools.cache
+def _pre_norm(text_model: type, layer: type) -> Any:
+    made = mod_decoder(text_model, layer, __name__)
+    globals().update(
+        {cls.__name__: cls for cls in (made, made.mod_layer_class)}
+    )  # where pickle looks for them
+    return made
+
+
+def pre_norm_decoder(language_model: Any) -> Any:
+    """The p-MoD class of a dense decoder that is not known here, by the looks of its layers.
+
+    Raises:
+        ValueError: If they are not pre-norm.
+    """
+    dense = unrouted(type(language_model))
+    layers = {unrouted(type(layer)): layer for layer in language_model.layers}
+    for cls, layer in layers.items():
+        parts = {name for name, _ in layer.named_children()} - {"router"}
+        if parts != _PARTS:
+            odd = ", ".join(sorted(parts ^ _PARTS))
+            raise ValueError(f"{cls.__name__} is no pre-norm layer of attention and MLP: it differs in {odd}")
+    if len(layers) != 1:
+        raise ValueError(
+            f"the layers of {dense.__name__} are of several kinds: {', '.join(c.__name__ for c in layers)}"
+        )
+    return _pre_norm(dense, next(iter(layers)))
+
+
+def unrouted(cls: type) -> type:
+    """The transformers class that a class extends, or is."""
+    return next(base for base in cls.__mro__ if not issubclass(base, (MoDDecoder, MoDDecoderLayer)))
 
 
 PmodLlamaModel = mod_decoder(LlamaModel, LlamaDecoderLayer, __name__)

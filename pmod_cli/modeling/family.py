@@ -104,7 +104,8 @@ def family_classes(
     mod_inner = make((vision, inner), _dense(inner), doc, config_class=mod_config, decoders=tuple(decoders))
     dense_output = _output_class(outer)
     fields = [("routing", "tuple[LayerRouting | None, ...] | None", None)]
-    output = dataclasses.make_dataclass(f"Pmod{dense_output.__name__}", fields, bases=(dense_output,))
+    name = f"Pmod{outer.__name__.removesuffix('ForConditionalGeneration')}CausalLMOutputWithPast"
+    output = dataclasses.make_dataclass(name, fields, bases=(dense_output,))
     output.__module__ = module
     mod_outer = make(
         # transformers looks for its mixin among a class's direct bases to tell whether it generates.

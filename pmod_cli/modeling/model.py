@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from pmod_cli.modeling.attention import avoid_plans
 from pmod_cli.modeling.compat import PIXELS, encoded_inputs
-from pmod_cli.modeling.decoders import take_over
+from pmod_cli.modeling.decoders import pre_norm_decoder, take_over
 from pmod_cli.modeling.plan import RoutingRecord
 from pmod_cli.modeling.settings import MoDConfig
 
@@ -52,7 +52,7 @@ class MoDMultimodalModel:
     """Mixed in before a family's inner model (e.g. `LlavaModel`).
 
     Attributes:
-        decoders: The p-MoD language models that it can have.
+        decoders: The p-MoD language models that it can have; empty for whatever it has, if its layers are pre-norm.
     """
 
     decoders: Sequence[Any]
@@ -79,6 +79,8 @@ class MoDMultimodalModel:
         language_model = dense.get_decoder()
         kind: str = language_model.config.model_type
         known: dict[str, Any] = {cls.config_class.model_type: cls for cls in self.decoders}
+        if not self.decoders:
+            known[kind] = pre_norm_decoder(language_model)
         if kind not in known:
             raise ValueError(f"language model {kind!r} is not supported; supported: {', '.join(known)}")
         self.set_decoder(known[kind].from_dense(language_model, self.mod))  # type: ignore[attr-defined]

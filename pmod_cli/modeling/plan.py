@@ -142,9 +142,14 @@ def plan_forward(
         The plan, None if nothing is routed or padded; and the attention mask as booleans, None if it hides nothing.
 
     Raises:
-        ValueError: If several sequences with vision tokens are packed into one.
+        ValueError: If several sequences with vision tokens are packed into one, or the family makes a mask of its own.
     """
     batch, length = shape
+    if attention_mask is not None and getattr(attention_mask, "ndim", 0) != 2:
+        raise ValueError(
+            "the model hands its decoder an attention mask of its own, e.g. for pictures whose tokens see one another "
+            "both ways; a p-MoD layer's attention is causal"
+        )
     whole_mask = None if attention_mask is None else attention_mask.bool()
     real_mask = None if whole_mask is None else whole_mask[:, -length:]
     restarts = None if vision_mask is None or whole_mask is not None else _restarts(position_ids, batch)

@@ -89,17 +89,17 @@ def prefill(
             for layer, ratio in zip(layers, mod.retention_ratios, strict=True)
         )
     crops = work.batch * (0 if work.image is None else 1 if paper else work.image.crops)
-    depth = tower.layers if paper else tower.used_layers
-    patches = tower.grid**2 * tower.channels * tower.patch**2 * tower.hidden
-    per_token = 4 * tower.hidden**2 + 2 * tower.hidden * tower.intermediate
-    if not paper:
-        per_token += 2 * tower.tokens * tower.hidden
+    grid = work.image.patches if work.image else (0, 0)
+    tokens, depth = tower.tokens(grid), tower.layers if paper else tower.used_layers
+    attention = 0 if paper else 2 * tower.pairs(grid) * tower.hidden
+    inside = grid[0] * grid[1] * tower.patch_weights + depth * tokens * tower.layer_weights + attention
+    norms = tower.outer_norms + depth * tower.layer_norms
     return PhaseCount(
         layers=layers,
         lm_head=work.batch * (work.prompt_tokens if work.all_logits else 1) * _lm_head(geometry, paper),
-        vision_tower=crops * (patches + depth * tower.tokens * per_token),
-        vision_norms=crops * 5 * (tower.has_cls + 2 * depth) * tower.tokens * tower.hidden,
-        projector=crops * tower.selected * _projector_weights(geometry),
+        vision_tower=crops * inside,
+        vision_norms=crops * 5 * norms * tokens * tower.hidden,
+        projector=crops * tower.rows(grid) * (geometry.projector.weights + 5 * geometry.projector.normed),
     )
 
 
@@ -151,19 +151,14 @@ def parameters(geometry: Geometry, mod: MoDConfig | None) -> dict[str, int]:
     kv = decoder.kv_heads * decoder.head_dim
     biases = decoder.qkv_bias * (attention + 2 * kv) + decoder.output_bias * width
     mlp = 3 * width * decoder.intermediate + decoder.mlp_bias * (2 * decoder.intermediate + width)
-    vision = tower.hidden
-    tower_layer = 4 * (vision**2 + vision) + (2 * vision + 1) * tower.intermediate + vision + 4 * vision
-    # CLIP's class embedding, or the bias of SigLIP's patch convolution: a vector either way.
-    embedding = vision * (1 + tower.channels * tower.patch**2 + tower.tokens)
-    outer_norms = 2 * vision * (1 + tower.has_cls)
-    newline = width if geometry.pinpoints else 0
     return {
-        "vision_tower": embedding + outer_norms + tower.layers * tower_layer,
-        "projector": _projector_weights(geometry) + 2 * width * geometry.projector_bias + newline,
+        "vision_tower": tower.outer_parameters + tower.layers * tower.layer_parameters,
+        "projector": geometry.projector.parameters,
         "embeddings": decoder.vocab * width,
         "attention_projections": decoder.layers * (2 * width * (attention + kv) + biases),
         "mlp": decoder.layers * mlp,
-        "norms": (2 * decoder.layers + 1) * width,
+        "norms": (2 * decoder.layers + 1) * width
+        + 2 * decoder.layers * decoder.head_dim * decoder.head_norms,
         "router": len(mod.mod_layers) * (width + mod.router_bias) if mod else 0,
         "lm_head": 0 if decoder.tied else decoder.vocab * width,
     }
@@ -211,8 +206,3 @@ def _layers(
 
 def _lm_head(geometry: Geometry, paper: bool) -> int:
     return geometry.decoder.hidden * (geometry.original_vocab if paper else geometry.decoder.vocab)
-
-
-def _projector_weights(geometry: Geometry) -> int:
-    width = geometry.decoder.hidden
-    return width * (geometry.tower.features * geometry.tower.hidden + width)

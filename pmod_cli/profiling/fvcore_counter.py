@@ -11,6 +11,7 @@ output does not depend on (the vision tower's layers after the selected one).
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,7 +50,8 @@ def distinct_layers(variant: Variant) -> tuple[Variant, list[int]]:
     changes: dict[str, Any] = {"num_hidden_layers": len(first)}
     if types:
         changes["layer_types"] = [kind for _, kind in first]
-    raw = variant.raw | {"text_config": (variant.raw.get("text_config") or {}) | changes}
+    raw_text = variant.raw.get("text_config") or (text.to_dict() if "hidden_size" in variant.raw else {})
+    raw = variant.raw | {"text_config": raw_text | changes}
     mod = variant.mod and dataclasses.replace(variant.mod, retention_ratios=[ratio for ratio, _ in first])
     return dataclasses.replace(variant, raw=raw, mod=mod), [first.index(kind) for kind in kinds]
 
@@ -75,7 +77,7 @@ def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
         if routed := work.routed_tokens(mod.target_tokens):
             mask = torch.empty(shape, dtype=torch.bool, device=model.device)
             counts, lengths = [routed] * work.batch, [work.prompt_tokens] * work.batch
-            ratios = model.model.language_model.retention_ratios
+            ratios = model.get_decoder().retention_ratios
             plan = RoutingPlan.from_counts(mask, None, counts, lengths, ratios)
 
     def zeros(*shape: int) -> Tensor:
@@ -93,30 +95,110 @@ def count(model: Any, work: Workload) -> tuple[PhaseCount, PhaseCount]:
         step = decode(1, work.prompt_tokens + 1, None)
         vision: Counts = {}
         if work.image:
-            size = model.config.vision_config
-            crops = work.batch * work.image.crops
-            pixels = zeros(crops, size.num_channels, size.image_size, size.image_size)
-            vision = _trace(_VisionPath(model), pixels)
+            path = (_MergedPath if hasattr(model.model, "visual") else _VisionPath)(model, work)
+            vision = _with_copies(_trace(path, zeros(*path.shape)), path.copies)
     return _assemble(prefill, vision, lengths), _assemble(step, {}, [1] * len(lengths))
 
 
 class _VisionPath(nn.Module):
     """Pixels to projected features: the tower, the selected layers, the projector."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, work: Workload) -> None:
         super().__init__()
-        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        inner, config = model.model, model.config
+        assert work.image is not None
+        self.tower = inner.vision_tower if hasattr(inner, "vision_tower") else inner.vision_model
+        self.projector = inner.multi_modal_projector if hasattr(inner, "vision_tower") else inner.connector
         embeddings = self.tower.embeddings
-        embeddings.patch_embedding = _UnfoldedPatches(embeddings.patch_embedding)
-        selected = model.config.vision_feature_layer
+        if hasattr(embeddings, "patch_embeddings"):  # InternVL's
+            embeddings.patch_embeddings.projection = _UnfoldedPatches(embeddings.patch_embeddings.projection)
+            embeddings.interpolate_pos_encoding = lambda *_: embeddings.position_embeddings
+        elif hasattr(inner, "connector"):
+            self.tower.embeddings = _UnfoldedPatches(embeddings.patch_embedding, whole=True)
+        else:
+            embeddings.patch_embedding = _UnfoldedPatches(embeddings.patch_embedding)
+        selected = getattr(config, "vision_feature_layer", -1)
         self.layers = [selected] if isinstance(selected, int) else list(selected)
-        self.drop_cls = model.config.vision_feature_select_strategy == "default"
+        self.drop_cls = getattr(config, "vision_feature_select_strategy", "") == "default"
+        self.shuffle = getattr(inner, "pixel_shuffle", None)
+        self.ratio = getattr(config, "downsample_ratio", 1)
+        # LLaVA takes the list of all layers' outputs, others what the tower gives.
+        self.last = self.layers == [-1] and (self.shuffle is not None or hasattr(inner, "connector"))
+        self.copies: dict[str, int] = {}
+        crops, (rows, columns) = work.batch * work.image.crops, work.image.patches
+        vision = config.vision_config
+        patch = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+        self.shape = (crops, vision.num_channels, rows * patch, columns * patch)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Features [crops, tokens, hidden] of pixels [crops, channels, height, width]."""
-        states = self.tower(pixel_values, output_hidden_states=True).hidden_states
-        features = torch.cat([states[layer][:, int(self.drop_cls) :] for layer in self.layers], dim=-1)
+        if self.last:
+            features = self.tower(pixel_values).last_hidden_state[:, int(self.drop_cls) :]
+        else:
+            states = self.tower(pixel_values, output_hidden_states=True).hidden_states
+            features = torch.cat([states[layer][:, int(self.drop_cls) :] for layer in self.layers], dim=-1)
+        if self.shuffle is not None:
+            side = int(features.shape[1] ** 0.5)
+            features = self.shuffle(features.reshape(len(features), side, side, -1), scale_factor=self.ratio)
+            features = features.reshape(len(features), -1, features.shape[-1])
         return self.projector(features)
+
+
+class _MergedPath(nn.Module):
+    """Patches to features where the tower takes pictures in their own shapes and merges patches itself."""
+
+    def __init__(self, model: Any, work: Workload) -> None:
+        super().__init__()
+        tower, vision = model.model.visual, model.config.vision_config
+        assert work.image is not None
+        self.tower = tower
+        # Shapes of grids are read, so they are on the CPU; what is made of them, and no multiplications, is not.
+        self.grids = torch.tensor([[1, *work.image.patches]] * work.batch)
+        patches = int(self.grids.prod(-1).sum())
+        convolution = tower.patch_embed.proj
+        self.shape = (patches, convolution.weight[0].numel())
+        tower.patch_embed = _FlatPatches(convolution)
+        tower.rotary_pos_emb = _NoRotation(patches, convolution.out_channels // vision.num_heads)
+        places = torch.zeros(patches, 4, dtype=torch.long, device=model.device)
+        self.positions = (
+            {"interp_indices": places, "interp_weights": places} if hasattr(tower, "pos_embed") else {}
+        )
+        self.copies: dict[str, int] = {}
+        full = [index % vision.depth for index in getattr(vision, "fullatt_block_indexes", ())]
+        if full and len(full) < vision.depth:
+            # A block with windows has an attention for each of them: one such block is traced, and one without.
+            within = next(index for index in range(vision.depth) if index not in full)
+            tower.blocks = nn.ModuleList([tower.blocks[within], tower.blocks[full[0]]])
+            tower.fullatt_block_indexes = [1]
+            self.copies = {"tower.blocks.0": vision.depth - len(full), "tower.blocks.1": len(full)}
+
+    def forward(self, patches: Tensor) -> tuple[Tensor, ...]:
+        """Features [tokens, hidden] of flat patches, those of DeepStack too."""
+        output = self.tower(patches, self.grids, **self.positions)
+        return output.pooler_output, *getattr(output, "deepstack_features", ())
+
+
+class _NoRotation(nn.Module):
+    """Stands for a rotary embedding, which multiplies element by element: tables of zeros."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.shape = tokens, width
+
+    def forward(self, states: Tensor, _: Any) -> tuple[Tensor, Tensor]:
+        """Tables [tokens, width] for cosine and sine."""
+        return states.new_zeros(self.shape), states.new_zeros(self.shape)
+
+
+class _FlatPatches(nn.Module):
+    """A convolution over whole patches as the matrix that it is."""
+
+    def __init__(self, convolution: Any) -> None:
+        super().__init__()
+        self.weight, self.bias = convolution.weight, convolution.bias
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class _DecoderPath(nn.Module):
@@ -124,7 +206,7 @@ class _DecoderPath(nn.Module):
 
     def __init__(self, model: Any, all_logits: bool, cache: Any, plan: RoutingPlan | None) -> None:
         super().__init__()
-        self.language_model, self.lm_head = model.model.language_model, model.lm_head
+        self.language_model, self.lm_head = model.get_decoder(), model.lm_head
         self.first_logit = 0 if all_logits else -1
         self.options = {CACHE_ARGUMENT: cache, "use_cache": True}
         if plan is not None:
@@ -153,14 +235,30 @@ def _assemble(decoder: Counts, vision: Counts, tokens: list[int]) -> PhaseCount:
             router=total(decoder, f"{name}.router"),
         )
 
-    norms = vision.get("tower", {}).get("layer_norm", 0)
+    # A merger stands inside its tower.
+    mergers = {
+        name: counts for name, counts in vision.items() if re.fullmatch(r"tower\.(\w*merger\w*)", name)
+    }
+    merged = sum(sum(counts.values()) for counts in mergers.values())
+    norms = vision.get("tower", {}).get("layer_norm", 0) - sum(
+        c.get("layer_norm", 0) for c in mergers.values()
+    )
     return PhaseCount(
         layers=tuple(layer(index, processed) for index, processed in enumerate(tokens)),
         lm_head=total(decoder, "lm_head"),
-        vision_tower=total(vision, "tower") - norms,
+        vision_tower=total(vision, "tower") - merged - norms,
         vision_norms=norms,
-        projector=total(vision, "projector"),
+        projector=total(vision, "projector") + merged,
     )
+
+
+def _with_copies(vision: Counts, copies: Mapping[str, int]) -> Counts:
+    """Counts in which blocks of the tower count so many times."""
+    tower = dict(vision.get("tower", {}))
+    for name, number in copies.items():
+        for operator, macs in vision[name].items():
+            tower[operator] += (number - 1) * macs
+    return {**vision, "tower": tower}
 
 
 def _trace(module: nn.Module, *inputs: Tensor) -> Counts:
@@ -201,13 +299,18 @@ class _NoReinterpretation(TorchFunctionMode):
 
 
 class _UnfoldedPatches(nn.Module):
-    """A patch convolution as unfold and linear, the same multiply-adds: on meta a convolution cannot be traced."""
+    """A patch convolution as unfold and linear, the same multiply-adds: on meta a convolution cannot be traced.
 
-    def __init__(self, convolution: nn.Conv2d) -> None:
+    With ``whole`` it stands for all of a tower's embeddings: what is left out multiplies nothing.
+    """
+
+    def __init__(self, convolution: nn.Conv2d, whole: bool = False) -> None:
         super().__init__()
-        self.convolution, self.weight = convolution, convolution.weight
+        self.convolution, self.weight, self.whole = convolution, convolution.weight, whole
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor | None = None, pixel_values: Tensor | None = None, **_: Any) -> Tensor:
+        pixels = pixel_values if pixels is None else pixels
+        assert pixels is not None
         patches = F.unfold(pixels, self.convolution.kernel_size, stride=self.convolution.stride)
         features = F.linear(patches.transpose(1, 2), self.weight.flatten(1), self.convolution.bias)
-        return features.transpose(1, 2)[..., None]
+        return features if self.whole else features.transpose(1, 2)[..., None]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.families.defaults import complete
-from pmod_cli.output.errors import PmodError
+from pmod_cli.families.tiling import Cutting, cutting
+from pmod_cli.profiling.towers import Projector, Tower, read_vision
 
 _SHIPPED = Path(__file__).parent / "geometries"
 
@@ -25,6 +26,7 @@ class Decoder:
         intermediate: Width of the MLP.
         vocab: Rows of the embedding table and of the LM head.
         tied: Whether the LM head shares the embedding table.
+        head_norms: Whether queries and keys have norms of their own.
     """
 
     hidden: int
@@ -38,50 +40,7 @@ class Decoder:
     output_bias: bool
     mlp_bias: bool
     tied: bool
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A CLIP or SigLIP vision tower.
-
-    Attributes:
-        hidden: Width of the residual stream.
-        layers: Number of layers, those after the selected feature layer included.
-        used_layers: Layers that the selected feature depends on.
-        features: Number of feature layers joined (1 unless the config selects several).
-        intermediate: Width of the MLP.
-        patch: Side of a patch, pixels.
-        image: Side of the (square) input, pixels.
-        has_cls: Whether there is a CLS token, and a norm before the layers (CLIP), or neither and a bias in the
-            patch convolution (SigLIP).
-        drops_first: Whether the first token, meant to be CLS, is kept from the projector (``default`` selection).
-    """
-
-    hidden: int
-    layers: int
-    used_layers: int
-    features: int
-    intermediate: int
-    patch: int
-    image: int
-    channels: int
-    has_cls: bool
-    drops_first: bool
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image // self.patch
-
-    @property
-    def tokens(self) -> int:
-        """Tokens inside the tower: patches and, if there is one, CLS."""
-        return self.grid**2 + self.has_cls
-
-    @property
-    def selected(self) -> int:
-        """Tokens of one crop that the projector sees."""
-        return self.tokens - self.drops_first
+    head_norms: bool
 
 
 @dataclass(frozen=True)
@@ -90,44 +49,37 @@ class Geometry:
 
     Attributes:
         model_type: transformers' name of the dense model.
-        projector_bias: Whether the two projector layers have biases.
-        pinpoints: Grids of tiles (anyres), (height, width) in pixels; empty if an image is always one crop.
+        pinpoints: Grids of tiles (anyres), (height, width) in pixels; empty if an image is cut in another way.
         image_token: Id of the image placeholder.
         max_tiles: High-resolution features are shrunk to those of so many tiles; None for no limit.
         released_anyres: Whether the feature map is unpadded and shrunk as the paper's release does it.
+        pictures: What the image processor's settings say about how it cuts pictures (`tiling.cutting`).
     """
 
     model_type: str
     decoder: Decoder
     tower: Tower
-    projector_bias: bool
+    projector: Projector
     pinpoints: tuple[tuple[int, int], ...]
     image_token: int
     max_tiles: int | None
     released_anyres: bool
+    pictures: Cutting | None
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Geometry:
-        """Read a dense ``config.json``.
+    def from_config(cls, config: dict[str, Any], pictures: dict[str, Any] | None = None) -> Geometry:
+        """Read a dense ``config.json`` and, where pictures are cut by them, its image processor's settings.
 
         Raises:
             PmodError: A size is none, or the vision tower is of another kind or has a pooling head, which no feature
                 goes through.
         """
         config = complete(config)
-        text, vision = config["text_config"], config["vision_config"]
-        kind = vision["model_type"]
-        if kind not in ("clip_vision_model", "siglip_vision_model"):
-            raise PmodError(
-                f"cannot count a vision tower of type {kind!r}",
-                "supported: clip_vision_model, siglip_vision_model",
-            )
-        if kind == "siglip_vision_model" and vision.get("vision_use_head", True):
-            raise PmodError("cannot count a SigLIP tower with a pooling head", "vision_use_head: false")
-        selected = config["vision_feature_layer"]
-        chosen = [selected] if isinstance(selected, int) else list(selected)
+        text = config["text_config"]
+        tower, projector = read_vision(config)
         attention_bias = bool(text.get("attention_bias"))
         limit = re.fullmatch(r"anyres_max_(\d+)", config.get("vision_aspect_ratio") or "")
+        token = config.get("image_token_index")
         return cls(
             model_type=config["model_type"],
             decoder=Decoder(
@@ -139,29 +91,19 @@ class Geometry:
                 intermediate=text["intermediate_size"],
                 vocab=text["vocab_size"],
                 # Qwen2's bias is part of its architecture, not a setting.
-                qkv_bias=attention_bias or text["model_type"] == "qwen2",
+                qkv_bias=attention_bias or text["model_type"].startswith("qwen2"),
                 output_bias=attention_bias,
                 mlp_bias=bool(text.get("mlp_bias")),
                 tied=bool(config["tie_word_embeddings"] or text.get("tie_word_embeddings")),
+                head_norms=text["model_type"].startswith("qwen3"),
             ),
-            tower=Tower(
-                hidden=vision["hidden_size"],
-                layers=vision["num_hidden_layers"],
-                # hidden_states has layers + 1 entries: index 0 is the embedding, -1 the last layer's output.
-                used_layers=max(index % (vision["num_hidden_layers"] + 1) for index in chosen),
-                features=len(chosen),
-                intermediate=vision["intermediate_size"],
-                patch=vision["patch_size"],
-                image=vision["image_size"],
-                channels=vision["num_channels"],
-                has_cls=kind == "clip_vision_model",
-                drops_first=config["vision_feature_select_strategy"] == "default",
-            ),
-            projector_bias=bool(config["multimodal_projector_bias"]),
+            tower=tower,
+            projector=projector,
             pinpoints=tuple((h, w) for h, w in config.get("image_grid_pinpoints") or ()),
-            image_token=config["image_token_index"],
+            image_token=config["image_token_id"] if token is None else token,
             max_tiles=int(limit[1]) if limit else config.get("max_num_patches"),
             released_anyres=bool(config.get("released_anyres")),
+            pictures=cutting(config, pictures or {}),
         )
 
     @property
@@ -186,8 +128,11 @@ def shipped_geometries() -> list[str]:
 
 
 def find_geometry(name_or_hub_id: str) -> dict[str, Any] | None:
-    """The shipped config of a model, by its name or by the hub id that it describes."""
+    """The shipped entry of a model, by its name or by a hub id that it describes.
+
+    Its ``config`` is the dense ``config.json``, ``pictures`` the image processor's settings if they matter.
+    """
     for name, entry in _load().items():
         if name_or_hub_id in (name, *entry["hub_ids"]):
-            return dict(entry["config"])
+            return dict(entry)
     return None

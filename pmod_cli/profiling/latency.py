@@ -257,10 +257,14 @@ def _run_bound(
     The vision tower, the same layers as plain decoder layers on as many tokens as they keep, and the LM head: no
     router, no choice, no gathering and scattering.
     """
-    decoder, width, device = model.model.language_model, model.config.text_config.hidden_size, model.device
+    decoder, width, device = model.get_decoder(), model.config.text_config.hidden_size, model.device
     states = torch.randn(work.batch, work.prompt_tokens, width, dtype=model.dtype, device=device)
     positions = torch.arange(work.prompt_tokens, device=device)[None]
-    images = {key: value for key, value in inputs.items() if key in ("pixel_values", "image_sizes")}
+    images = {
+        key: value
+        for key, value in inputs.items()
+        if key in ("pixel_values", "image_sizes", "image_grid_thw")
+    }
     with _timed(device, runs):
         if images:
             model.get_image_features(**images)
@@ -304,10 +308,30 @@ def make_inputs(model: Any, work: Workload) -> dict[str, Tensor]:
     prompt = torch.cat([words[:, :1], image, words[:, 1:]], dim=1)
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     if work.image:
-        vision = config.vision_config
-        tile: tuple[int, ...] = (vision.num_channels, vision.image_size, vision.image_size)
-        if hasattr(config, "image_grid_pinpoints"):
-            tile = (work.image.crops, *tile)
-            inputs["image_sizes"] = torch.tensor([work.image_size] * work.batch)
-        inputs["pixel_values"] = torch.randn(work.batch, *tile, generator=generator).to(model.dtype)
+        inputs |= _picture_inputs(config, work, prompt == config.image_token_id, generator)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _picture_inputs(
+    config: Any, work: Workload, image: Tensor, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Random pixels as the family takes them, with what it wants to know of them; ``image`` marks its tokens."""
+    vision, (rows, columns) = config.vision_config, work.image.patches  # type: ignore[union-attr]
+    crops = work.image.crops  # type: ignore[union-attr]
+    side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
+    if hasattr(vision, "spatial_merge_size"):
+        grid = torch.tensor([[1, rows, columns]] * work.batch)
+        values = vision.in_channels * vision.temporal_patch_size * side**2
+        return {
+            "pixel_values": torch.randn(work.batch * rows * columns, values, generator=generator),
+            "image_grid_thw": grid,
+            "mm_token_type_ids": image.long(),
+        }
+    shape: tuple[int, ...] = (work.batch, crops, vision.num_channels, rows * side, columns * side)
+    sizes = {}
+    if hasattr(config, "image_grid_pinpoints"):
+        sizes["image_sizes"] = torch.tensor([work.image_size] * work.batch)
+    elif not hasattr(config, "scale_factor"):  # inputs in one list
+        shape = (work.batch * crops, *shape[2:])
+    return {"pixel_values": torch.randn(shape, generator=generator), **sizes}

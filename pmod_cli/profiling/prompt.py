@@ -14,11 +14,16 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """What one image becomes: vision tokens, those of the base tile (the whole image) among them, and tower inputs."""
+    """What one image becomes: vision tokens, those of the base tile (the whole image) among them, and tower inputs.
+
+    Attributes:
+        patches: (rows, columns) of patches in each of the tower's inputs.
+    """
 
     tokens: int
     base_tokens: int
     crops: int
+    patches: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,14 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def default_image_size(geometry: Geometry) -> tuple[int, int]:
-    """The (height, width) that gives the most vision tokens: what papers report."""
-    sizes = geometry.pinpoints or ((geometry.tower.image, geometry.tower.image),)
+    """The (height, width) that gives the most vision tokens, what papers report; 768 x 1024 where any size is taken."""
+    side = geometry.tower.image
+    if side is None:
+        return 768, 1024
+    sizes = geometry.pinpoints or (
+        (side, side),
+        *(((3 * side, 4 * side), (4 * side, 4 * side)) if geometry.pictures else ()),
+    )
     return max(sizes, key=lambda size: image_tokens(geometry, size).tokens)
 
 
@@ -92,21 +103,29 @@ def image_tokens(geometry: Geometry, size: tuple[int, int]) -> ImageTokens:
 
     LLaVA-1.5 sees every image as one crop. LLaVA-NeXT adds the tiles of the best grid, cuts off the grid's padding,
     and ends each row with a newline token (Liu et al. 2024, ``spatial_unpad``). LLaVA-OneVision shrinks what is left
-    if it is more than the features of nine tiles (``anyres_max_9``).
+    if it is more than the features of nine tiles (``anyres_max_9``). For other families see `pmod_cli.families.tiling`.
 
     Raises:
         PmodError: If the image is too thin for the grid to show any of it.
     """
     tower = geometry.tower
-    base = tower.selected
+    base, patches = tower.selected, (tower.grid, tower.grid)
+    if geometry.pictures is not None:
+        try:
+            cut = geometry.pictures.cut(size)
+        except ValueError as error:
+            raise PmodError(str(error)) from error
+        tokens = tower.rows(cut.patches)
+        return ImageTokens(cut.inputs * tokens, tokens, cut.inputs, cut.patches)
     if not geometry.pinpoints:
-        return ImageTokens(base, base, 1)
+        return ImageTokens(base, base, 1, patches)
+    assert tower.image is not None
     grid_height, grid_width = _best_grid(size, geometry.pinpoints)
     tiles = grid_height // tower.image, grid_width // tower.image
     rows, columns = high_resolution_size(
         size, tiles, tower.grid, geometry.max_tiles, released=geometry.released_anyres
     )
-    return ImageTokens(base + rows * (columns + 1), base, 1 + tiles[0] * tiles[1])
+    return ImageTokens(base + rows * (columns + 1), base, 1 + tiles[0] * tiles[1], patches)
 
 
 def _best_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...]) -> tuple[int, int]:

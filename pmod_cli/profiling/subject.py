@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.load import refuse_part
 from pmod_cli.checkpoints.source import is_hub_id
-from pmod_cli.families import check_decoder, find_family
+from pmod_cli.families import check_decoder, dense_first, find_family
 from pmod_cli.families.defaults import transformers_config
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError, first_line
@@ -36,12 +36,14 @@ class Variant:
         raw: Contents of its dense ``config.json``: the dense model type, no ``mod`` section.
         mod: Retention ratios; None for the dense model.
         weights: Checkpoint folder or hub id; None if only a config is known.
+        pictures: Settings of its image processor; empty if they are not known.
     """
 
     name: str
     raw: dict[str, Any]
     mod: MoDConfig | None
     weights: str | None
+    pictures: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def config(self) -> Any:
@@ -58,8 +60,12 @@ class Variant:
     @cached_property
     def geometry(self) -> Geometry:
         """Its sizes; a PmodError if the vision tower is of a kind that cannot be counted, or a size is none."""
+        if not find_family(self.raw["model_type"], unlisted=True).decoders:
+            raise PmodError(
+                f"cannot count {self.raw['model_type']}: only families that pmod lists are counted"
+            )
         try:
-            return Geometry.from_config(self.raw)
+            return Geometry.from_config(self.raw, self.pictures)
         except (KeyError, TypeError, ValueError) as error:
             raise PmodError(f"{self.name}: config.json does not describe a model: {error}") from error
 
@@ -123,7 +129,7 @@ def find_subject(
         family = find_family(dense.raw["model_type"])
         check_recipe(settings, family.name)
         check_decoder(family, dense.raw)
-        mod = mod_config(settings, layers)
+        mod = mod_config(settings, layers, dense_first(dense.raw))
     if len(mod.retention_ratios) != layers:
         raise PmodError(
             f"{found.name}: {len(mod.retention_ratios)} retention ratios for {layers} decoder layers"
@@ -145,17 +151,19 @@ def _read(model: str) -> Variant:
         if not (path / "config.json").is_file():
             raise PmodError(f"{model} has no config.json", "give a checkpoint folder or a config.json")
         has_weights = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
-        return _variant(model, _read_config(path / "config.json"), model if has_weights else None)
+        weights = model if has_weights else None
+        return _variant(model, _read_config(path / "config.json"), weights, read_pictures(path))
     if model in shipped_recipes():
         return _of_recipe(load_recipe(model), model)
     if shipped := find_geometry(model):
-        return _variant(model, shipped, model if "/" in model else None)
+        return _variant(model, shipped["config"], model if "/" in model else None, shipped.get("pictures"))
     offline = f"offline by name: {', '.join(shipped_geometries())}"
     if is_hub_id(model):
         from transformers import PreTrainedConfig
 
         try:
-            return _variant(model, dict(PreTrainedConfig.get_config_dict(model)[0]), model)
+            raw = dict(PreTrainedConfig.get_config_dict(model)[0])
+            return _variant(model, raw, model, _pictures_on_hub(model))
         except (OSError, ValueError) as error:
             reason = f"its config cannot be had from the hub: {first_line(error)}"
             raise PmodError(f"no folder {model}, and {reason}", offline) from error
@@ -175,11 +183,32 @@ def _read_config(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_pictures(folder: Path) -> dict[str, Any]:
+    """Settings of the image processor in a checkpoint folder; empty if there is none."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            whole = read_json(folder / name)
+            found = whole.get("image_processor") or (whole if name.startswith("pre") else None)
+            if isinstance(found, dict):
+                return found
+    return {}
+
+
+def _pictures_on_hub(model: str) -> dict[str, Any]:
+    """As `read_pictures`, of a hub id."""
+    from transformers import ImageProcessingMixin
+
+    try:
+        return dict(ImageProcessingMixin.get_image_processor_dict(model)[0])
+    except (OSError, ValueError):
+        return {}
+
+
 def _of_recipe(recipe: Recipe, name: str) -> Variant:
     """The dense model that a recipe is for, without weights."""
     for model in (recipe.config, recipe.source, recipe.name):
         if isinstance(model, str) and (found := find_geometry(model)):
-            return _variant(name, found, None)
+            return _variant(name, found["config"], None, found.get("pictures"))
     if isinstance(recipe.source, str) and recipe.config is None:
         return replace(_read(recipe.source), name=name, weights=None)
     raise PmodError(
@@ -188,13 +217,15 @@ def _of_recipe(recipe: Recipe, name: str) -> Variant:
     )
 
 
-def _variant(name: str, raw: dict[str, Any], weights: str | None) -> Variant:
+def _variant(
+    name: str, raw: dict[str, Any], weights: str | None, pictures: dict[str, Any] | None = None
+) -> Variant:
     """Of either kind of config."""
     family = find_family(raw["model_type"])
     dense = {key: value for key, value in raw.items() if key != "mod"} | {"model_type": family.base_type}
     if raw["model_type"] == family.base_type:
-        return Variant(name, dense, None, weights)
+        return Variant(name, dense, None, weights, pictures or {})
     try:
-        return Variant(name, dense, MoDConfig.from_dict(raw.get("mod") or {}), weights)
+        return Variant(name, dense, MoDConfig.from_dict(raw.get("mod") or {}), weights, pictures or {})
     except (TypeError, ValueError) as error:
         raise PmodError(f"{name}: bad mod section in config.json: {error}") from error

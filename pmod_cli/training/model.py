@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,28 @@ from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.recipe import LoraSettings, TrainSettings
 
-LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+LORA_TARGETS = (
+    r".*\.(?:language_model|text_model)\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+)
 """Names of the layers that get low-rank updates; routers and projector are trained in full."""
 
 MAX_TILES = 4
 """Sub-images of LLaVA-NeXT in the paper's runs, beside the overview."""
 
 PARTS = ("routers", "vision tower", "projector", "image newline", "language model")
-_PREFIXES = {
-    "vision_tower.": "vision tower",
-    "multi_modal_projector.": "projector",
-    "image_newline": "image newline",
+_NAMES = {
+    "projector": re.compile(r"(?:^|\.)(\w*projector|connector|\w*merger\w*(?:\.\d+)?)\."),
+    "vision tower": re.compile(r"(?:^|\.)(?:vision\w*|visual)\."),
+    "image newline": re.compile(r"(?:^|\.)image_newline$"),
 }
+"""A part by a module's name in its parameters' full names; a merger stands inside the vision tower."""
 
 
 def part_of(name: str) -> str:
     """The one of `PARTS` that a parameter belongs to, by its full name."""
     if is_router(name):
         return "routers"
-    return next((part for prefix, part in _PREFIXES.items() if prefix in name), "language model")
+    return next((part for part, names in _NAMES.items() if names.search(name)), "language model")
 
 
 def count_parts(model: nn.Module) -> list[dict[str, Any]]:
@@ -83,7 +87,7 @@ def load_processor(model: str | Path, settings: TrainSettings) -> Any:
     config = read_config(model)
     try:
         processor = processing.load_processor(model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise PmodError(f"cannot load the processor of {model}: {first_line(error)}") from error
     return _set_up(config, agree(config, processor), settings)
 
@@ -140,13 +144,15 @@ def _add_lora(model: nn.Module, settings: LoraSettings) -> Any:
     require("peft")
     from peft import LoraConfig, get_peft_model
 
-    has_routers = any(is_router(name) for name, _ in model.named_parameters())
+    names = [name for name, _ in model.named_parameters()]
+    in_full = {"router"} if any(map(is_router, names)) else set()
+    in_full |= {match[1] for name in names if (match := _NAMES["projector"].search(name))}
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=LORA_TARGETS,
-        modules_to_save=["multi_modal_projector", *(["router"] if has_routers else [])],
+        modules_to_save=sorted(in_full),
     )
     wrapped = get_peft_model(model, config)
     for parameter in wrapped.parameters():

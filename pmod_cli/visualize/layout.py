@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pmod_cli.families.anyres import shrunk_size, unpadded_box
+from pmod_cli.families.tiling import Cutting, cutting
 from pmod_cli.output.errors import PmodError
 
 
@@ -24,17 +25,20 @@ class View:
 
     Attributes:
         name: What it is, in words.
-        first: Position of its first token among the picture's vision tokens.
-        row_step: Tokens from one row's first to the next's; one more than the columns if a newline token ends each row.
+        tokens: Positions of the patches' tokens among the picture's vision tokens, [rows, columns].
         x: Left and right edges of the columns, pixels of the original, ascending, [columns + 1].
         y: Upper and lower edges of the rows, [rows + 1].
     """
 
     name: str
-    first: int
-    row_step: int
+    tokens: np.ndarray
     x: np.ndarray
     y: np.ndarray
+
+    @property
+    def first(self) -> int:
+        """Position of its first token."""
+        return int(self.tokens[0, 0])
 
     @property
     def rows(self) -> int:
@@ -45,11 +49,6 @@ class View:
     def columns(self) -> int:
         """Columns of patches."""
         return len(self.x) - 1
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Positions of the patches' tokens among the picture's vision tokens, [rows, columns]."""
-        return self.first + np.arange(self.rows)[:, None] * self.row_step + np.arange(self.columns)
 
 
 @dataclass(frozen=True)
@@ -111,6 +110,11 @@ class _Axis:
         return np.clip(self.offset + self.scale * pixels, 0, self.extent)
 
 
+def _rows(rows: int, columns: int, first: int = 0, step: int | None = None) -> np.ndarray:
+    """Positions of tokens that lie row by row; ``step`` tokens from one row's first to the next's."""
+    return first + np.arange(rows)[:, None] * (columns if step is None else step) + np.arange(columns)
+
+
 def lay_out(model: Any, image_processor: Any, size: tuple[int, int]) -> Layout:
     """Lay a picture's vision tokens out on it.
 
@@ -125,6 +129,9 @@ def lay_out(model: Any, image_processor: Any, size: tuple[int, int]) -> Layout:
     if getattr(model.config, "image_grid_pinpoints", None):
         return _anyres(model.config, size)
     tower, settings = model.config.vision_config, image_processor.to_dict()
+    cuts = cutting(model.config.to_dict(), settings)
+    if cuts is not None:
+        return _stretched(cuts, size)
     across, down = (_Axis(length, length) for length in size)
     if settings.get("do_pad"):
         for axis in (across, down):
@@ -145,8 +152,28 @@ def lay_out(model: Any, image_processor: Any, size: tuple[int, int]) -> Layout:
         down.pad_or_crop(settings["crop_size"]["height"])
     grid = tower.image_size // tower.patch_size
     pixels = tower.patch_size * np.arange(grid + 1)
-    view = View("picture", 0, grid, across.edges(pixels), down.edges(pixels))
+    view = View("picture", _rows(grid, grid), across.edges(pixels), down.edges(pixels))
     return Layout(*size, (view,), grid**2)
+
+
+def _stretched(cuts: Cutting, size: tuple[int, int]) -> Layout:
+    """Pictures that are resized to whole tokens or tiles, without padding; the whole picture's tile comes last."""
+    width, height = size
+    cut = cuts.cut((height, width))
+    rows, columns = (patches // cuts.merge for patches in cut.patches)
+
+    def view(name: str, tokens: np.ndarray) -> View:
+        down, across = tokens.shape
+        return View(name, tokens, np.linspace(0, width, across + 1), np.linspace(0, height, down + 1))
+
+    if not cut.whole:
+        return Layout(width, height, (view("picture", _rows(rows, columns)),), rows * columns)
+    # Tile by tile: [down, rows, across, columns].
+    order = np.arange(cut.tiles[0] * cut.tiles[1] * rows * columns).reshape(*cut.tiles, rows, columns)
+    tiles = order.transpose(0, 2, 1, 3).reshape(cut.tiles[0] * rows, cut.tiles[1] * columns)
+    name = f"sub-images, {cut.tiles[1]} x {cut.tiles[0]}"
+    whole = view("whole picture", _rows(rows, columns, order.size))
+    return Layout(width, height, (whole, view(name, tiles)), order.size + whole.tokens.size)
 
 
 def _anyres(config: Any, size: tuple[int, int]) -> Layout:
@@ -157,7 +184,7 @@ def _anyres(config: Any, size: tuple[int, int]) -> Layout:
     tower = config.vision_config
     side, grid, patch = tower.image_size, tower.image_size // tower.patch_size, tower.patch_size
     edges = patch * np.arange(grid + 1) / side  # SigLIP's patches stop short of the tile's end
-    whole = View("whole picture", 0, grid, width * edges, height * edges)
+    whole = View("whole picture", _rows(grid, grid), width * edges, height * edges)
 
     pinpoints = [list(pinpoint) for pinpoint in config.image_grid_pinpoints]
     full_height, full_width = select_best_resolution((height, width), pinpoints)
@@ -185,8 +212,7 @@ def _anyres(config: Any, size: tuple[int, int]) -> Layout:
 
     tiles = View(
         f"sub-images, {tiles_across} x {tiles_down}",
-        grid**2,
-        columns + 1,
+        _rows(rows, columns, grid**2, columns + 1),
         across.edges(pixels(np.linspace(left, right, columns + 1))),
         down.edges(pixels(np.linspace(top, bottom, rows + 1))),
     )

@@ -43,8 +43,7 @@ def build_page(
         "views": [
             {
                 "name": view.name,
-                "first": view.first,
-                "step": view.row_step,
+                "tokens": view.tokens.tolist(),
                 "x": view.x.round(3).tolist(),
                 "y": view.y.round(3).tolist(),
             }

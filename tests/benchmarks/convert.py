@@ -87,7 +87,7 @@ def measure(words: list[str]) -> tuple[float, int, dict]:
 def make_checkpoint(folder: Path, released: bool = False) -> tuple[int, int, int]:
     """Write the checkpoint; returns its bytes, parameters and shards."""
     folder.mkdir()
-    config = find_geometry("llava-1.5-7b")
+    config = (find_geometry("llava-1.5-7b") or {})["config"]
     assert config is not None
     text, vision = config["text_config"], config["vision_config"]
     if released:

@@ -13,6 +13,7 @@ from pmod_cli.cli import main
 from pmod_cli.evaluation.tasks import write_task
 from tests.common import onevision_models
 from tests.common.eval_models import make_model, make_processor, noise, write_questions
+from tests.common.family_models import MAKERS
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' }}"
@@ -55,7 +56,8 @@ def llava_onevision():
 def save(make, folder, layout):
     """A dense checkpoint; ``old``: one JSON file for each part of the processor, as before transformers 5."""
     model, processor = make()
-    processor.chat_template = TEMPLATE
+    if make.__module__ == __name__:
+        processor.chat_template = TEMPLATE
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if layout == "old":
@@ -65,7 +67,11 @@ def save(make, folder, layout):
                 (folder / f"{name}_config.json").write_text(json.dumps(whole.pop(part)))
         (folder / "processor_config.json").write_text(json.dumps(whole))
         (folder / "chat_template.jinja").unlink()
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
+        if "qwen2" in model.config.model_type:  # the language model's settings among the rest
+            config = json.loads((folder / "config.json").read_text())
+            config = {**config.pop("text_config"), **config}
+            (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -77,7 +83,10 @@ def run(*arguments):
 
 @pytest.fixture(
     scope="module",
-    params=[(make, layout) for make in (llava, llava_next, llava_onevision) for layout in ("old", "new")],
+    params=[
+        *((make, layout) for make in (llava, llava_next, llava_onevision) for layout in ("old", "new")),
+        *((make, "old" if name.startswith("qwen2") else "new") for name, make in MAKERS.items()),
+    ],
     ids=lambda param: f"{param[0].__name__}-{param[1]}",
 )
 def place(request, tmp_path_factory):
@@ -114,6 +123,9 @@ SMALL = [
         "num_workers=0",
     )
 ]
+TWINS = ("qwen2_vl", "idefics3")
+"""Families that differ little from another's."""
+
 COMMANDS = {
     "inspect": "{pmod}",
     "data check": "{data} --images {images} --model {pmod}",
@@ -126,7 +138,10 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_it_runs(place, command, capsys):
+def test_it_runs(request, place, command, capsys):
+    measured = not any(
+        name in request.node.callspec.id for name in ("llava-old", "next", "vision-old", *TWINS)
+    )
     paths = {
         "pmod": place / "pmod",
         "data": place / "data.json",
@@ -139,7 +154,35 @@ def test_it_runs(place, command, capsys):
         "page": place / "page.html",
     }
     arguments = [argument.format(**paths) for argument in COMMANDS[command].split()]
+    if command == "profile" and not measured:
+        arguments = arguments[: arguments.index("--latency")]
     code = run(*command.split(), *arguments, *(SMALL if command == "finetune" else []), "--json")
     output = capsys.readouterr()
     assert code == 0, output.err
     assert json.loads(output.out)["command"] == command
+
+
+def test_lora_trains_the_decoder_the_projector_and_the_routers(place):
+    pytest.importorskip("peft")
+    from pmod_cli.recipe import TrainSettings
+    from pmod_cli.training.model import count_parts, load_for_training
+
+    settings = TrainSettings(lora={"r": 2, "alpha": 4}, dtype="float32", gradient_checkpointing=False)
+    network, _ = load_for_training(place / "pmod", settings)
+    parts = {part["part"]: part for part in count_parts(network)}
+    for whole in ("projector", "routers"):
+        assert (
+            parts[whole]["trained"] >= parts[whole]["frozen"] > 0
+        )  # the copy that is trained, and the original
+    assert parts["vision tower"]["trained"] == 0
+    assert 0 < parts["language model"]["trained"] < parts["language model"]["frozen"]
+
+
+def test_tasks_are_worded_as_lmms_eval_words_them_for_the_family(place):
+    from pmod_cli.evaluation.catalogue import Tasks
+    from pmod_cli.evaluation.identity import task_name
+
+    family = json.loads((place / "dense" / "config.json").read_text())["model_type"]
+    name = task_name(place / "pmod")
+    assert name == (family if family.startswith("qwen") else "pmod")
+    assert Tasks(["family_qa"], [place / "task"], name).manager.model_name == name

@@ -6,7 +6,7 @@ from pmod_cli.recipe import default_recipe
 
 
 def _geometry_data(name, layers):
-    data = find_geometry(name)
+    data = find_geometry(name)["config"]
     return (
         data
         if layers is None

@@ -56,7 +56,7 @@ def test_a_schedule_needs_two_layers(settings, layers):
         mod_config(parse_recipe({"name": "x", "mod": settings}), layers)
 
 
-def decoder_tensors(prefix, layers, width, dtype):
+def decoder_tensors(family, prefix, layers, width, dtype):
     def tensor(name, *shape):
         return StoredTensor(name, dtype, shape, lambda: ())
 
@@ -73,8 +73,8 @@ def decoder_tensors(prefix, layers, width, dtype):
     }
     stem = prefix.removesuffix("layers.")
     yield tensor(f"{stem}embed_tokens.weight", 7, width)
-    yield tensor("multi_modal_projector.linear_1.weight", width, 5)
-    yield tensor("multi_modal_projector.linear_2.weight", width, width)
+    for name in family.projector:
+        yield tensor(name, width, 5 if name.endswith("linear_1.weight") else width)
     # A tower has layers too, and more of them than the decoder.
     for layer in range(layers + 3):
         yield tensor(f"vision_tower.encoder.layers.{layer}.self_attn.q_proj.weight", 5, 5)
@@ -92,7 +92,7 @@ def decoder_tensors(prefix, layers, width, dtype):
 )
 def test_the_decoder_is_found_whatever_the_order_of_its_tensors(named, layers, width, dtype, random):
     family, prefix = named
-    tensors = list(decoder_tensors(prefix, layers, width, dtype))
+    tensors = list(decoder_tensors(family, prefix, layers, width, dtype))
     random.shuffle(tensors)
     text = {
         "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": 3 * width, "vocab_size": 7,

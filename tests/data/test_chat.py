@@ -83,7 +83,7 @@ def _pieces(processor, template):
 @pytest.mark.parametrize("template", [None, LLAVA_HF, VICUNA_V1], ids=["demo", "llava-hf", "vicuna v1"])
 def test_each_token(processor, template):
     changed = processor if template is None else _with_template(processor, template)
-    got = ChatEncoder(changed, 2048).encode(TURNS, [3])
+    got = ChatEncoder(changed, 2048).encode(TURNS, [[processor.image_token_id] * 3])
     pieces = _pieces(processor, template)
     assert got.input_ids == [token for piece, _ in pieces for token in piece]
     assert got.labels == [token if learned else -100 for piece, learned in pieces for token in piece]
@@ -93,7 +93,7 @@ def test_each_token(processor, template):
 def test_other_templates_learn_answers_and_their_end(processor, template):
     encoder = ChatEncoder(_with_template(processor, template), 2048)
     blank = "" if template == CHATML else " "
-    encoded = encoder.encode(TURNS, [3])
+    encoded = encoder.encode(TURNS, [[processor.image_token_id] * 3])
     assert _learned(encoder, encoded) == [f"{blank}left</s>", f"{blank}dark red</s>"]
     bos = processor.tokenizer.bos_token_id
     assert encoded.input_ids.count(bos) == 1
@@ -125,7 +125,7 @@ def test_same_ids_as_the_processor(processor):
     image = Image.new("RGB", (80, 80), "red")
     text, _ = encoder.render(TURNS)
     theirs = processor(images=image, text=text, return_tensors="pt")["input_ids"][0].tolist()
-    assert encoder.encode(TURNS, [100]).input_ids == theirs
+    assert encoder.encode(TURNS, [[processor.image_token_id] * 100]).input_ids == theirs
 
 
 def test_template_that_rewrites_is_refused(processor):
@@ -135,11 +135,11 @@ def test_template_that_rewrites_is_refused(processor):
 
 
 def test_too_long(processor):
-    full = ChatEncoder(processor, 2048).encode(TURNS, [3])
+    full = ChatEncoder(processor, 2048).encode(TURNS, [[processor.image_token_id] * 3])
     first = full.labels.index(next(label for label in full.labels if label != -100))
-    cut = ChatEncoder(processor, first + 1).encode(TURNS, [3])
+    cut = ChatEncoder(processor, first + 1).encode(TURNS, [[processor.image_token_id] * 3])
     assert cut.labels == full.labels[: first + 1]
     with pytest.raises(BadSample, match="no answer within"):
-        ChatEncoder(processor, first).encode(TURNS, [3])
+        ChatEncoder(processor, first).encode(TURNS, [[processor.image_token_id] * 3])
     with pytest.raises(BadSample, match="an image past"):
-        ChatEncoder(processor, 4).encode(TURNS, [3])
+        ChatEncoder(processor, 4).encode(TURNS, [[processor.image_token_id] * 3])

@@ -19,7 +19,7 @@ def asked(raw):
 
 @pytest.mark.parametrize("name", shipped_geometries())
 def test_shipped_geometries(name):
-    assert Geometry.from_config(find_geometry(name)) == asked(find_geometry(name))
+    assert Geometry.from_config(find_geometry(name)["config"]) == asked(find_geometry(name)["config"])
 
 
 @pytest.mark.parametrize("model", MODELS)

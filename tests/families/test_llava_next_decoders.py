@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from pmod_cli.cli import main
+from pmod_cli.families import FAMILIES
 from tests.common.tiny import IMAGE, dense_counterpart, prompt, tiny_config, tiny_model
 
 DECODERS = {
@@ -89,9 +90,9 @@ def test_a_sliding_window_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["convert", "profile"])
 def test_an_unsupported_architecture_names_the_supported(command, tmp_path, capsys):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen2_vl"}')
+    (tmp_path / "config.json").write_text('{"model_type": "blip"}')
     with pytest.raises(SystemExit) as done:
         main([command, str(tmp_path), *([str(tmp_path / "out")] if command == "convert" else [])])
     assert done.value.code == 2
-    error = capsys.readouterr().err.splitlines()
-    assert error[-1].endswith("'qwen2_vl' is not supported (supported: llava, llava_next, llava_onevision)")
+    error, known = capsys.readouterr().err.splitlines(), ", ".join(family.name for family in FAMILIES)
+    assert error[-1].endswith(f"'blip' is not supported (supported: {known})")

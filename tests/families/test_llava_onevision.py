@@ -194,13 +194,13 @@ def test_a_decoder_of_another_family(tmp_path, capsys):
 def test_each_of_several_pictures_is_one_tile_in_training_and_in_prompts():
     from pmod_cli.data.batches import Collator, Example
     from pmod_cli.data.chat import Encoded
-    from pmod_cli.families.processing import image_tokens
+    from pmod_cli.families.processing import picture_ids
     from pmod_cli.generation import Prompt, VisionLanguageModel
 
     loaded = VisionLanguageModel(pmod_model(), processor())
-    tokens = image_tokens(loaded.processor, [WIDE, TALL])
-    assert tokens == [10, 10]  # nine patches and a newline
-    ids = [token for count in tokens for token in [IMAGE] * count] + [5]
+    pictures = picture_ids(loaded.processor, [WIDE.size, TALL.size])
+    assert pictures == [[IMAGE] * 10] * 2  # nine patches and a newline
+    ids = [*pictures[0], *pictures[1], 5]
     batch = Collator(loaded.processor)([Example("a", Encoded(ids, [-100] * 20 + [5]), [WIDE, TALL])])
     batch.pop("notes")
     assert torch.isfinite(loaded.model(**batch).loss)

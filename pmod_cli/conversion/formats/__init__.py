@@ -47,13 +47,14 @@ FORMATS = {
 """By name, in the order in which they are asked."""
 
 
-def find_format(source: Source) -> str:
+def find_format(source: Source, any_family: bool = False) -> str:
     """The name of the first format that a source matches; `PmodError` if there is none."""
     name = next((name for name, format in FORMATS.items() if format.matches(source)), None)
     if name is not None:
         return name
     if source.model_type:
-        find_family(source.model_type)  # its error names the families that exist
+        find_family(source.model_type, any_family)  # its error names the families that exist
+        return "huggingface"
     raise PmodError(
         f"{source.name} is not a checkpoint of a known format",
         f"known formats: {', '.join(FORMATS)}" if source.config else "it has no config.json",

@@ -11,7 +11,7 @@ from pathlib import Path
 from pmod_cli.checkpoints.shards import INDEX, SINGLE
 from pmod_cli.checkpoints.source import Source
 from pmod_cli.conversion.formats.translation import Options, Shard, Translation, shard_name
-from pmod_cli.families import FAMILIES
+from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError
 
 _REPLACED = ("config.json", "README.md")
@@ -19,7 +19,7 @@ _REPLACED = ("config.json", "README.md")
 
 def translate(source: Source, options: Options) -> Translation:
     """Link the weights as they are; pickled ones are rewritten as safetensors. What is p-MoD already is refused."""
-    if any(source.model_type == family.model_type for family in FAMILIES):
+    if find_family(source.model_type, options.any_family).model_type == source.model_type:
         raise PmodError(f"{source.name} is p-MoD already", "--to baseline gives its baseline back")
     files, sidecars = source.weight_files(options.allow_pickle), source.sidecars()
     safe = all(file.safe for file in files)

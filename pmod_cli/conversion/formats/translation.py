@@ -21,6 +21,7 @@ class Options:
         vision_tower: Folder or hub id of the vision tower, where it is a part of its own.
         projector: File, folder or hub id of the projector, likewise.
         tokenizer: Folder or hub id of the tokenizer, where the source has none.
+        any_family: Whether a family that is not listed may be tried.
         recipe: Its ``source`` can name the parts, and its family counts, where neither source nor user tells.
     """
 
@@ -28,6 +29,7 @@ class Options:
     vision_tower: str | None = None
     projector: str | None = None
     tokenizer: str | None = None
+    any_family: bool = False
     recipe: Recipe | None = None
 
 

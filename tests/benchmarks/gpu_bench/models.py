@@ -95,8 +95,7 @@ def make_pair(name: str, device: torch.device, tiny: bool) -> Pair:
         device: Where to.
         tiny: Whether to shrink the geometry until a CPU runs it in milliseconds.
     """
-    raw = find_geometry(name)
-    assert raw is not None
+    raw = (find_geometry(name) or {})["config"]
     if tiny:
         raw |= {key: value for key, value in TINY.items() if key in raw}
         raw |= {

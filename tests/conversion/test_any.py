@@ -1,0 +1,133 @@
+"""``convert --any``: families that are not listed are proved on a tiny model, or refused with what differed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+
+import pytest
+import transformers
+from transformers import CLIPVisionConfig
+
+from pmod_cli.cli import main
+from pmod_cli.conversion.proof import prove
+from pmod_cli.families import REFUSED, find_family
+from pmod_cli.output.errors import PmodError
+from tests.common.eval_models import make_processor, noise
+from tests.common.family_models import MAKERS, TEXT
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as done:
+        main([str(argument) for argument in arguments])
+    return done.value.code
+
+
+def save(folder, name, **text):
+    """A dense checkpoint of an unlisted family that is laid out as LLaVA."""
+    processor = make_processor()
+    config = getattr(transformers, f"{name}Config")(
+        text_config={**TEXT, "model_type": "llama", "vocab_size": len(processor.tokenizer), **text},
+        vision_config=CLIPVisionConfig(**SMALL, image_size=16, patch_size=4),
+        image_token_id=processor.image_token_id,
+    )
+    config.vision_feature_layers = [-1, -2]
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_listed_families_pass_the_same_proof(name, tmp_path):
+    dense, processor = MAKERS[name]()
+    processor.save_pretrained(tmp_path)
+    classes = importlib.import_module(f"pmod_cli.families.{name}").CLASSES
+    found = prove(tmp_path, dense.config.to_dict(), classes)
+    assert found["decoder"] == type(dense.get_decoder()).__name__
+    assert found["layer"] == type(dense.get_decoder().layers[0]).__name__
+
+
+def test_an_unlisted_family(tmp_path, capsys):
+    dense = save(tmp_path / "dense", "VipLlava")
+    assert run("convert", dense, tmp_path / "pmod") == 2
+    assert "'vipllava' is not supported" in capsys.readouterr().err
+    assert run("convert", dense, tmp_path / "pmod", "--any", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["result"]["family"] == "vipllava"
+    config = json.loads((tmp_path / "pmod" / "config.json").read_text())
+    assert config["pmod"]["any"]["layer"] == "LlamaDecoderLayer"
+    assert config["architectures"] == ["PmodVipLlavaForConditionalGeneration"]
+    picture = tmp_path / "a.png"
+    noise(__import__("random").Random(0), 20, 20).save(picture)
+    assert run("inspect", tmp_path / "pmod", "--json") == 0
+    assert (
+        run("generate", tmp_path / "pmod", "--image", picture, "--prompt", "Hi", "--max-new-tokens", 2) == 0
+    )
+    assert run("profile", tmp_path / "pmod") == 2
+    assert "cannot count" in capsys.readouterr().err
+    assert run("convert", tmp_path / "pmod", tmp_path / "back", "--to", "baseline") == 0
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (dense / name).read_bytes()
+
+
+def test_what_differs_is_told(tmp_path, capsys):
+    dense = save(tmp_path / "dense", "VipLlava", model_type="cohere")  # one norm for both branches
+    assert run("convert", dense, tmp_path / "pmod", "--any") == 2
+    error = capsys.readouterr().err
+    assert "CohereDecoderLayer is no pre-norm layer" in error
+    assert "post_attention_layernorm" in error
+    assert not (tmp_path / "pmod").exists()
+
+
+def test_a_proof_that_fails_is_told(tmp_path, monkeypatch):
+    from pmod_cli.modeling.layer import MoDDecoderLayer
+
+    dense, processor = MAKERS["internvl"]()
+    processor.save_pretrained(tmp_path)
+    routed = MoDDecoderLayer._routed
+    monkeypatch.setattr(MoDDecoderLayer, "_routed", lambda *arguments: routed(*arguments) * 1.001)
+    with pytest.raises(PmodError, match="a model that keeps every token differs from the dense one"):
+        prove(tmp_path, dense.config.to_dict())
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_families_that_do_not_fit_are_refused_by_name(model_type, tmp_path, capsys):
+    for kind in (model_type, f"pmod_{model_type}"):
+        with pytest.raises(PmodError, match="cannot become p-MoD"):
+            find_family(kind, unlisted=True)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert run("convert", tmp_path, tmp_path / "out", "--any") == 2
+    assert REFUSED[model_type] in capsys.readouterr().err
+
+
+def test_the_proof_refuses_attention_both_ways():
+    """What PaliGemma is refused for by name is found without its name, too."""
+    from pmod_cli.modeling.family import family_classes
+
+    classes = family_classes(
+        __name__,
+        transformers.PaliGemmaConfig,
+        transformers.PaliGemmaModel,
+        transformers.PaliGemmaForConditionalGeneration,
+        decoders=(),
+    )
+    config = classes.config(
+        text_config={**TEXT, "model_type": "gemma", "vocab_size": 300},
+        vision_config={**SMALL, "model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4},
+        image_token_id=5,
+        projection_dim=48,
+        mod={"retention_ratios": [None, 1.0, 1.0, 1.0]},
+    )
+    import torch
+
+    inputs = {
+        "input_ids": torch.tensor([[5] * 16 + [7, 8, 9]]),
+        "attention_mask": torch.ones(1, 19, dtype=torch.long),
+        "token_type_ids": torch.zeros(1, 19, dtype=torch.long),
+        "pixel_values": torch.rand(1, 3, 16, 16),
+    }
+    with pytest.raises(ValueError, match="an attention mask of its own"), torch.no_grad():
+        classes.outer(config).eval()(**inputs)

@@ -1,0 +1,180 @@
+"""The families beside LLaVA's: what surrounds the mechanism, on tiny models with their processors and templates."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from pmod_cli.data.batches import Collator, EncodedDataset, Example
+from pmod_cli.data.records import BadSample, Conversation, Turn
+from pmod_cli.families.processing import message, picture_ids
+from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.modeling.compat import CACHE_ARGUMENT
+from pmod_cli.modeling.schedule import kept_tokens
+from tests.common.eval_models import noise
+from tests.common.family_models import MAKERS, pmod_of
+
+RATIOS = [None, 0.75, 0.5, 0.25]
+RNG = random.Random(0)
+SQUARE, WIDE, TALL, SMALL = noise(RNG, 24, 20), noise(RNG, 40, 9), noise(RNG, 9, 40), noise(RNG, 8, 8)
+PROMPTS = [
+    Prompt("<image>\nWhat is <image> beside it?", (SQUARE, WIDE)),
+    Prompt("Hello."),
+    Prompt("Look!", (TALL,)),
+]
+VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "smolvlm")
+
+
+class Case:
+    def __init__(self, name):
+        self.name = name
+        self.dense, self.processor = MAKERS[name]()
+        self.pmod = pmod_of(self.dense, RATIOS)
+        self.image = self.dense.config.image_token_id
+        self.loaded = VisionLanguageModel(self.pmod, self.processor)
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def case(request):
+    return Case(request.param)
+
+
+def test_keeping_every_token_is_the_baseline_exactly(case):
+    inputs = case.loaded.encode(PROMPTS)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = case.dense(**inputs).logits[real]
+        found = pmod_of(case.dense, [None, 1.0, 1.0, 1.0], router_scale=0)(**inputs).logits[real]
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_batched_answers_are_those_of_each_alone(case, cache):
+    loaded = VisionLanguageModel(case.pmod, case.processor, cache=cache)
+    together = loaded.generate(PROMPTS, max_new_tokens=5)
+    assert together == [loaded.generate([prompt], max_new_tokens=5)[0] for prompt in PROMPTS]
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        assert answer.prompt_tokens == loaded.length(prompt)
+
+
+def test_answers_with_a_cache_equal_full_forward_passes(case):
+    inputs = case.loaded.encode(PROMPTS)
+    length = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    special = list(case.processor.tokenizer.all_special_ids)
+    ids = case.pmod.generate(**inputs, suppress_tokens=special, **options)
+    longer = {**inputs, "input_ids": ids}
+    for key, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if key in longer:
+            longer[key] = torch.nn.functional.pad(longer[key], (0, 4), value=value)
+    with torch.no_grad():
+        logits = case.pmod(**longer).logits[:, length - 1 : -1]
+    logits[..., special] = -torch.inf
+    assert torch.equal(logits.argmax(-1), ids[:, length:])
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_videos_are_routed_and_keep_the_baseline(name):
+    case = Case(name)
+    frames = np.random.default_rng(0).integers(0, 255, (4, 16, 24, 3), dtype=np.uint8)
+    text = f"<|im_start|>{case.processor.video_token}ab"
+    videos = [[frames]] if name == "smolvlm" else [frames]
+    inputs = case.processor(text=[text], videos=videos, do_sample_frames=False, return_tensors="pt")
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        expected = case.dense(**inputs).logits
+        kept_all = pmod_of(case.dense, [1.0] * 4, router_scale=0)(**inputs).logits
+        output = case.pmod(**inputs, use_cache=True)
+    assert torch.equal(kept_all, expected)
+    tokens = torch.tensor([case.image, getattr(case.dense.config, "video_token_id", case.image)])
+    vision = int(torch.isin(ids, tokens).sum())
+    assert vision >= 4
+    for layer, ratio in zip(output[CACHE_ARGUMENT].layers, RATIOS, strict=True):
+        kept = vision if ratio is None else kept_tokens(vision, ratio)
+        assert layer.keys.shape[-2] == ids.shape[1] - vision + kept
+
+
+def test_pictures_become_the_processors_tokens(case):
+    rng = random.Random(1)
+    for _ in range(20):
+        picture = noise(rng, rng.randint(4, 60), rng.randint(4, 60))
+        pictures = (
+            [[picture]]
+            if "pixel_attention_mask" in case.processor.image_processor.model_input_names
+            else [picture]
+        )
+        text = f"a{case.processor.image_token}b"
+        ids = case.processor(text=[text], images=pictures, add_special_tokens=False)["input_ids"][0]
+        assert picture_ids(case.processor, [picture.size]) == [[int(token) for token in ids[1:-1]]]
+
+
+def test_training_sees_what_prompts_see(case):
+    """The encoded conversation is the processor's; its batch is the model's; the loss is the answer's alone."""
+    turns = (Turn("user", "<image>\nWhat is <image>?"), Turn("assistant", "red"))
+    dataset = EncodedDataset([], None, case.processor, 2048)
+    encoded = dataset.encode(Conversation("a", ("x", "y"), turns), [SQUARE, WIDE])
+    prompt = case.loaded.encode([Prompt(turns[0].text, (SQUARE, WIDE))])
+    asked = prompt["input_ids"][0].tolist()
+    assert encoded.input_ids[: len(asked)] == asked
+    learned = [token for token in encoded.labels if token != -100]
+    answer = case.processor.tokenizer.decode(learned)
+    assert answer.removesuffix(case.processor.tokenizer.eos_token).strip() == "red"
+    assert answer.endswith(case.processor.tokenizer.eos_token)
+    text_only = dataset.encode(Conversation("b", (), (Turn("user", "Hi"), turns[1])), [])
+    batch = Collator(case.processor)([Example("a", encoded, [SQUARE, WIDE]), Example("b", text_only, [])])
+    batch.pop("notes")
+    for key in prompt.keys() - {"input_ids", "attention_mask", "mm_token_type_ids"}:
+        alone = prompt[key]
+        assert torch.equal(batch[key][: len(alone)], alone)
+    loss = case.pmod(**batch).loss
+    assert torch.isfinite(loss)
+    # A padded neighbour changes nothing.
+    alone = Collator(case.processor)([Example("a", encoded, [SQUARE, WIDE])])
+    alone.pop("notes")
+    neighbour = Collator(case.processor)([Example("b", text_only, [])])
+    neighbour.pop("notes")
+    counts = [int((each["labels"] != -100).sum()) for each in (alone, neighbour)]
+    losses = [float(case.pmod(**each).loss) for each in (alone, neighbour)]
+    assert float(loss) == pytest.approx(np.average(losses, weights=counts), rel=1e-4)
+
+
+def test_a_batch_without_pictures_gets_a_blank_one(case):
+    dataset = EncodedDataset([], None, case.processor, 2048)
+    encoded = dataset.encode(Conversation("b", (), (Turn("user", "Hi"), Turn("assistant", "red"))), [])
+    batches = [
+        Collator(case.processor, image_for_text=blank)([Example("b", encoded, [])]) for blank in (True, False)
+    ]
+    for batch in batches:
+        batch.pop("notes")
+    assert (batches[0]["input_ids"] == case.image).any()
+    losses = [float(case.pmod(**batch).loss) for batch in batches]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_pictures_stay_among_the_words(case):
+    content = message(case.processor, "user", "<image>\n<image> a <image> b</s>")["content"]
+    assert [part["type"] for part in content] == ["image", "image", "text", "image", "text"]
+    assert [part["text"] for part in content if "text" in part] == ["a ", " b</s>"]
+
+
+def test_a_picture_too_thin_is_told(case):
+    if "qwen" not in case.name:
+        pytest.skip("takes every shape")
+    thin = noise(RNG, 1000, 4)
+    with pytest.raises(BadSample, match="unusable image"):
+        EncodedDataset([], None, case.processor, 2048).encode(
+            Conversation("a", ("x",), (Turn("user", "<image>"), Turn("assistant", "red"))), [thin]
+        )
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_prompts_with_a_video_and_a_picture(name):
+    case = Case(name)
+    frames = np.random.default_rng(0).integers(0, 255, (4, 16, 24, 3), dtype=np.uint8)
+    prompts = [Prompt("<video> What is <image>?", (SQUARE,), videos=(frames,)), Prompt("Hello.")]
+    together = case.loaded.generate(prompts, max_new_tokens=3)
+    assert together == [case.loaded.generate([prompt], max_new_tokens=3)[0] for prompt in prompts]
+    assert together[0].prompt_tokens == case.loaded.length(prompts[0])
