@@ -205,7 +205,7 @@ class VisionLanguageModel:
         """The prompt in the chat template, up to where the answer begins; `PmodError` if the model takes no videos."""
         text = prompt.text
         if prompt.videos and not hasattr(self.processor, "video_token"):
-            raise PmodError("the model takes no videos", "LLaVA-OneVision does")
+            raise PmodError("the model takes no videos", "LLaVA-OneVision, Qwen's models and InternVL do")
         if not prompt.images:
             text = text.replace(PLACEHOLDER, "")
         elif PLACEHOLDER not in text:

@@ -85,7 +85,13 @@ FAMILIES = (
     _qwen("qwen2_vl", "Qwen2VL"),
     _qwen("qwen2_5_vl", "Qwen2_5_VL"),
     _qwen("qwen3_vl", "Qwen3VL", ("merger.linear_fc1.weight", "merger.linear_fc2.weight")),
-    Family("internvl", "internvl", "PmodInternVLForConditionalGeneration", ("qwen2", "qwen3", "llama")),
+    Family(
+        "internvl",
+        "internvl",
+        "PmodInternVLForConditionalGeneration",
+        ("qwen2", "qwen3", "llama"),
+        videos=True,
+    ),
     _idefics("smolvlm", "SmolVLM"),
     _idefics("idefics3", "Idefics3"),
 )

@@ -168,3 +168,13 @@ def test_a_picture_too_thin_is_told(case):
         EncodedDataset([], None, case.processor, 2048).encode(
             Conversation("a", ("x",), (Turn("user", "<image>"), Turn("assistant", "red"))), [thin]
         )
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl"])
+def test_prompts_with_a_video_and_a_picture(name):
+    case = Case(name)
+    frames = np.random.default_rng(0).integers(0, 255, (4, 16, 24, 3), dtype=np.uint8)
+    prompts = [Prompt("<video> What is <image>?", (SQUARE,), videos=(frames,)), Prompt("Hello.")]
+    together = case.loaded.generate(prompts, max_new_tokens=3)
+    assert together == [case.loaded.generate([prompt], max_new_tokens=3)[0] for prompt in prompts]
+    assert together[0].prompt_tokens == case.loaded.length(prompts[0])
