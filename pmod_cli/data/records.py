@@ -10,6 +10,9 @@ from typing import Any
 from pmod_cli.output.errors import PmodError
 
 IMAGE_PLACEHOLDER = "<image>"
+_LONGEST = 10**6
+"""Characters of a turn; no model reads as many, and tokenizers take seconds and gigabytes for more."""
+
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -97,6 +100,8 @@ def _parse_turn(turn: Any) -> Turn:
         raise BadSample("unknown role", repr(turn.get("from")))
     if any("\ud800" <= character <= "\udfff" for character in turn["value"]):
         raise BadSample("bad turn", "half of a surrogate pair, which is no text")
+    if len(turn["value"]) > _LONGEST:
+        raise BadSample("bad turn", f"{len(turn['value']):,} characters, which cannot be meant")
     images = turn["value"].count(IMAGE_PLACEHOLDER)
     if images and role != "user":
         raise BadSample("<image> count", f"a placeholder in a turn of {turn['from']}")
