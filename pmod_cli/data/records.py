@@ -12,6 +12,9 @@ from typing import Any, TextIO
 from pmod_cli.families.chat_templates import PLACEHOLDER
 from pmod_cli.output.errors import PmodError, first_line
 
+_LONGEST = 10**6
+"""Characters of a turn; no model reads as many, and tokenizers take seconds and gigabytes for more."""
+
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 READ = {"id", "image", "images", "conversations", "messages", "system"}
 """Keys of a record that `parse_record` looks at."""
@@ -280,6 +283,8 @@ def _parse_turn(turn: Any) -> Turn:
     role = ROLES[str(role)]
     if _HALVES.search(value):
         raise BadSample("bad turn", "half of a surrogate pair, which is no text")
+    if len(value) > _LONGEST:
+        raise BadSample("bad turn", f"{len(value):,} characters, which cannot be meant")
     if PLACEHOLDER in value and role != "user":
         raise BadSample("<image> count", f"a placeholder in a turn of {role}")
     # The first line of an answer may be indented: code is.

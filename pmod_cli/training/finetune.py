@@ -17,7 +17,7 @@ from pmod_cli.checkpoints.write import check_space
 from pmod_cli.data.batches import Collator, EncodedDataset, OrderedSampler, longest_sample
 from pmod_cli.data.dataset import open_data
 from pmod_cli.devices import world_size
-from pmod_cli.output.errors import GateError, PmodError
+from pmod_cli.output.errors import GateError, PmodError, first_line
 from pmod_cli.output.files import MARKER, locked, open_folder, public_name, remove_folder
 from pmod_cli.recipe import Recipe
 from pmod_cli.training import preflight
@@ -212,6 +212,11 @@ class _Run:
             raise PmodError(
                 f"step {trainer.state.global_step + 1}: out of memory on the GPU",
                 "; ".join(self.memory["advice"]) or "lower train.micro_batch_size, and go on with --resume",
+            ) from error
+        except (TypeError, ValueError, LookupError) as error:
+            raise PmodError(
+                f"step {trainer.state.global_step + 1}: the model, its processor and the data do not fit: "
+                f"{first_line(error)}"
             ) from error
         step = trainer.state.global_step
         if stopper.asked and step < self.steps:

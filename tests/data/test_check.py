@@ -55,6 +55,7 @@ CASES = [
     ("unknown role", {"conversations": turns("What?", first=["human"])}),
     ("bad turn", {"conversations": [{"from": "human"}]}),
     ("bad turn", {"conversations": turns("\ud83d What?")}),
+    ("bad turn", {"conversations": turns("What?" * 10**6)}),
     ("bad image field", {"image": 3, "conversations": turns()}),
     ("not a record", "text"),
     ("too long", {"image": "good.png", "conversations": turns("<image> " + "What? " * 200)}),
