@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
-from pmod_cli.checkpoints.load import check_tokenizer, read_config
+from pmod_cli.checkpoints.load import check_tokenizer, quiet_transformers, read_config
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line, told_as
@@ -121,7 +121,7 @@ class VisionLanguageModel:
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        with told_as(f"cannot load {source}"):
+        with told_as(f"cannot load {source}"), quiet_transformers(bars=True):
             processor = AutoProcessor.from_pretrained(source, backend=image_backend, trust_remote_code=False)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source,
