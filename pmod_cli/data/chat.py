@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from pmod_cli.data.records import BadSample, Turn
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, told_as
 
 IGNORED = -100
 
@@ -93,8 +93,9 @@ class ChatEncoder:
         for index, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            asked = apply(messages[:index], add_generation_prompt=True)
-            answered = apply(messages[: index + 1], add_generation_prompt=False)
+            with told_as("the processor's chat template fails"):
+                asked = apply(messages[:index], add_generation_prompt=True)
+                answered = apply(messages[: index + 1], add_generation_prompt=False)
             if not asked.startswith(previous) or not answered.startswith(asked):
                 raise PmodError(
                     "the processor's chat template rewrites earlier text as the conversation grows",
