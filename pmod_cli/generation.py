@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
-from pmod_cli.checkpoints.load import check_tokenizer, read_config
+from pmod_cli.checkpoints.load import check_tokenizer, quiet_transformers, read_config
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.families.agreement import agree
 from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
@@ -170,7 +170,7 @@ class VisionLanguageModel:
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        with told_as(f"cannot load {source}"):
+        with told_as(f"cannot load {source}"), quiet_transformers(bars=True):
             processor = load_processor(source, image_backend)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source,

@@ -17,7 +17,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from pmod_cli.data.records import BadSample, Turn
 from pmod_cli.families.chat_templates import PLACEHOLDER
 from pmod_cli.families.processing import message
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, told_as
 
 IGNORED = -100
 
@@ -119,8 +119,9 @@ class ChatEncoder:
         """The text and the (start, end) characters of each answer with its end-of-turn token."""
         messages = self._messages(turns)
         places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-        prompts, _ = self._apply([messages[:place] for place in places], add_generation_prompt=True)
-        whole, _ = self._apply([messages[: place + 1] for place in places], add_generation_prompt=False)
+        with told_as("the processor's chat template fails"):
+            prompts, _ = self._apply([messages[:place] for place in places], add_generation_prompt=True)
+            whole, _ = self._apply([messages[: place + 1] for place in places], add_generation_prompt=False)
         text, previous = "", ""  # ours, and the template's, which may lack end-of-turn tokens
         spans: list[tuple[int, int]] = []
         for asked, answered in zip(prompts, whole, strict=True):

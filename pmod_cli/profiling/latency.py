@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmod_cli.checkpoints.load import quiet_transformers
 from pmod_cli.devices import find_device
 from pmod_cli.kernels import use_kernels
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
@@ -27,7 +28,7 @@ from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.closed_form import kv_cache_dict
 from pmod_cli.profiling.operators import OperatorCount, device_busy
 from pmod_cli.profiling.options import ProfileOptions
-from pmod_cli.profiling.placement import load_models, quiet_transformers
+from pmod_cli.profiling.placement import load_models
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import Subject
 

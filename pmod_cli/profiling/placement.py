@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.models.auto import AutoModelForImageTextToText
-from transformers.utils import logging as transformers_logging
 
 from pmod_cli.modeling.twin import dense_twin
 from pmod_cli.output.errors import PmodError, told_as
@@ -71,18 +68,3 @@ def _free_memory() -> int | None:
     table = Path("/proc/meminfo")
     found = re.search(r"MemAvailable:\s*(\d+)", table.read_text()) if table.is_file() else None
     return int(found[1]) * 1024 if found else None
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Only errors of transformers are shown."""
-    # A dense checkpoint has no routers and a p-MoD checkpoint has more than the dense class wants: both are meant.
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
