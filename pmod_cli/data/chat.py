@@ -48,11 +48,12 @@ class ChatEncoder:
             raise PmodError("fine-tuning needs a fast tokenizer (tokenizer.json)")
         template = processor.chat_template
         # What `apply_chat_template` does, but for many conversations in a call.
-        self._apply = partial(
+        apply = partial(
             render_jinja_template,
             chat_template=template["default"] if isinstance(template, dict) else template,
             **self.tokenizer.special_tokens_map,
         )
+        self._apply = told_as("the processor's chat template fails")(apply)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         other = {processor.image_token, self.tokenizer.bos_token, self.tokenizer.unk_token}
         self._ended: dict[tuple[Any, ...], bool] = {}
@@ -119,9 +120,8 @@ class ChatEncoder:
         """The text and the (start, end) characters of each answer with its end-of-turn token."""
         messages = self._messages(turns)
         places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-        with told_as("the processor's chat template fails"):
-            prompts, _ = self._apply([messages[:place] for place in places], add_generation_prompt=True)
-            whole, _ = self._apply([messages[: place + 1] for place in places], add_generation_prompt=False)
+        prompts, _ = self._apply([messages[:place] for place in places], add_generation_prompt=True)
+        whole, _ = self._apply([messages[: place + 1] for place in places], add_generation_prompt=False)
         text, previous = "", ""  # ours, and the template's, which may lack end-of-turn tokens
         spans: list[tuple[int, int]] = []
         for asked, answered in zip(prompts, whole, strict=True):
