@@ -155,6 +155,9 @@ _OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 """Values that cannot be meant, by option; typer has the last of an option's values count."""
 
+_WRITES = {"--output", "-o", "--fix", "--plot", "--gif", "--html"}
+"""Options that name what is written."""
+
 _IGNORED = {
     "visualize": ("--baseline", "pmod"),
     "convert": ("--vision-tower", "dense"),
@@ -241,8 +244,10 @@ def _options() -> Iterator[Case]:
     for name, options in _OPTIONS.items():
         for option, values in options.items():
             for value in values:
-                words = tuple(word for word in COMMANDS[name])
-                yield _case(name, f"{option} {value!a:.40}", words=(*words, option, value), codes=(0, 1, 2))
+                given = (*COMMANDS[name], option, value)
+                named = (Path(value).parts or ("",))[0] if option in _WRITES else ""
+                more = (named, f"{named}.training", f"{named}_files", f"{named}.md")
+                yield _case(name, f"{option} {value!a:.40}", words=given, codes=(0, 1, 2), writes=more)
     for name, place in {"inspect": 1, "convert": 1, "check": 2, "finetune": 1, "generate": 1, "eval": 1, "profile": 1,
                         "visualize": 1, "report": 1}.items():  # fmt: skip
         for value in (*_NAMES, "picture.png", "train", "-", "--", "-5", "user/name", "../user/name"):
@@ -321,7 +326,8 @@ def _case(
     words: tuple[str, ...] | None = None,
     more: tuple[str, ...] = (),
     codes: tuple[int, ...] = (2,),
+    writes: tuple[str, ...] = (),
     **rest: Any,
 ) -> Case:
     given = (*(words or COMMANDS[name]), *more)
-    return Case(f"{name}: {what}", given, spoil, codes, output=_OUTPUTS.get(name, OUTPUT), **rest)
+    return Case(f"{name}: {what}", given, spoil, codes, output=(*_OUTPUTS.get(name, OUTPUT), *writes), **rest)

@@ -99,10 +99,10 @@ def _child(case: Case, work: Path, scratch: Path, told: Path) -> None:
     try:
         os.chdir(work)
         case.spoil()
-        Path("../before").write_text("\n".join(_listing(work, case.output)))
+        (work.parent / "before").write_text("\n".join(_listing(work, case.output)))
         tempfile.tempdir = None
         os.environ |= {"TMPDIR": str(scratch), **case.environment}
-        for number, target in ((0, os.devnull), (1, "../stdout"), (2, "../stderr")):
+        for number, target in ((0, os.devnull), (1, work.parent / "stdout"), (2, told)):
             os.dup2(os.open(target, os.O_RDWR | os.O_CREAT), number)
         _bound()
         case.prepare()
