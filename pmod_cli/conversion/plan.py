@@ -157,7 +157,7 @@ def plan_conversion(
         if given != layout.layers:
             raise PmodError(f"{opened.name}: {given} retention ratios for {layout.layers} decoder layers")
     routers = router_tensors(mod, layout, translation.routers)
-    return Plan(opened, name, family, translation, used, mod, layout, routers, proof)
+    return Plan(opened, name, family, translation, used, mod, layout, routers, proof=proof)
 
 
 def layer_table(mod: MoDConfig) -> list[dict[str, Any]]:

@@ -131,7 +131,8 @@ class Tasks:
 
     def file(self, name: str) -> str:
         """The YAML file of a task."""
-        return str(self.manager.task_index[name]["yaml_path"])
+        entry = self.manager.task_index.get(name, {})
+        return str(entry.get("yaml_path", f"the file of task {name}"))
 
 
 def _located(config: dict[str, Any], file: str | int) -> dict[str, Any]:

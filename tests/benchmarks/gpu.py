@@ -44,6 +44,7 @@ def without_registration() -> None:
         return
     stand_in = types.ModuleType("wrapt")
     stand_in.when_imported = lambda _name: lambda function: function  # type: ignore[attr-defined]
+    stand_in.register_post_import_hook = lambda _hook, _name: None  # type: ignore[attr-defined]
     before = sys.modules.get("wrapt")
     sys.modules["wrapt"] = stand_in
     try:

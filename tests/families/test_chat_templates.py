@@ -62,6 +62,9 @@ class TextProcessor:
         self.tokenizer = tokenizer
         self.chat_template = fit_template(VICUNA_V1, tokenizer)
 
+    def apply_chat_template(self, messages, **options):
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **options)
+
 
 @pytest.mark.parametrize("scheme", ["first", "never"])
 @pytest.mark.parametrize(
