@@ -103,11 +103,23 @@ def picture_ids(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[list[i
     if _one_tile_each(processor, len(sizes)):
         cut = processor.vision_feature_select_strategy == "default"
         return [[token] * (processor.num_image_tokens + 1 - cut)] * len(sizes)  # the newline's too
-    if set(_expansion(processor, (64, 64))) == {token}:
-        shapes = [(height, width) for width, height in sizes]
-        counts = processor._get_num_multimodal_tokens(image_sizes=shapes)["num_image_tokens"]
-        return [[token] * count for count in counts]
+    if not _marks(processor):
+        return [[token] * _count(processor, size) for size in sizes]
     return [_expansion(processor, size) for size in sizes]
+
+
+@lru_cache(maxsize=8)
+def _marks(processor: Any) -> bool:
+    """Whether the processor writes anything but the picture's tokens: marks around them, ends of rows."""
+    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    return set(_expansion(processor, (64, 64))) != {token}
+
+
+@lru_cache(maxsize=4096)
+def _count(processor: Any, size: tuple[int, int]) -> int:
+    """Tokens of a picture of (width, height); asking takes longer than tokenising a conversation."""
+    shape = (size[1], size[0])
+    return int(processor._get_num_multimodal_tokens(image_sizes=[shape])["num_image_tokens"][0])
 
 
 def _expansion(processor: Any, size: tuple[int, int]) -> list[int]:
@@ -136,6 +148,8 @@ def picture_inputs(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> 
     pictures = in_groups(processor, samples)
     if pictures is None:
         return {}
+    if not _marks(processor):  # the image processor alone gives all there is
+        return dict(processor.image_processor(pictures, return_tensors="pt"))
     texts = [processor.image_token * len(images) for images in samples]
     made = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
     return {name: value for name, value in made.items() if name not in _TEXT_INPUTS}
