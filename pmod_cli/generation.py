@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,6 +99,15 @@ class Answer:
     text: str
     prompt_tokens: int
     new_tokens: int
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Make a `PmodError` of what a model raises over inputs that its own processor made; out of memory stays so."""
+    try:
+        yield
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise PmodError(f"the checkpoint's model and processor do not fit: {first_line(error)}") from error
 
 
 def generation_settings(requested: Mapping[str, Any]) -> dict[str, Any]:
@@ -257,17 +267,13 @@ class VisionLanguageModel:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             kept = {"cache_implementation": "static"} if self.cache == "static" else {}
-            try:
+            with fitting():
                 output = self.model.generate(
                     **inputs,
                     **generation_settings(settings),
                     **kept,
                     stopping_criteria=StoppingCriteriaList([stop] if stops else []),
                 )
-            except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-                raise PmodError(
-                    f"the checkpoint's model and processor do not fit: {first_line(error)}"
-                ) from error
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         ends = [stop.ends.get(row, new_ids.shape[1]) for row in range(len(new_ids))]
         rows = [ids[:end] for ids, end in zip(new_ids, ends, strict=True)]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import Prompt, VisionLanguageModel, fitting
 from pmod_cli.modeling import twin
 from pmod_cli.output.errors import PmodError
 from pmod_cli.visualize.layout import Layout, lay_out
@@ -53,7 +53,8 @@ def trace(loaded: VisionLanguageModel, prompt: Prompt) -> Trace:
     [image] = prompt.images
     inputs = loaded.encode([prompt]).to(loaded.device)
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    routing = model(**inputs, output_routing=True, use_cache=False, logits_to_keep=1).routing
+    with fitting():
+        routing = model(**inputs, output_routing=True, use_cache=False, logits_to_keep=1).routing
     vision = inputs["input_ids"][0] == model.config.image_token_id
     layout = lay_out(model, loaded.processor.image_processor, image.size)
     count = int(vision.sum())
