@@ -104,6 +104,14 @@ class ChatRequest(_Part):
         }
 
 
+_WITHOUT_CHOICE = {
+    (name,)
+    for name in (
+        "n", "logprobs", "frequency_penalty", "presence_penalty", "response_format", "tools", "stop",
+    )
+}  # fmt: skip
+
+
 def read_request(body: Any) -> ChatRequest:
     """Read a request's JSON; a `PmodError` says in one line what is wrong with it."""
     try:
@@ -111,5 +119,6 @@ def read_request(body: Any) -> ChatRequest:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(step) for step in first["loc"] if step not in ("text", "image_url"))
-        wrong = "not supported" if first["type"] == "extra_forbidden" else first["msg"]
+        unknown = first["type"] == "extra_forbidden" or first["loc"][:1] in _WITHOUT_CHOICE
+        wrong = "not supported" if unknown else first["msg"]
         raise PmodError(f"{where or 'the request'}: {wrong}") from None

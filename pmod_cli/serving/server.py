@@ -23,6 +23,7 @@ PATHS = ("/v1/chat/completions", "/v1/models", "/health")
 """Of transformers' server; the others load models by name, or need another kind of model."""
 
 _LOCAL = ("127.0.0.1", "localhost")
+_NO_OBJECT = "the body is no JSON object, or not sent as Content-Type: application/json"
 _LAST_SECONDS = 5
 """How long answers under way may take after Ctrl-C."""
 
@@ -39,9 +40,7 @@ def make_app(model: VisionLanguageModel, name: str, sources: PictureSources, hos
         # Else any web page could reach it, by a name of its own for this machine.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=_LOCAL)
     app.add_exception_handler(PmodError, lambda _, error: _refuse(400, str(error)))
-    app.add_exception_handler(
-        RequestValidationError, lambda _, __: _refuse(400, "the body is no JSON object")
-    )
+    app.add_exception_handler(RequestValidationError, lambda _, __: _refuse(400, _NO_OBJECT))
     app.add_exception_handler(HTTPException, _told)
     return app
 
@@ -65,7 +64,10 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         taken.close()
         why = getattr(error, "strerror", None) or error
-        raise PmodError(f"cannot listen on {host}, port {port}: {why}", "--port 0 takes a free one") from None
+        raise PmodError(
+            f"cannot listen on {host}, port {port}: {why}",
+            "--host and --port name another; --port 0 any that is free",
+        ) from None
     return taken
 
 
