@@ -222,9 +222,11 @@ class VisionLanguageModel:
             text = PLACEHOLDER * len(prompt.images) + text
         if prompt.videos and VIDEO_PLACEHOLDER not in text:
             text = VIDEO_PLACEHOLDER * len(prompt.videos) + text
-        turn = message(self.processor, "user", text, videos=bool(prompt.videos))
+        return self._template([message(self.processor, "user", text, videos=bool(prompt.videos))])
+
+    def _template(self, turns: Sequence[Mapping[str, Any]]) -> str:
         with told_as("the checkpoint's chat template fails"):
-            text = self.processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+            text: str = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         if len(text) > _LONGEST:
             raise PmodError(f"the prompt takes {len(text):,} characters", "it cannot be meant")
         return text
@@ -241,14 +243,37 @@ class VisionLanguageModel:
         """The model's inputs for a batch of prompts, padded on the left, on the CPU; else `PmodError`."""
         videos = [video for prompt in prompts for video in prompt.videos]
         texts = [self.render(prompt) for prompt in prompts]
+        return self._process(texts, [prompt.images for prompt in prompts], videos)
+
+    def encode_chat(self, turns: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> Any:
+        """The model's inputs for one conversation and its pictures in order, where the model is; else `PmodError`.
+
+        Threads may call it side by side: without padding, nothing of the tokenizer is changed.
+        """
+        return self._placed(self._process([self._template(turns)], [images], padding=False))
+
+    def _process(
+        self,
+        texts: list[str],
+        images: Sequence[Sequence[Image.Image]],
+        videos: Sequence[np.ndarray] = (),
+        padding: bool = True,
+    ) -> Any:
         with told_as("the checkpoint's processor fails"):
             return self.processor(
                 text=texts,
-                images=in_groups(self.processor, [prompt.images for prompt in prompts]),
-                **({"videos": videos, "do_sample_frames": False} if videos else {}),
-                padding=True,
+                images=in_groups(self.processor, images),
+                **({"videos": list(videos), "do_sample_frames": False} if videos else {}),
+                padding=padding,
                 return_tensors="pt",
             )
+
+    def _placed(self, inputs: Any) -> Any:
+        """On the model's device, pixels in its number format."""
+        inputs = inputs.to(self.device)
+        for name in inputs.keys() & {"pixel_values", "pixel_values_videos"}:
+            inputs[name] = inputs[name].to(self.model.dtype)
+        return inputs
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
@@ -256,14 +281,12 @@ class VisionLanguageModel:
 
         A setting ``until``, a string or several, ends an answer with the first of them that it contains.
         """
-        inputs = self.encode(prompts).to(self.device)
+        inputs = self._placed(self.encode(prompts))
         until = settings.get("until") or []
         strings = [string for string in ([until] if isinstance(until, str) else until) if string]
         # Beams change places, so that a row that stopped need not be the answer's.
         stops = strings and settings.get("num_beams") in (None, 1)
         stop = _StopStrings(self.processor.tokenizer, strings, inputs["input_ids"].shape)
-        for name in inputs.keys() & {"pixel_values", "pixel_values_videos"}:
-            inputs[name] = inputs[name].to(self.model.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             kept = {"cache_implementation": "static"} if self.cache == "static" else {}

@@ -17,7 +17,7 @@ LAYERS = (
     {"cli"},
     {"demo"},
     {"report", "doctor", "calibration"},
-    {"visualize", "evaluation", "training", "conversion", "profiling"},
+    {"visualize", "evaluation", "training", "conversion", "profiling", "serving"},
     {"generation", "data"},
     {"plots", "kernels"},
     {"recipe", "checkpoints", "devices", "extras", "published", "pictures"},

@@ -18,6 +18,7 @@ for _command in (
     "data",
     "profile",
     "generate",
+    "serve",
     "eval",
     "visualize",
     "report",

@@ -50,6 +50,9 @@ COMMANDS = {
         Command("profile", _PROFILE, (), ("fvcore",), _PROFILING),
         Command("eval", ("pmod_cli.evaluation.evaluate",), ("lmms_eval", "datasets")),
         Command("generate", ("pmod_cli.generation",)),
+        Command(
+            "serve", ("pmod_cli.generation", "pmod_cli.serving.request"), ("fastapi", "uvicorn", "openai")
+        ),
         Command("visualize", (_VISUALIZE,), without={"matplotlib": "only --html"}),
         Command("report", ("pmod_cli.report.write",), ("matplotlib",)),
         Command(

@@ -64,6 +64,22 @@ def message(processor: Any, role: str, text: str, *, videos: bool = False) -> di
     return {"role": role, "content": [_written(written)]}
 
 
+def turn_of_parts(processor: Any, role: str, parts: Sequence[str | None]) -> dict[str, Any]:
+    """One turn for ``apply_chat_template``: texts, and None where a picture is; the template says where they go.
+
+    Special tokens in a text, ``<image>`` too, are text, as in `message`.
+    """
+    special, made = _special_tokens(processor.tokenizer), []
+    for part in parts:
+        if part is None:
+            made.append({"type": "image"})
+            continue
+        text = special.sub(_broken, part)
+        behind = bool(made) and all(each["type"] == "image" for each in made)
+        made.append(_written(text.lstrip() if behind else text))
+    return {"role": role, "content": made}
+
+
 def _written(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 

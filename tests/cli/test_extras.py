@@ -93,6 +93,7 @@ COMMANDS = {
         ["data", "check", "TABLE"],
     ),
     "fvcore": (["profile", "llava-1.5-7b", "--counter", "fvcore"], DEMO),
+    "fastapi": (["serve", BASELINE],),
     "peft": ([*TRAIN, "--set", "train.lora={}"],),
     "tensorboard": ([*TRAIN, "--set", "train.report_to=[tensorboard]"],),
     "matplotlib": (
