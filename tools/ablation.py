@@ -67,11 +67,11 @@ class KeptWeighted(Routing):
 def weighting(everything: bool) -> Iterator[None]:
     """Models weight all vision tokens, or the kept ones alone, while the block runs."""
     before: Any = layers.Routing
-    layers.Routing = before if everything else KeptWeighted  # type: ignore[misc]
+    vars(layers)["Routing"] = before if everything else KeptWeighted
     try:
         yield
     finally:
-        layers.Routing = before  # type: ignore[misc]
+        vars(layers)["Routing"] = before
 
 
 def schedule(shape: str) -> Ratios:

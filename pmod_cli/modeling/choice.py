@@ -25,11 +25,12 @@ PRESENCE = "pmod_presence"
 """Name of the attention implementation."""
 
 _FAR = 1e9
+_TINY = torch.finfo(torch.float32).tiny
 _LEAST_WIDTH = 1e-3
 """The width where all logits are alike, as of new routers."""
 
-_HIGHEST = 15.0
-"""By how much, at most, a skipped token's score may be above all kept ones', as an exponent of e."""
+_HIGHEST = 30.0
+"""By how much, at most, an absent token's score may be above all present ones'; e to its power is a number in fp32."""
 
 
 def learning_choice(
@@ -94,7 +95,10 @@ def presence_attention(
     token_presence: Tensor,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention to present tokens; the gradient of ``token_presence`` knows what absent ones would add.
+    """Causal attention to present tokens.
+
+    The gradient of an absent token's presence is what the output would change by if the token were there. (The mere
+    derivative has no bound: an absent token may fit the query far better than all that are present.)
 
     Args:
         module: The attention module.
@@ -118,8 +122,12 @@ def presence_attention(
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
     seen = causal & (token_presence.detach() > 0)[:, None, None]
     top = scores.detach().masked_fill(~seen, -_FAR).amax(-1, keepdim=True)
-    odds = (scores - top).clamp(max=_HIGHEST).exp() * causal * token_presence[:, None, None]
-    total = odds.sum(-1, keepdim=True).clamp(min=torch.finfo(odds.dtype).tiny)
+    odds = (scores - top).clamp(max=_HIGHEST).exp() * causal
+    with torch.no_grad():
+        present = (odds * seen).sum(-1, keepdim=True)
+        share = torch.where(seen, 1.0, present / (present + odds).clamp(min=_TINY))
+    odds = odds * share * token_presence[:, None, None]
+    total = odds.sum(-1, keepdim=True).clamp(min=_TINY)
     attention = nn.functional.dropout(odds / total, dropout, module.training)
     return (attention.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 

@@ -105,7 +105,7 @@ def main() -> None:
         outcome = Outcome(np.array(divergence), np.array(agreement))
         gains: list[Any] = [bench.compare("judge", start.divergence, outcome.divergence)]
         gains.append(bench.compare("judge", outcome.agreement, start.agreement))
-        told(name, outcome, *gains, seconds)
+        told(name, outcome, gains[0], gains[1], seconds)
 
 
 def judged(bench: Bench, checkpoint: Path) -> Outcome:
