@@ -114,8 +114,8 @@ class TrainSettings(_Section):
     image_position: Literal["written", "front"] = "written"
     group_by_modality_length: bool = True
     freeze_vision_tower: bool = True
-    parts: tuple[Literal["routers", "projector", "lora"], ...] | None = Field(
-        None, description="Train these alone; none for everything, or with lora for all three."
+    parts: tuple[Literal["routers", "lora"], ...] | None = Field(
+        None, description="Train these alone, with distill; none for everything, or with lora for LoRA's set."
     )
     distill: bool = Field(False, description="Learn the dense model's token distributions, not the labels.")
     attn_implementation: str | None = None
@@ -148,14 +148,13 @@ class TrainSettings(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
-        if self.parts is not None and not self.parts:
-            raise ValueError("train.parts names nothing to train")
+        if self.parts is not None and "routers" not in self.parts:
+            raise ValueError("train.parts is [routers] or [routers, lora]")
         if self.lora is not None and self.parts is not None and "lora" not in self.parts:
             raise ValueError("train.lora goes with lora in train.parts")
-        if self.distill and self.lora is None and self.parts != ("routers",):
+        if self.distill != (self.parts is not None):
             raise ValueError(
-                "train.distill needs the dense model beside the trained one: train.parts: [routers], or LoRA, whose "
-                "adapters can be switched off"
+                "train.parts and train.distill: true go together: the frozen model is what is learned from"
             )
         return self
 

@@ -3,7 +3,7 @@
 Each variant is converted, fine-tuned by ``pmod finetune``'s own code, and judged on the demo's 600 held-out questions,
 once per seed. All keep the same mean share of vision tokens. What is done is kept, so an interrupted run goes on::
 
-    python tools/ablation.py ablation                     # trains 6 models per seed; one to three minutes each
+    python tools/ablation.py ablation                     # trains 6 models per seed, half a minute each
     python tools/ablation.py ablation --write docs/ablation.md    # puts what is measured into the page
 """
 
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--write", type=Path, help="a page with the two marks; nothing is trained")
     args = parser.parse_args()
     logging.disable_progress_bar()

@@ -72,9 +72,10 @@ def test_activations_of_lora_are_what_a_forward_pass_keeps(parts, dtype):
             "train.micro_batch_size=2",
             "train.gradient_checkpointing=false",
             f"train.parts={parts}",
+            f"train.distill={str(parts != 'null').lower()}",
             f"train.lora={lora}",
         ]
-    ).train
+    ).train.model_copy(update={"distill": False})  # the dense model's turn keeps nothing
     model = tiny_model(mod=MoDConfig([None, None, 0.8, 0.6, 0.4, 0.2, 0.15, 0.15]), **WIDE).train()
     if settings.learns_choice:
         learn_choice(model)

@@ -376,7 +376,12 @@ def test_what_is_learned_from_is_the_dense_model(pmod_start, demo_data, processo
     with torch.no_grad():
         wanted = answer_logprobs(dense(**plain).logits, batch["labels"])
     start = _set_routers(tmp_path / "start", pmod_start)
-    settings = ["train.parts=[routers, lora]", "train.dtype=float32", "train.gradient_checkpointing=false"]
+    settings = [
+        "train.parts=[routers, lora]",
+        "train.distill=true",
+        "train.dtype=float32",
+        "train.gradient_checkpointing=false",
+    ]
     network, _ = load_for_training(start, default_recipe(settings).train)
     for name, parameter in network.named_parameters():
         if "lora_B" in name:
@@ -398,17 +403,17 @@ def test_what_is_learned_from_is_the_dense_model(pmod_start, demo_data, processo
 
 def test_parts_that_cannot_be_trained(baseline, pmod_start, demo_data, tmp_path, recipe):
     with pytest.raises(PmodError, match=r"none of train\.parts: routers"):
-        finetune(baseline, *demo_data, tmp_path / "out", recipe=recipe(parts=["routers"]))
+        finetune(baseline, *demo_data, tmp_path / "out", recipe=recipe(parts=["routers"], distill=True))
     settings = recipe(parts=["routers", "lora"], distill=True)
     with pytest.raises(PmodError, match="this one is dense"):
         finetune(baseline, *demo_data, tmp_path / "out", recipe=settings)
     for train, message in (
-        ({"distill": True}, "train.distill needs the dense model"),
-        ({"distill": True, "parts": ["routers", "projector"]}, "train.distill needs the dense model"),
-        ({"parts": []}, "names nothing"),
-        ({"parts": ["projector"], "lora": {}}, "lora in train.parts"),
-        ({"parts": ["tower"]}, "train.parts"),
+        ({"distill": True}, "go together"),
+        ({"parts": ["routers"]}, "go together"),
+        ({"parts": [], "distill": True}, "is .routers. or .routers, lora."),
+        ({"parts": ["routers"], "lora": {}, "distill": True}, "lora in train.parts"),
+        ({"parts": ["tower"], "distill": True}, "train.parts"),
     ):
         with pytest.raises(PmodError, match=message):
             recipe(**train)
-    assert recipe(parts=["routers", "lora"]).train.lora is not None
+    assert recipe(parts=["routers", "lora"], distill=True).train.lora is not None
