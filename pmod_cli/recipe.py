@@ -114,6 +114,10 @@ class TrainSettings(_Section):
     image_position: Literal["written", "front"] = "written"
     group_by_modality_length: bool = True
     freeze_vision_tower: bool = True
+    parts: tuple[Literal["routers", "lora"], ...] | None = Field(
+        None, description="Train these alone, with distill; none for everything, or with lora for LoRA's set."
+    )
+    distill: bool = Field(False, description="Learn the dense model's token distributions, not the labels.")
     attn_implementation: str | None = None
     kernels: Literal["auto", "torch", "liger"] = Field("auto", description="See --kernels of pmod profile.")
     num_workers: int = Field(4, ge=0, lt=2**31)
@@ -134,6 +138,35 @@ class TrainSettings(_Section):
         if value == 0:
             raise ValueError("0 steps train nothing; -1 stands for whole epochs")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_lora(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "lora" in (data.get("parts") or ()) and data.get("lora") is None:
+            return data | {"lora": {}}
+        return data
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
+        if self.parts is not None and "routers" not in self.parts:
+            raise ValueError("train.parts is [routers] or [routers, lora]")
+        if self.lora is not None and self.parts is not None and "lora" not in self.parts:
+            raise ValueError("train.lora goes with lora in train.parts")
+        if self.distill != (self.parts is not None):
+            raise ValueError(
+                "train.parts and train.distill: true go together: the frozen model is what is learned from"
+            )
+        return self
+
+    @property
+    def backbone_frozen(self) -> bool:
+        """Whether most weights stay as they are, and are held in ``dtype``."""
+        return self.parts is not None or self.lora is not None
+
+    @property
+    def learns_choice(self) -> bool:
+        """Whether routers are trained through the choice of tokens: what they would lose without."""
+        return "routers" in (self.parts or ())
 
     @field_validator("report_to", mode="before")
     @classmethod

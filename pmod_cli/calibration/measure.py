@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,13 +40,18 @@ def measure(routable: Routable, batches: Sequence[Batch], ratios: Ratios, select
         ratios: Retention ratio of each layer, None for a dense one.
         selection: What chooses the tokens; of one that is drawn, the mean over its draws.
     """
-    divergences, agreements = [], []
     with selection.on(routable, ratios) as model:
-        for batch in batches:
-            logprobs = [answer_logprobs(model, batch) for _ in range(selection.draws)]
-            each = [_compare(batch, drawn) for drawn in logprobs]
-            divergences.append(torch.stack([divergence for divergence, _ in each]).mean(0).cpu())
-            agreements.append(torch.stack([agreement for _, agreement in each]).mean(0).cpu())
+        return judge(model, batches, selection.draws)
+
+
+def judge(model: Any, batches: Sequence[Batch], draws: int = 1) -> Outcome:
+    """See `measure`: of a model as it is, the mean over so many passes; no gradients are wanted."""
+    divergences, agreements = [], []
+    for batch in batches:
+        logprobs = [answer_logprobs(model, batch) for _ in range(draws)]
+        each = [_compare(batch, drawn) for drawn in logprobs]
+        divergences.append(torch.stack([divergence for divergence, _ in each]).mean(0).cpu())
+        agreements.append(torch.stack([agreement for _, agreement in each]).mean(0).cpu())
     return Outcome(torch.cat(divergences).numpy(), torch.cat(agreements).numpy())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from pmod_cli.modeling.cache import KeptTokens
+from pmod_cli.modeling.choice import learning_choice
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.masks import causal_mask
 from pmod_cli.modeling.plan import RoutingPlan
@@ -29,10 +30,12 @@ class MoDDecoderLayer:
     Attributes:
         router: See `Router`.
         retention_ratio: Share of the routed tokens that the layer keeps; None: it runs dense, as if it had no router.
+        learns_choice: Whether training goes through the choice of tokens (`pmod_cli.modeling.choice`).
     """
 
     router: Router
     retention_ratio: float | None
+    learns_choice: bool = False
 
     def add_router(self, hidden_size: int, config: MoDConfig, ratio: float | None) -> None:
         """Give the layer its router and its retention ratio."""
@@ -66,6 +69,8 @@ class MoDDecoderLayer:
         cache: Cache | None = kwargs.get(CACHE_ARGUMENT)
         store = None if cache is None else cache.layers[self.self_attn.layer_idx]  # type: ignore[attr-defined]
         if routing_plan is not None and routing_plan.routes(self.self_attn.layer_idx):  # type: ignore[attr-defined]
+            if self.learns_choice and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+                return learning_choice(self, hidden_states, position_embeddings, routing_plan, kwargs)
             return self._routed(hidden_states, position_embeddings, store, routing_plan, kwargs)
         real = None if routing_plan is None else routing_plan.real_mask
         if store is not None and store.started:  # which may have left no slot in use

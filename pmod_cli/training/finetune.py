@@ -23,8 +23,8 @@ from pmod_cli.recipe import Recipe
 from pmod_cli.training import preflight
 from pmod_cli.training.callbacks import Preempted, RatioWarmup, StopAtSignal
 from pmod_cli.training.finish import EVENTS, METRICS, save_result
-from pmod_cli.training.memory import describe, device_memory, estimate
-from pmod_cli.training.model import count_parts, load_for_training
+from pmod_cli.training.memory import describe, device_memory, estimate, frozen_bytes
+from pmod_cli.training.model import check_parts, count_parts, load_for_training
 from pmod_cli.training.monitor import BadSampleLog, Monitor, ProgressCallback, make_probe, read_metrics
 from pmod_cli.training.trainer import (
     KEPT_CHECKPOINTS,
@@ -165,12 +165,16 @@ class _Run:
         settings, data = self.settings, self.conversations
         source = self.checkpoint if self.checkpoint and self.loads_checkpoint else self.model
         self.network, self.processor = load_for_training(source, settings)
+        check_parts(self.network, settings)
         self.dataset = EncodedDataset(
             data.samples, data.pictures, self.processor, settings.max_length, settings.image_position
         )
         self.parts = count_parts(self.network)
         copies = 1 if self.checkpoint else min(KEPT_CHECKPOINTS + 1, -(-self.steps // settings.save_steps))
-        check_space(self.work, copies * checkpoint_bytes(self.parts, adapter_only=settings.lora is not None))
+        size = checkpoint_bytes(
+            self.parts, adapter_only=settings.lora is not None, frozen_size=frozen_bytes(settings)
+        )
+        check_space(self.work, copies * size)
         workload = describe(self.network, *longest_sample(self.dataset))
         self.memory = estimate(workload, settings, self.arguments.world_size, self.shards, device_memory())
 
@@ -195,6 +199,7 @@ class _Run:
             bad=bad,
             router_learning_rate=settings.router_learning_rate,
             weights_loaded=self.loads_checkpoint,
+            distill=settings.distill,
             callbacks=[monitor, *([RatioWarmup(network, warmup)] if warmup else [])],
         )
         monitor.trainer = trainer

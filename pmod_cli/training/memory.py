@@ -32,6 +32,7 @@ class Workload:
         hidden: Width of the residual stream.
         intermediate: Width of the MLP.
         kv_width: Width of the keys, and of the values.
+        heads: Of the attention.
         vocabulary: Rows of the output head.
         retention: Retention ratios of the decoder layers; all None for a dense model.
         tokens: Tokens of the longest sample, pictures included.
@@ -45,6 +46,7 @@ class Workload:
     hidden: int
     intermediate: int
     kv_width: int
+    heads: int
     vocabulary: int
     retention: Ratios
     tokens: int
@@ -74,6 +76,7 @@ def describe(network: nn.Module, tokens: int, vision_tokens: int) -> Workload:
         hidden=text.hidden_size,
         intermediate=text.intermediate_size,
         kv_width=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        heads=heads,
         vocabulary=text.vocab_size,
         retention=config.mod_config.retention_ratios if mod else [None] * text.num_hidden_layers,
         tokens=tokens,
@@ -132,14 +135,23 @@ def estimate(
     return result
 
 
+def frozen_bytes(settings: TrainSettings) -> int:
+    """Bytes that a frozen weight takes: where the whole backbone is frozen, those of ``train.dtype``."""
+    return _size(settings) if settings.backbone_frozen else 4
+
+
+def _size(settings: TrainSettings) -> int:
+    return 4 if settings.dtype == "float32" else 2
+
+
 def _estimate(
     work: Workload, settings: TrainSettings, world: int, shards: str | None, available: int | None
 ) -> dict[str, Any]:
-    half = 2 if settings.dtype != "float32" else 4
+    half = _size(settings)
     deepspeed = shards is not None and shards.startswith("zero")
     # DeepSpeed holds half-precision weights and float32 copies of them; else weights are float32.
     trained_size = half if deepspeed else 4
-    frozen_size = half if deepspeed or settings.lora is not None else 4
+    frozen_size = half if deepspeed else frozen_bytes(settings)
     optimizer_size = 8 + (4 if deepspeed and half == 2 else 0)
     split_optimizer = world if shards is not None else 1
     split_gradients = world if shards in ("fsdp", "zero2", "zero3") else 1
@@ -166,14 +178,23 @@ def _activations(work: Workload, settings: TrainSettings, size: int) -> int:
     # and keys, values, what attention and projections give, and the MLP's four.
     norms = (16 if size == 2 else 8) * hidden
     layer = norms + size * (7 * hidden + 4 * kv + 4 * work.intermediate)
+    if settings.lora is not None:
+        # Of each of the seven linear layers what dropout leaves of its input, with the mask, and the narrow middle.
+        dropped = (size + 1 if settings.lora.dropout else 0) * (6 * hidden + work.intermediate)
+        layer += dropped + 7 * settings.lora.r * size
     text = work.tokens - work.vision_tokens
     kept = text + mean_retention(work.retention) * work.vision_tokens
+    if settings.learns_choice:
+        # All tokens are computed, and attention keeps its scores: three in fp32, one in the model's format.
+        kept = work.tokens
+        layer += work.heads * work.tokens * (12 + size)
     if settings.gradient_checkpointing:
         decoder: float = work.layers * work.tokens * hidden * size + work.tokens * layer
     else:
         decoder = work.layers * kept * layer
-    # Logits, their float32 copy and its gradient, from the first answer on.
-    head = text * work.vocabulary * (size + 8)
+    # Logits, their float32 copy and its gradient, from the first answer on; to distil, the dense model's and both
+    # models' log-probabilities too.
+    head = text * work.vocabulary * (size + 8 + (12 if settings.distill else 0))
     return int(decoder + head)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from pmod_cli.families.chat_templates import VICUNA_V1, fit_template
 from pmod_cli.families.image_processors import PmodLlavaImageProcessor
 from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.kernels import use_kernels
+from pmod_cli.modeling.layer import MoDDecoderLayer
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError, told_as
-from pmod_cli.recipe import LoraSettings, TrainSettings
+from pmod_cli.recipe import TrainSettings
 
 LORA_TARGETS = (
     r".*\.(?:language_model|text_model)\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -56,15 +58,17 @@ def count_parts(model: nn.Module) -> list[dict[str, Any]]:
     return [counts[part] for part in PARTS if part in counts]
 
 
-def freeze(model: nn.Module, *, vision_tower: bool) -> None:
-    """Train everything, except the vision tower if it is to be frozen."""
+def freeze(model: nn.Module, *, vision_tower: bool, parts: Sequence[str] | None = None) -> None:
+    """Train these of `PARTS` alone; with None everything, except the vision tower if it is to be frozen."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not (vision_tower and part_of(name) == "vision tower"))
+        part = part_of(name)
+        trained = part in parts if parts is not None else not (vision_tower and part == "vision tower")
+        parameter.requires_grad_(trained)
 
 
 def load_for_training(model: str | Path, settings: TrainSettings) -> tuple[Any, Any]:
     """The network, on the CPU, and its processor; `PmodError` if it cannot be loaded or the recipe does not fit."""
-    # Weights that are trained need float32: bfloat16 would round small updates away.
+    # Weights that are trained need float32: bfloat16 would round small updates away, and a resumed run's.
     dtype = "float32" if settings.lora is None else settings.dtype
     loaded = VisionLanguageModel.load(
         model, dtype=dtype, device="cpu", attn_implementation=settings.attn_implementation, kernels="torch"
@@ -76,10 +80,28 @@ def load_for_training(model: str | Path, settings: TrainSettings) -> tuple[Any, 
         # Renamed in transformers 5.24.
         enable = getattr(network, "activation_checkpointing_enable", None)
         (enable or network.gradient_checkpointing_enable)({"use_reentrant": False})
+    if settings.learns_choice:
+        learn_choice(network)
     if settings.lora is not None:
-        return _add_lora(network, settings.lora), processor
-    freeze(network, vision_tower=settings.freeze_vision_tower)
+        return add_lora(network, settings), processor
+    freeze(network, vision_tower=settings.freeze_vision_tower, parts=settings.parts)
+    if settings.parts is not None:
+        _shrink_frozen(network, getattr(torch, settings.dtype))
     return network, processor
+
+
+def check_parts(network: Any, settings: TrainSettings) -> None:
+    """Refuse a run that would train nothing, or would distil a dense model into itself."""
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise PmodError(f"the model has none of train.parts: {', '.join(settings.parts or ())}")
+    if settings.distill and not any(is_router(name) for name, _ in network.named_parameters()):
+        raise PmodError("train.distill is for a p-MoD model, and this one is dense", "pmod convert it first")
+
+
+def _shrink_frozen(network: nn.Module, dtype: torch.dtype) -> None:
+    for parameter in network.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def load_processor(model: str | Path, settings: TrainSettings) -> Any:
@@ -137,18 +159,30 @@ def apply_aspect(config: Any, processor: Any, aspect: str) -> Any:
     return processor
 
 
-def _add_lora(model: nn.Module, settings: LoraSettings) -> Any:
+def learn_choice(network: nn.Module) -> None:
+    """Let routers be trained through the choice of tokens (`pmod_cli.modeling.choice`)."""
+    for layer in network.modules():
+        if isinstance(layer, MoDDecoderLayer):
+            layer.learns_choice = True
+
+
+def add_lora(model: nn.Module, settings: TrainSettings) -> Any:
     """Wrap a model for LoRA with PEFT; what is trained is in float32, whatever the base is in."""
+    lora, parts = settings.lora, settings.parts
+    assert lora is not None
     require("peft")
     from peft import LoraConfig, get_peft_model
 
     names = [name for name, _ in model.named_parameters()]
-    in_full = {"router"} if any(map(is_router, names)) else set()
-    in_full |= {match[1] for name in names if (match := _NAMES["projector"].search(name))}
+    in_full = set()
+    if parts is None or "routers" in parts:
+        in_full |= {"router" for name in names if is_router(name)}
+    if parts is None or "projector" in parts:
+        in_full |= {match[1] for name in names if (match := _NAMES["projector"].search(name))}
     config = LoraConfig(
-        r=settings.r,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
         target_modules=LORA_TARGETS,
         modules_to_save=sorted(in_full),
     )

@@ -95,6 +95,11 @@ def training_arguments(
 ) -> TrainingArguments:
     """The Trainer's arguments, if this machine can follow them; making them starts the process group under torchrun."""
     on_gpu = torch.cuda.is_available()
+    if sharding() is not None and settings.distill:
+        raise PmodError(
+            "train.distill runs with whole models, and accelerate was told to shard this one",
+            "use recipes/accelerate/ddp.yaml",
+        )
     if sharding() is not None and not on_gpu:
         # Tried: on the CPU the Trainer silently runs DDP when FSDP is asked for.
         raise PmodError(

@@ -36,6 +36,7 @@ from transformers.trainer_callback import PrinterCallback
 from pmod_cli.data.batches import OrderedSampler
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import GateError, PmodError, first_line
+from pmod_cli.training.distill import answer_logprobs, divergence, teacher_logprobs
 from pmod_cli.training.monitor import BadSampleLog
 
 STAGING = "saving"
@@ -46,7 +47,8 @@ KEPT_CHECKPOINTS = 2
 class PmodTrainer(Trainer):
     """The Trainer, with the changes that the module lists.
 
-    ``weights_loaded`` says that the model already has the weights of the checkpoint that is resumed from.
+    ``weights_loaded`` says that the model already has the weights of the checkpoint that is resumed from; with
+    ``distill`` the loss is the divergence from the dense model.
     """
 
     def __init__(
@@ -56,12 +58,13 @@ class PmodTrainer(Trainer):
         bad: BadSampleLog,
         router_learning_rate: float | None = None,
         weights_loaded: bool = False,
+        distill: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(compute_loss_func=self._divergence if distill else None, **kwargs)
         self.sampler, self.bad = sampler, bad
         self.router_learning_rate = router_learning_rate
-        self.weights_loaded = weights_loaded
+        self.weights_loaded, self.distill = weights_loaded, distill
         self._step_ids: list[str] = []
         self._step_losses: list[Tensor] = []
         self._samples = self._tokens = 0
@@ -120,6 +123,17 @@ class PmodTrainer(Trainer):
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self._step_losses.append(loss.detach())
         return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, after the dense model's turn where that is learned from."""
+        if self.distill:
+            self._teacher = teacher_logprobs(model, self.accelerator.unwrap_model(model), inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _divergence(
+        self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        return divergence(self._teacher, answer_logprobs(outputs.logits, labels), num_items_in_batch)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm, just before the optimizer steps; `GateError` if it or a loss is not finite.
@@ -205,11 +219,13 @@ def last_checkpoint(folder: Path) -> Path | None:
     return next(reversed(checkpoints(folder)), None)
 
 
-def checkpoint_bytes(parts: Sequence[dict[str, Any]], *, adapter_only: bool) -> int:
-    """Size of a checkpoint: float32 weights (with LoRA, of what is trained) and Adam's two moments."""
-    trained = sum(part["trained"] for part in parts)
-    saved = trained if adapter_only else trained + sum(part["frozen"] for part in parts)
-    return 4 * saved + 8 * trained
+def checkpoint_bytes(parts: Sequence[dict[str, Any]], *, adapter_only: bool, frozen_size: int = 4) -> int:
+    """Size of a checkpoint: float32 weights (with LoRA, of what is trained) and Adam's two moments.
+
+    A frozen weight takes ``frozen_size`` bytes.
+    """
+    trained, frozen = (sum(part[kind] for part in parts) for kind in ("trained", "frozen"))
+    return 12 * trained + (0 if adapter_only else frozen_size * frozen)
 
 
 def peak_memory() -> int:

@@ -9,7 +9,7 @@ from pmod_cli.modeling.schedule import shifted_cosine
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.recipe import default_recipe, load_recipe
 from pmod_cli.training.memory import Workload, describe, estimate
-from pmod_cli.training.model import freeze
+from pmod_cli.training.model import add_lora, freeze, learn_choice
 from tests.common.tiny import IMAGE, pictures, prompt, tiny_model
 
 WIDE = {"hidden_size": 128, "intermediate_size": 320, "vocab_size": 1000}
@@ -62,6 +62,42 @@ def test_activations_are_what_a_forward_pass_keeps(mod, dtype):
     assert found["weights"] == sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("parts", ["null", "[routers, lora]"])
+def test_activations_of_lora_are_what_a_forward_pass_keeps(parts, dtype):
+    lora = "{r: 8, alpha: 8, dropout: 0.05}"
+    settings = default_recipe(
+        [
+            f"train.dtype={dtype}",
+            "train.micro_batch_size=2",
+            "train.gradient_checkpointing=false",
+            f"train.parts={parts}",
+            f"train.distill={str(parts != 'null').lower()}",
+            f"train.lora={lora}",
+        ]
+    ).train.model_copy(update={"distill": False})  # the dense model's turn keeps nothing
+    model = tiny_model(mod=MoDConfig([None, None, 0.8, 0.6, 0.4, 0.2, 0.15, 0.15]), **WIDE).train()
+    if settings.learns_choice:
+        learn_choice(model)
+    model = add_lora(model, settings)
+    if dtype == "bfloat16":
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    ids = torch.tensor([prompt(4, 60, seed=seed) for seed in range(2)])
+    labels = ids.masked_fill(ids == IMAGE, -100)[:, 100:]
+    inputs = {
+        "input_ids": ids,
+        "pixel_values": pictures(8),
+        "labels": labels,
+        "logits_to_keep": labels.shape[1],
+    }
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        measured = _kept_bytes(model, inputs)
+    found = estimate(describe(model, ids.shape[1], 100), settings, 1, None, None)
+    assert found["activations"] == pytest.approx(measured, rel=0.2)
+
+
 def _seven_billion(**changes):
     """LLaVA-1.5-7B as numbers."""
     return Workload(
@@ -73,6 +109,7 @@ def _seven_billion(**changes):
             "hidden": 4096,
             "intermediate": 11008,
             "kv_width": 4096,
+            "heads": 32,
             "vocabulary": 32064,
             "retention": shifted_cosine(32),
             "tokens": 2048,
@@ -103,6 +140,9 @@ def test_the_shipped_set_ups_fit_their_cards():
     subject = _seven_billion(trained=320_000_000 + 21_000_000, frozen=7_063_000_000)
     assert estimate(subject, small, 1, None, 24 * GIB)["fits"]
     assert not estimate(subject, small, 1, None, 16 * GIB)["fits"]
+    small = load_recipe("calibrated-lora-llava-1.5-7b").train
+    subject = _seven_billion(trained=160_000_000 + 131_000, frozen=7_063_000_000)
+    assert estimate(subject, small, 1, None, 24 * GIB)["fits"]
 
 
 def test_sharding_divides():

@@ -330,3 +330,90 @@ def test_input_that_cannot_work(pmod_start, demo_data, tmp_path, recipe):
         finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe(image_aspect_ratio="anyres"))
     with pytest.raises(PmodError, match="--merge"):
         finetune(pmod_start, *demo_data, tmp_path / "out", recipe=recipe(), merge_lora=True)
+
+
+def _set_routers(folder, source, scale=0.02):
+    """A copy of a checkpoint with routers that prefer something, and a tighter schedule."""
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".router.weight" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+    model.config.mod["retention_ratios"] = [None, None, 0.05, 0.05, 0.05, 0.05, 0.05, 0.05]
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def test_routers_alone_learn_from_the_dense_model(pmod_start, demo_data, tmp_path, recipe):
+    start = _set_routers(tmp_path / "start", pmod_start)
+    train = {"parts": ["routers"], "distill": True, "learning_rate": 2e-3, "max_steps": 24, "save_steps": 100}
+    result = finetune(start, *demo_data, tmp_path / "out", recipe=recipe(**train, dtype="bfloat16"))
+    losses = [row["loss"] for row in read_json_lines(tmp_path / "out" / "metrics.jsonl") if "loss" in row]
+    assert sum(losses[-8:]) < 0.8 * sum(losses[:8]), losses
+    parts = {part["part"]: part for part in result["parts"]}
+    assert [name for name, part in parts.items() if part["trained"]] == ["routers"]
+    assert result["memory"]["optimizer"] == 8 * parts["routers"]["trained"]
+    before, after = _tensors(start), _tensors(tmp_path / "out")
+    for key, tensor in before.items():
+        rounded = tensor.bfloat16().float()
+        assert torch.equal(rounded, after[key]) == (".router." not in key), key  # the last layer's learns too
+
+
+def test_what_is_learned_from_is_the_dense_model(pmod_start, demo_data, processor, tmp_path):
+    from pmod_cli.data.batches import Collator, EncodedDataset
+    from pmod_cli.data.dataset import open_data
+    from pmod_cli.recipe import default_recipe
+    from pmod_cli.training.distill import answer_logprobs, divergence, teacher_logprobs
+    from pmod_cli.training.model import load_for_training
+
+    data = open_data(*demo_data)
+    dataset = EncodedDataset(data.samples, data.pictures, processor, 2048)
+    batch = Collator(processor)([dataset[0], dataset[1]])
+    batch.pop("notes")
+    plain = {key: value for key, value in batch.items() if key != "labels"}
+    dense = AutoModelForImageTextToText.from_pretrained(BASELINE, dtype=torch.float32)
+    with torch.no_grad():
+        wanted = answer_logprobs(dense(**plain).logits, batch["labels"])
+    start = _set_routers(tmp_path / "start", pmod_start)
+    settings = [
+        "train.parts=[routers, lora]",
+        "train.distill=true",
+        "train.dtype=float32",
+        "train.gradient_checkpointing=false",
+    ]
+    network, _ = load_for_training(start, default_recipe(settings).train)
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    network.train()
+    ratios = [layer.retention_ratio for layer in network.modules() if isinstance(layer, MoDDecoderLayer)]
+    torch.testing.assert_close(teacher_logprobs(network, network, batch), wanted, rtol=1e-4, atol=1e-4)
+    assert ratios == [
+        layer.retention_ratio for layer in network.modules() if isinstance(layer, MoDDecoderLayer)
+    ]
+    student = answer_logprobs(network(**plain).logits, batch["labels"])
+    found = divergence(wanted, student, None).detach()
+    by_hand = (wanted.exp() * (wanted - student)).sum(-1).mean()
+    assert float(found) == pytest.approx(float(by_hand.detach()), rel=1e-4)
+    assert float(found) > 0.01
+    trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
+    assert all(".router." in name or "lora_" in name for name in trained)
+
+
+def test_parts_that_cannot_be_trained(baseline, pmod_start, demo_data, tmp_path, recipe):
+    with pytest.raises(PmodError, match=r"none of train\.parts: routers"):
+        finetune(baseline, *demo_data, tmp_path / "out", recipe=recipe(parts=["routers"], distill=True))
+    settings = recipe(parts=["routers", "lora"], distill=True)
+    with pytest.raises(PmodError, match="this one is dense"):
+        finetune(baseline, *demo_data, tmp_path / "out", recipe=settings)
+    for train, message in (
+        ({"distill": True}, "go together"),
+        ({"parts": ["routers"]}, "go together"),
+        ({"parts": [], "distill": True}, "is .routers. or .routers, lora."),
+        ({"parts": ["routers"], "lora": {}, "distill": True}, "lora in train.parts"),
+        ({"parts": ["tower"], "distill": True}, "train.parts"),
+    ):
+        with pytest.raises(PmodError, match=message):
+            recipe(**train)
+    assert recipe(parts=["routers", "lora"], distill=True).train.lora is not None
