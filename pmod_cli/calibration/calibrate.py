@@ -60,17 +60,18 @@ def calibrate(options: CalibrateOptions, progress: Progress) -> dict[str, Any]:
     started = time.perf_counter()
     options.check()
     local = Path(options.model)
-    check_destination(options.output, local if local.is_dir() else None, options.force)
+    folder = local if local.is_dir() else None
+    check_destination(options.output, folder, options.force, [options.data, options.images])
     base = CheckpointBase.open(options.model)
     if options.schedule == "own" and base.source.model_type != base.family.model_type:
         raise PmodError(f"{options.model} is dense and has no schedule of its own", "--schedule paper")
-    source = open_data(options.data, options.images)
-    questions = draw_questions(source, options.samples, options.seed)
+    data = open_data(options.data, options.images)
+    questions = draw_questions(data, options.samples, options.seed)
     logging.disable_progress_bar()  # one bar is enough
     subject = Subject.load(base, options.dtype, options.device)
     costs = Costs.of(base, subject, [each for part in questions.values() for each in part])
     named = _named_schedules(options, subject, costs)
-    kept = Kept(options.output, _digest(options, base, source.fingerprint))
+    kept = Kept(options.output, _digest(options, base, data.fingerprint))
     bench = Bench.answer(subject, questions, kept, progress, options.batch_size, options.max_new_tokens)
     found = _Search(options, base, subject, costs, bench, named).run()
     found = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pmod_cli.checkpoints.shards import CHUNK, StoredTensor, write_shard
@@ -17,11 +17,13 @@ Progress = Callable[[int], None]
 """Called with a number of bytes each time that many more are in place."""
 
 
-def check_destination(destination: Path, source: Path | None, force: bool) -> None:
+def check_destination(
+    destination: Path, source: Path | None, force: bool, inputs: Iterable[str | Path | None] = ()
+) -> None:
     """Refuse a destination before any work is done.
 
     With ``force`` what pmod wrote there may be replaced, nothing else ever. The source may neither hold it nor lie in
-    it.
+    it; no other input, if one is given, may lie in it.
     """
     path = destination.resolve()
     if source is not None:
@@ -32,7 +34,7 @@ def check_destination(destination: Path, source: Path | None, force: bool) -> No
             raise PmodError(f"{destination} and the source lie one inside the other", "choose another place")
     if destination.is_file():
         raise PmodError(f"{destination} exists and is not a folder")
-    check_place(destination, force)
+    check_place(destination, force, [each for each in inputs if each is not None])
     above = existing_parent(destination)
     if not above.is_dir():
         raise PmodError(f"{above} is a file, so {destination} cannot be made")

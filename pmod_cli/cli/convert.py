@@ -126,9 +126,9 @@ def convert_command(
             revision=revision,
             headers=dry_run,
         )
+        if destination is not None:
+            check_destination(destination, plan.source.folder, force, [vision_tower, projector, tokenizer])
         if dry_run:
-            if destination is not None:
-                check_destination(destination, plan.source.folder, force)
             planned = preview(plan, destination, copy)
             emit_json("convert", planned) if as_json else _show_preview(planned)
             return

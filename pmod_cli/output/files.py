@@ -85,12 +85,15 @@ def open_folder(folder: Path, names: Sequence[str] = ("*",)) -> None:
     ``names`` are patterns of what pmod puts there; `is_ours` takes the folder for pmod's while it holds nothing else.
 
     Raises:
-        PmodError: There is something else.
+        PmodError: There is something else, a finished output of pmod's included.
     """
-    if folder.exists() and _marked(folder) is None and not (folder.is_dir() and is_ours(folder)):
+    mark = _marked(folder)
+    if mark is None and folder.exists() and not (folder.is_dir() and is_ours(folder)):
         raise PmodError(f"{folder} holds files that pmod did not write", "choose another folder")
+    if mark is not None and not set(names) & set(mark.get("names", ())):
+        raise PmodError(f"{folder} holds what another command of pmod's wrote", "choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    if _marked(folder) is None:
+    if mark is None:
         _mark(folder, {"names": list(names)})
 
 

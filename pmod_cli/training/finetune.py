@@ -111,6 +111,8 @@ class _Run:
         self.model, self.data, self.recipe, self.settings = model, data, recipe, recipe.train
         self.force = force
         self.output = Path(os.path.abspath(os.path.expanduser(output)))  # noqa: PTH100, PTH111 - a link is refused, not followed
+        if not self.output.name:
+            raise PmodError(f"{self.output} is no place for a checkpoint", "choose another place")
         self.work = self.output.with_name(self.output.name + ".training")
         self.checkpoint = last_checkpoint(self.work) if resume else None
         self.shards = preflight.sharding()

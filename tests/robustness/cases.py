@@ -26,7 +26,20 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "fix": ("data", "check", *TRAIN, "--fix", "out.json"),
     "finetune": (*FINETUNE, "--set", "train.max_steps=1", "--output", "out"),
     "resume": (*FINETUNE, "--output", "stopped", "--resume"),
+    "calibrate": (
+        "calibrate",
+        "pmod",
+        "--data",
+        *TRAIN,
+        "--samples",
+        "24",
+        "--max-new-tokens",
+        "1",
+        "-o",
+        "out",
+    ),
     "generate": ("generate", "pmod", *ASK),
+    "serve": ("serve", "pmod", "--port", "0"),
     "eval": (*EVAL, "--output", "results"),
     "diff": ("eval", "--diff", "before", "results"),
     "profile": ("profile", "dense", "--counter", "formula", "--image", "picture.png"),
@@ -83,6 +96,7 @@ _READS: dict[str, tuple[str, ...]] = {
         "stopped.training/checkpoint-1/trainer_state.json",
         "stopped.training/.pmod",
     ),
+    "calibrate": ("train/train.json", "pmod/config.json"),
     "generate": tuple(f"pmod/{name}" for name in _CHECKPOINT),
     "eval": ("results/results.json", "results/samples/shapes.jsonl", "results/.pmod"),
     "diff": ("results/results.json", "results/samples/shapes.jsonl"),
@@ -133,6 +147,12 @@ _OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "check": {"--images": _NAMES, "--model": _NAMES, "--recipe": _NAMES, "--max-length": _NUMBERS,
               "--limit": _NUMBERS, "--fix": _NAMES},
     "finetune": {"--data": _NAMES, "--images": _NAMES, "--recipe": _NAMES, "--set": _SETTINGS, "--output": _NAMES},
+    "calibrate": {"--data": _NAMES, "--images": _NAMES, "--samples": _NUMBERS, "--flops": _NUMBERS, "--kv": _NUMBERS,
+                  "--schedule": _TEXTS, "--min-agreement": _NUMBERS, "--max-new-tokens": ("nan", "-1", "0", "x"),
+                  "--batch-size": ("nan", "-1", "0", "x"), "--seed": ("nan", "x"), "--output": _NAMES,
+                  "--device": ("hpu", "[/q]"), "--dtype": _TEXTS},
+    "serve": {"--port": (*(each for each in _NUMBERS if each != "0"), "70000"), "--host": _NAMES, "--images": _NAMES,
+              "--device": ("hpu", "[/q]"), "--dtype": _TEXTS, "--kernels": _TEXTS, "--cache": _TEXTS},
     "generate": {"--image": _NAMES, "--prompt": _TEXTS, "--max-new-tokens": _NUMBERS, "--dtype": _TEXTS,
                  "--device": ("hpu", "cuda:99", "cpu:0", "cpu:1", "meta", "mps", "xla", "[/q]", "", "\udcff"),
                  "--kernels": _TEXTS, "--cache": _TEXTS},
@@ -158,6 +178,27 @@ _OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
 _WRITES = {"--output", "-o", "--fix", "--plot", "--gif", "--html"}
 """Options that name what is written."""
 
+_WRITE_OPTIONS = (
+    ("convert", ""), ("finetune", "--output"), ("calibrate", "--output"), ("eval", "--output"), ("demo", "--output"),
+    ("visualize", "-o"), ("visualize", "--gif"), ("visualize", "--html"), ("report", "-o"), ("fix", "--fix"),
+    ("profile", "--plot"),
+)  # fmt: skip
+_PLACES = (
+    ".",
+    "..",
+    "/",
+    "/proc",
+    "photos",
+    "photos/",
+    "link",
+    "photos/2020/..",
+    "pipe",
+    "dense",
+    "pmod",
+    "train",
+)
+"""Outputs that are a user's, an input, above one, or no files."""
+
 _IGNORED = {
     "visualize": ("--baseline", "pmod"),
     "convert": ("--vision-tower", "dense"),
@@ -174,6 +215,7 @@ def cases(good: Path) -> Iterator[Case]:
     yield from _values(good)
     yield from _formats(good)
     yield from _options()
+    yield from _places()
     yield from _surroundings()
 
 
@@ -248,8 +290,9 @@ def _options() -> Iterator[Case]:
                 named = (Path(value).parts or ("",))[0] if option in _WRITES else ""
                 more = (named, f"{named}.training", f"{named}_files", f"{named}.md")
                 yield _case(name, f"{option} {value!a:.40}", words=given, codes=(0, 1, 2), writes=more)
-    for name, place in {"inspect": 1, "convert": 1, "check": 2, "finetune": 1, "generate": 1, "eval": 1, "profile": 1,
-                        "visualize": 1, "report": 1}.items():  # fmt: skip
+    for name in ("inspect", "convert", "check", "finetune", "calibrate", "generate", "serve", "eval", "profile",
+                 "visualize", "report"):  # fmt: skip
+        place = 2 if name == "check" else 1
         for value in (*_NAMES, "picture.png", "train", "-", "--", "-5", "user/name", "../user/name"):
             words = COMMANDS[name]
             given = (*words[:place], value, *words[place + 1 :])
@@ -261,9 +304,39 @@ def _options() -> Iterator[Case]:
         yield _case(name, "a word too many", more=("\x1b[31mx", "y", "z"))
 
 
+def _places() -> Iterator[Case]:
+    """Outputs that are not pmod's to replace."""
+    for name, option in _WRITE_OPTIONS:
+        for place in _PLACES:
+            for force in ((),) if name == "demo" else ((), ("--force",)):
+                given = (*COMMANDS[name], option, place) if option else (*COMMANDS[name][:-1], place)
+                given += force
+                what = " ".join(("onto", ascii(place), option, *force))
+                yield _case(name, what, _users_things, words=given, output=())
+
+    for name, option in (("calibrate", "--output"), ("finetune", "--output"), ("eval", "--output")):
+        for place in ("train", "pmod") if name != "eval" else ("pmod", "before", "tasks"):
+            words = (*COMMANDS[name], option, place, "--force")
+            codes, output = ((0,), ("before",)) if place == "before" else ((2,), ())
+            yield _case(name, f"onto its own {place}", words=words, codes=codes, output=output)
+
+
+def _users_things() -> None:
+    for folder in ("photos", "photos/2020", "out.training", "page_files"):
+        Path(folder).mkdir()
+        Path(folder, "photo.png").write_bytes(b"a user's")
+    for name in ("photo.png", "photo.html", "photo.json", "page.html"):
+        Path(name).write_bytes(b"a user's")
+        Path(f"link to {name}").symlink_to(name)
+    for folder in ("pmod", "train"):
+        Path(folder, "photo.png").write_bytes(b"a user's")
+    Path("link").symlink_to("photos")
+    os.mkfifo("pipe")
+
+
 def _surroundings() -> Iterator[Case]:
     for name in COMMANDS:
-        if name == "demo":
+        if name in ("demo", "serve"):  # one is long, the other without end
             continue
         yield _case(name, "stdout closed", prepare=_close_stdout, says="stdout is closed")
         yield _case(name, "stderr closed", prepare=_close_stderr, codes=(0, 1))
@@ -278,7 +351,7 @@ def _surroundings() -> Iterator[Case]:
     for name in ("convert", "finetune", "visualize", "report", "fix"):
         yield _case(name, "in a folder that is gone", _leave, codes=(0, 2))
     for name in COMMANDS:
-        if name not in ("demo", "doctor"):
+        if name not in ("demo", "doctor", "serve"):
             yield _case(name, "among names with codes", _odd_names, codes=(0, 1))
 
 
@@ -327,7 +400,9 @@ def _case(
     more: tuple[str, ...] = (),
     codes: tuple[int, ...] = (2,),
     writes: tuple[str, ...] = (),
+    output: tuple[str, ...] | None = None,
     **rest: Any,
 ) -> Case:
     given = (*(words or COMMANDS[name]), *more)
-    return Case(f"{name}: {what}", given, spoil, codes, output=(*_OUTPUTS.get(name, OUTPUT), *writes), **rest)
+    written = (*(_OUTPUTS.get(name, OUTPUT) if output is None else output), *writes)
+    return Case(f"{name}: {what}", given, spoil, codes, output=written, **rest)
