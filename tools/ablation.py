@@ -141,7 +141,8 @@ def _bench(folder: Path) -> Bench:
         for each in heldout_samples(120)
     ]
     subject = Subject.load(CheckpointBase.open(BASELINE), "float32", "cpu")
-    return Bench.answer(subject, {"judge": asked}, Kept(folder / "answers", ""), lambda *_: None, 50, 8)
+    (answers := folder / "answers").mkdir(parents=True, exist_ok=True)
+    return Bench.answer(subject, {"judge": asked}, Kept(answers), lambda *_: None, 50, 8)
 
 
 def _run(name: str, seed: int, steps: int, folder: Path, train: Path, bench: Bench) -> list[float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,29 +22,54 @@ from pmod_cli.calibration.routable import Ratios
 from pmod_cli.calibration.selection import Selection
 from pmod_cli.calibration.subject import Subject
 from pmod_cli.evaluation.stats import Difference, Ratio, Strata, Stratum, difference
-from pmod_cli.output.files import open_folder, read_json, read_json_lines, remove_folder, write_json
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import (
+    MARKER,
+    locked,
+    open_folder,
+    read_json,
+    read_json_lines,
+    remove_folder,
+    write_json,
+)
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, of how much."""
 
 
 class Kept:
-    """What a calibration that was interrupted left: a hidden folder beside the output, removed when all is done.
+    """What was measured before, in a folder that pmod works in; see `keeping`."""
 
-    Args:
-        output: The output.
-        digest: Of everything that the results depend on; what was left under another one is thrown away.
-    """
-
-    def __init__(self, output: Path, digest: str) -> None:
-        self.folder = output.absolute().parent / f".{output.name}.calibrating"
-        mark = self.folder / "settings.json"
-        if not mark.is_file() or read_json(mark).get("digest") != digest:
-            if self.folder.exists():
-                remove_folder(self.folder)
-            open_folder(self.folder)
-            write_json(mark, {"digest": digest})
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.outcomes = {row[0]: Outcome(*map(np.array, row[1:])) for row in read_json_lines(self._measured)}
+
+    @staticmethod
+    @contextlib.contextmanager
+    def keeping(output: Path, digest: str) -> Iterator[Kept]:
+        """Go on with what an interrupted calibration left in a hidden folder beside its output, and keep others out.
+
+        When all is done the folder is removed.
+
+        Args:
+            output: The output.
+            digest: Of everything that the results depend on; what was left under another one is thrown away.
+
+        Raises:
+            PmodError: Another process calibrates into the same output.
+        """
+        folder = output.absolute().parent / f".{output.name}.calibrating"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        open_folder(folder)
+        with locked(folder, output):
+            mark = folder / "settings.json"
+            if not mark.is_file() or _digest_of(mark) != digest:
+                for path in folder.iterdir():
+                    if path.name != MARKER:
+                        path.unlink()
+                write_json(mark, {"digest": digest})
+            yield Kept(folder)
+            remove_folder(folder)
 
     @property
     def _measured(self) -> Path:
@@ -60,9 +86,12 @@ class Kept:
         """Where a batch's answers are kept."""
         return self.folder / f"answers-{part}-{number}.json"
 
-    def remove(self) -> None:
-        """All is done."""
-        remove_folder(self.folder)
+
+def _digest_of(mark: Path) -> object:
+    try:
+        return read_json(mark).get("digest")
+    except PmodError:  # a full disk, or a user's hand
+        return None
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pmod_cli.calibration.bench import Bench, Kept, Progress
 from pmod_cli.calibration.fit import Fitted
 from pmod_cli.calibration.options import CalibrateOptions
 from pmod_cli.calibration.plot import draw
-from pmod_cli.calibration.questions import draw_questions
+from pmod_cli.calibration.questions import Question, draw_questions
 from pmod_cli.calibration.schedules import LEAST, LEVELS, search, shapes
 from pmod_cli.calibration.selection import Selection, controls, fitted
 from pmod_cli.calibration.subject import Costs, Subject, stored
@@ -71,9 +72,21 @@ def calibrate(options: CalibrateOptions, progress: Progress) -> dict[str, Any]:
     subject = Subject.load(base, options.dtype, options.device)
     costs = Costs.of(base, subject, [each for part in questions.values() for each in part])
     named = _named_schedules(options, subject, costs)
-    kept = Kept(options.output, _digest(options, base, data.fingerprint))
-    bench = Bench.answer(subject, questions, kept, progress, options.batch_size, options.max_new_tokens)
-    found = _Search(options, base, subject, costs, bench, named).run()
+    with Kept.keeping(options.output, _digest(options, base, data.fingerprint)) as kept:
+        bench = Bench.answer(subject, questions, kept, progress, options.batch_size, options.max_new_tokens)
+        found = _Search(options, base, subject, costs, bench, named).run()
+        found |= {"seconds": time.perf_counter() - started}
+        return _written(options, base, questions, costs, found)
+
+
+def _written(
+    options: CalibrateOptions,
+    base: CheckpointBase,
+    questions: Mapping[str, Sequence[Question]],
+    costs: Costs,
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the checkpoint; the result, complete."""
     found = {
         "model": base.source.name,
         "destination": str(options.output),
@@ -93,7 +106,7 @@ def calibrate(options: CalibrateOptions, progress: Progress) -> dict[str, Any]:
         files[PLOT] = draw(found)
     except PmodError as error:
         notes.append(f"no {PLOT}: {error}")
-    found |= {"notes": notes, "seconds": time.perf_counter() - started}
+    found |= {"notes": notes}
     files[REPORT] = to_json({**tag("calibrate"), **found})
     summary = {
         "version": __version__,
@@ -103,7 +116,6 @@ def calibrate(options: CalibrateOptions, progress: Progress) -> dict[str, Any]:
     }
     plan = base.plan(mod, _tensors(base, mod, selection), summary, files)
     convert(plan, options.output, force=options.force)
-    kept.remove()
     return found
 
 

@@ -62,7 +62,7 @@ def main() -> None:
     }
     subject = Subject.load(base := CheckpointBase.open(BASELINE), "float32", "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        kept = Kept(Path(folder) / "coverage", "")
+        kept = Kept(Path(folder))
         only = {part: [question for question, _ in each] for part, each in asked.items()}
         bench = Bench.answer(subject, only, kept, lambda *_: None, 50, 8)
         correct = dense_accuracy(subject, bench, asked["judge"])

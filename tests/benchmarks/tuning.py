@@ -88,7 +88,8 @@ def main() -> None:
         calibrate(options, lambda *_: None)
     subject = Subject.load(CheckpointBase.open(BASELINE), "float32", "cpu")
     asked = {"judge": [question for question, _ in questions(21, args.pictures, "heldout")]}
-    bench = Bench.answer(subject, asked, Kept(folder / "answers", ""), lambda *_: None, 50, 8)
+    (answers := folder / "answers").mkdir(exist_ok=True)
+    bench = Bench.answer(subject, asked, Kept(answers), lambda *_: None, 50, 8)
     start = judged(bench, folder / "calibrated")
     told("calibrated", start)
     for name, (source, changes) in VARIANTS.items():

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from pmod_cli.calibration import bench
 from pmod_cli.calibration.bench import Bench, Kept
 from pmod_cli.calibration.calibrate import calibrate
+from pmod_cli.calibration.measure import Outcome
 from pmod_cli.calibration.options import CalibrateOptions
 from pmod_cli.calibration.questions import PARTS, Question, draw_questions
 from pmod_cli.calibration.selection import controls
@@ -26,6 +28,7 @@ from pmod_cli.data.dataset import open_data
 from pmod_cli.demo.data import heldout_samples, write_training_data
 from pmod_cli.demo.job import BASELINE
 from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import default_recipe
 
 TIGHT = [None] + [0.08] * 7
@@ -100,7 +103,7 @@ def test_the_checkpoint_beats_the_controls_on_held_out_questions(calibrated, tmp
         Question(Prompt(each.question, (each.image,)), each.question_id.split("-")[0])
         for each in heldout_samples(60)
     ]
-    kept = Kept(tmp_path / "none", "")
+    kept = Kept(tmp_path)
     found = Bench.answer(subject, {"judge": asked}, kept, lambda *_: None, 50, 8)
     assert subject.ratios == TIGHT
     assert subject.own is not None
@@ -222,3 +225,31 @@ def test_routers_that_a_checkpoint_brings_are_a_control(calibrated, data, tmp_pa
     written = [load_file(folder / ROUTERS) for folder in (first, second)]
     assert written[0].keys() == written[1].keys()
     assert all(torch.equal(value, written[1][name]) for name, value in written[0].items())
+
+
+def test_one_writer(tmp_path):
+    with (
+        Kept.keeping(tmp_path / "out", "one"),
+        pytest.raises(PmodError, match="another pmod is writing"),
+        Kept.keeping(tmp_path / "out", "two"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_another_calibration_left_is_thrown_away(tmp_path):
+    def interrupted(kept):
+        kept.add("variant", Outcome(np.zeros(1), np.ones(1)))
+        raise KeyboardInterrupt
+
+    for name in ("broken", "other", "same"):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            Kept.keeping(tmp_path / name, "one") as kept,
+        ):
+            interrupted(kept)
+    (tmp_path / ".broken.calibrating" / "settings.json").write_text("{")
+    for name, digest, left in (("broken", "one", []), ("other", "two", []), ("same", "one", ["variant"])):
+        with Kept.keeping(tmp_path / name, digest) as kept:
+            assert list(kept.outcomes) == left
+    assert not list(tmp_path.iterdir())

@@ -38,18 +38,22 @@ def pmod(good: Path, *words: object) -> Callable[[], None]:
 
 COMMANDS: dict[str, list[object]] = {
     "convert": ["convert", "dense", "--recipe", "demo", "--copy"],
+    "calibrate": ["calibrate", "pmod", "--data", "train/train.json", "--images", "train/images", "--samples", 24,
+                  "--max-new-tokens", 1, "--output"],
     "finetune": [*FINETUNE, "--output"],
     "eval": [*EVAL, "--output"],
     "report": ["report", "tuned", "results", "-o"],
     "demo": ["demo", "--steps", 2, "--train-images", 8, "--heldout-images", 4, "--output"],
-}
+}  # fmt: skip
 """By name each command's words, without its output."""
 
 
 def again(name: str, words: list[object], output: Path) -> list[object]:
     """The words with which the command goes on after a kill."""
     more: list[object] = ["--resume"] if name == "finetune" and not output.exists() else []
-    if name in ("convert", "finetune", "report") and any(path.exists() for path in places(name, output)):
+    if name in ("convert", "calibrate", "finetune", "report") and any(
+        path.exists() for path in places(name, output)
+    ):
         more = ["--force"]
     return [*words, output, *more]
 
@@ -83,6 +87,8 @@ def wrongs(name: str, output: Path, number: int | None, code: int, text: str) ->
         return
     if number is not None and name == "finetune" and list(room.glob("out.training/checkpoint-*")):
         allowed.add("out.training")
+    if number is not None and name == "calibrate":
+        allowed.add(".out.calibrating")
     if left := sorted({path.name for path in room.iterdir()} - allowed):
         yield f"left: {', '.join(left)}"
     if name != "demo" and (left := sorted(str(path) for path in output.rglob(".*.partial"))):
@@ -90,7 +96,7 @@ def wrongs(name: str, output: Path, number: int | None, code: int, text: str) ->
     there = [path for path in places(name, output) if path.exists()]
     if name == "report" and len(there) not in (0, 3):
         yield "a part of the report"
-    if name in ("convert", "finetune") and there:
+    if name in ("convert", "calibrate", "finetune") and there:
         mark = json.loads((output / ".pmod").read_text())
         if not is_ours(output) or not all((output / file).is_file() for file in mark["files"]):
             yield "a part of the checkpoint"
