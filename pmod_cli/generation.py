@@ -180,7 +180,12 @@ class VisionLanguageModel:
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        with told_as(f"cannot load {source}"), quiet_transformers(bars=True):
+        pickled = (
+            Path(source, "pytorch_model.bin").is_file()
+            or Path(source, "pytorch_model.bin.index.json").is_file()
+        )
+        hint = "pmod convert --allow-pickle makes safetensors of .bin weights" if pickled else None
+        with told_as(f"cannot load {source}", hint), quiet_transformers(bars=True):
             processor = load_processor(source, image_backend)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source,

@@ -79,7 +79,8 @@ def _coverage(coverage: float | list[float]) -> str:
 def _origin(origin: dict[str, Any] | None) -> str:
     if not origin:
         return "its config does not say where it comes from"
-    recipe = (origin.get("recipe") or {}).get("name")
+    recipe = origin.get("recipe")
+    recipe = recipe.get("name") if isinstance(recipe, dict) else None
     commit = f" at {origin['revision']}" if origin.get("revision") else ""
     kept = "calibrated" if origin.get("calibration") else "its own routers and ratios"
     how = f"recipe {recipe}" if recipe else kept

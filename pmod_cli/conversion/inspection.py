@@ -67,7 +67,7 @@ def inspect_checkpoint(model: str | Path, revision: str | None = None) -> dict[s
         "router_parameters": sum(int(np.prod(tensor.shape)) for tensor in tensors.values()),
         "initial_routers": initial,
         "initial_share": initial / len(mod.mod_layers) if mod.mod_layers else 0.0,
-        "provenance": source.config.get("pmod"),
+        "provenance": origin if isinstance(origin := source.config.get("pmod"), dict) else None,
         "training": training,
     }
 

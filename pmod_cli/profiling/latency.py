@@ -261,6 +261,8 @@ def _run_bound(
     decoder, width, device = model.get_decoder(), model.config.text_config.hidden_size, model.device
     states = torch.randn(work.batch, work.prompt_tokens, width, dtype=model.dtype, device=device)
     positions = torch.arange(work.prompt_tokens, device=device)[None]
+    # Time, height and width, where the rotary embedding tells them apart.
+    axes = positions.expand(3, 1, -1) if hasattr(decoder.rotary_emb, "mrope_section") else positions
     images = {
         key: value
         for key, value in inputs.items()
@@ -269,7 +271,7 @@ def _run_bound(
     with _timed(device, runs):
         if images:
             model.get_image_features(**images)
-        tables = decoder.rotary_emb(states, position_ids=positions)
+        tables = decoder.rotary_emb(states, position_ids=axes)
         for layer, count in zip(decoder.layers, kept, strict=True):
             if count:
                 # Without a routing plan an MoD layer is the plain decoder layer.
