@@ -104,7 +104,18 @@ def profile(model: Path, baseline: Path, plot: Path | None = None) -> Command:
     """``pmod profile`` beside a baseline; with a plot, time is measured too."""
     words: list[object] = ["profile", model, "--baseline", baseline, "--dtype", "float32"]
     if plot is not None:
-        words += ["--latency", "--new-tokens", 16, "--batch", BATCH, "--plot", plot, "--force"]
+        words += [
+            "--latency",
+            "--repeats",
+            3,
+            "--new-tokens",
+            16,
+            "--batch",
+            BATCH,
+            "--plot",
+            plot,
+            "--force",
+        ]
     return _command(partial(_profile, model, baseline, plot), *words)
 
 
@@ -114,8 +125,8 @@ def _profile(model: Path, baseline: Path, plot: Path | None) -> dict[str, Any]:
     from pmod_cli.profiling.profile import profile
     from pmod_cli.profiling.subject import find_subject
 
-    measured: dict[str, Any] = {} if plot is None else {"latency": True, "new_tokens": 16, "batch": BATCH}
-    options = ProfileOptions(dtype="float32", **measured)
+    measured: dict[str, Any] = {"latency": True, "repeats": 3, "new_tokens": 16, "batch": BATCH}
+    options = ProfileOptions(dtype="float32", **({} if plot is None else measured))
     result = profile(find_subject(str(model), baseline=str(baseline)), options)
     if plot is not None:
         plot_profile(result, plot)
