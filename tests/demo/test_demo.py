@@ -67,7 +67,7 @@ def test_few_tokens_are_chosen_in_each_way(report, demo_folder):
             )
             assert config["mod"]["retention_ratios"] == budget["ratios"]
             assert config["mod"]["choice"] == ("random" if "random" in folder else "router")
-    assert len([target for target in report["targets"] if "over random tokens" in target["name"]]) == 2
+    assert len([target for target in report["targets"] if "calibrated, keep8" in target["name"]]) == 2
 
 
 def test_pictures_and_pages_exist(report):
