@@ -51,6 +51,7 @@ class ModSettings(_Section):
     router_bias: bool = True
     target_tokens: Literal["vision", "vision_hr", "all"] = "vision"
     coverage: float | tuple[float, ...] = 0.0
+    choice: Literal["router", "random"] = "router"
 
     @field_validator("schedule", "weight_norm")
     @classmethod

@@ -44,6 +44,13 @@ def test_an_override_reaches_the_schedule():
     assert ratios == shifted_cosine(12, floor=0.3, ceiling=0.9)
 
 
+def test_choice():
+    assert mod_config(default_recipe(), 8).choice == "router"
+    assert mod_config(default_recipe(["mod.choice=random"]), 8).to_dict()["choice"] == "random"
+    with pytest.raises(PmodError, match=r"mod\.choice: Input should be 'router' or 'random'"):
+        default_recipe(["mod.choice=chance"])
+
+
 def test_coverage():
     assert mod_config(default_recipe(["mod.coverage=0.5"]), 8).layer_coverage == [0.5] * 8
     strengths = [0, 1, 2, 3, 4, 5, 6, 7.5]

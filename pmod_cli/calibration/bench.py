@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,7 +21,7 @@ from pmod_cli.calibration.reference import Batch, answered
 from pmod_cli.calibration.routable import Ratios
 from pmod_cli.calibration.selection import Selection
 from pmod_cli.calibration.subject import Subject
-from pmod_cli.evaluation.stats import Difference, Ratio, Strata, Stratum, difference
+from pmod_cli.evaluation.stats import Difference, compare_means
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import (
     MARKER,
@@ -189,17 +189,10 @@ class Bench:
         with routable.dense() as model, observing(routable.decoder, going_in.__setitem__, scores):
             model(**batch.on(model), use_cache=False, logits_to_keep=1)
 
-    def strata(self, part: str, values: np.ndarray) -> Strata:
-        """Values by sample as the bootstrap takes them: pictures are drawn, not questions."""
-        units: dict[Hashable, Ratio] = {}
-        for picture, value in zip(self.pictures[part], values.tolist(), strict=True):
-            total, count = units.get(picture, (0.0, 0.0))
-            units[picture] = (total + value, count + 1)
-        return {"": Stratum(1.0, units)}
-
     def compare(self, part: str, values: np.ndarray, others: np.ndarray | float = 0.0) -> Difference:
-        """Mean of the values less that of others of the same samples, with its 95 % interval."""
+        """Mean of the values less that of others of the same samples, with its 95 % interval.
+
+        Pictures are drawn, not questions; there are at least two in every part.
+        """
         zeros = np.zeros_like(values) + others
-        found = difference(self.strata(part, values), self.strata(part, zeros))
-        assert found is not None  # there are at least two pictures in every part
-        return found
+        return compare_means(self.pictures[part], values.tolist(), zeros.tolist())

@@ -12,6 +12,7 @@ import torch
 from pmod_cli.calibration.fit import Fitted
 from pmod_cli.calibration.routable import Rank, Ratios, Routable
 from pmod_cli.modeling.plan import RoutingPlan
+from pmod_cli.modeling.router import random_rank
 
 DRAWS = 3
 """How often chance is drawn: one draw can be lucky."""
@@ -60,8 +61,7 @@ def _random(seed: int) -> Rank:
 
     def rank(plan: RoutingPlan) -> None:
         assert plan.rank is not None
-        order = torch.rand(plan.rank.shape, generator=generator).argsort(-1)
-        plan.rank = order.to(plan.rank.device)
+        plan.rank = random_rank(plan.rank.shape, generator).to(plan.rank.device)
 
     return rank
 

@@ -44,7 +44,9 @@ class Subject:
         config = loaded.model.config
         brought: MoDConfig | None = getattr(config, "mod_config", None)
         layers = config.text_config.num_hidden_layers
-        mod = replace(brought or MoDConfig([]), retention_ratios=[1.0] * layers, coverage=0.0)
+        mod = replace(
+            brought or MoDConfig([]), retention_ratios=[1.0] * layers, coverage=0.0, choice="router"
+        )
         data = config.to_dict() | {"mod": mod.to_dict()}
         data.pop("model_type")
         routed = AutoConfig.for_model(base.family.model_type, **data)

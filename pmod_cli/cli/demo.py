@@ -16,29 +16,30 @@ from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
 from pmod_cli.output.errors import GateError
 from pmod_cli.output.progress import late_progress
 from pmod_cli.output.tables import Table
+from pmod_cli.output.units import share
 
 
 @app.command(
     "demo",
     epilog=examples(
         "pmod demo",
-        "pmod demo --output /tmp/demo --steps 100 --json",
+        "pmod demo --output /tmp/demo --steps 60 --json",
     ),
 )
 def demo_command(
     output: Annotated[Path, typer.Option("--output", help="Everything goes under this folder.")] = Path(
         "pmod-demo"
     ),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Fine-tuning steps of each model.")] = 200,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Most fine-tuning steps of a model.")] = 100,
     train_images: Annotated[
-        int, typer.Option("--train-images", min=1, help="Pictures to fine-tune on.")
+        int, typer.Option("--train-images", min=5, help="Pictures to calibrate and fine-tune on.")
     ] = 1600,
     heldout_images: Annotated[
         int, typer.Option("--heldout-images", min=2, help="Pictures to evaluate on.")
     ] = 120,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a small trained LLaVA into a p-MoD model, fine-tune, profile and evaluate it. No GPU, no network.
+    """Make p-MoD models of a small trained LLaVA, profile and evaluate them. No GPU, no network.
 
     Exits 1 if a target of the example is missed. A second run reuses what is finished.
     """
@@ -84,7 +85,32 @@ def _print(report: dict[str, Any]) -> None:
         f"prefill time {ratios['prefill_seconds']:.3f}, decode time {ratios['decode_seconds']:.3f}; "
         f"wall time {report['wall_seconds']:.0f} s",
     )
+    _print_tight(report)
     for target in report["targets"]:
         mark = "[green]met[/green]" if target["met"] else "[red]missed[/red]"
         stdout.print(f"{mark}  {target['name']}: {target['value']:.2f}, wanted {target['wanted']}")
     show_lines(*(f"{name}: {path}" for name, path in report["files"].items()))
+
+
+def _print_tight(report: dict[str, Any]) -> None:
+    """Accuracy against FLOPs: the dense control, and each way to a p-MoD model at each budget."""
+    control = next(row["accuracy"]["exact_match"] for row in report["rows"] if "control" in row["model"])
+    rows = [["dense, fine-tuned (control)", "", "100.0", f"{control:.1f}", "", ""]]
+    for budget in report["tight"]:
+        for row in budget["rows"]:
+            found = [_interval(row["accuracy"], ""), *(_interval(row[key], "+") for key in _OVER)]
+            rows.append([row["model"], budget["name"], f"{100 * budget['flops']:.1f}", *found])
+    header = ["", "budget", "FLOPs, %", "accuracy, %", *_OVER.values()]
+    stdout.print(Table("where few vision tokens are kept (95 % intervals)", header, rows, left=2).to_rich())
+    for budget in report["tight"]:
+        ratios = ", ".join("dense" if ratio is None else f"{ratio:g}" for ratio in budget["ratios"])
+        show_lines(f"{budget['name']}: KV cache {share(budget['kv'])}; by layer {ratios}")
+
+
+_OVER = {"over_random": "over random", "over_dense": "over dense"}
+
+
+def _interval(found: dict[str, float] | None, sign: str) -> str:
+    if found is None:
+        return ""
+    return f"{found['points']:{sign}.1f} ({found['low']:{sign}.1f} to {found['high']:{sign}.1f})"

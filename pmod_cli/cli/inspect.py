@@ -41,7 +41,8 @@ def inspect_command(
     routers = sum("router" in layer for layer in found["layers"])
     show_lines(
         f"family {found['family']}, mean retention {share(found['mean_retention'])}"
-        f"{_coverage(found['mod']['coverage'])}",
+        f"{_coverage(found['mod']['coverage'])}"
+        f"{', tokens kept at random' if found['mod']['choice'] == 'random' else ''}",
         f"{routers} routers, {found['router_parameters']:,} parameters ({found['router_dtype']}), "
         f"{found['initial_routers']} still at their initial value ({100 * found['initial_share']:.0f} %)",
         _origin(found["provenance"]),

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -22,10 +22,20 @@ from PIL.PngImagePlugin import PngInfo
 from rich.markup import escape
 
 from pmod_cli import __version__
-from pmod_cli.demo import data, world
+from pmod_cli.demo import commands, data, tight, world
+from pmod_cli.demo.commands import BATCH, Command
 from pmod_cli.extras import require, require_if_installed
-from pmod_cli.output.errors import GateError, PmodError
-from pmod_cli.output.files import TAG, locked, open_folder, read_json, replacing, tag, write_json
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import (
+    TAG,
+    locked,
+    open_folder,
+    read_json,
+    read_json_lines,
+    replacing,
+    tag,
+    write_json,
+)
 from pmod_cli.output.text import plain
 
 BASELINE = Path(__file__).parent / "assets" / "baseline"
@@ -34,9 +44,6 @@ BASELINE = Path(__file__).parent / "assets" / "baseline"
 TASK, SHUFFLED = "pmod_demo", "pmod_demo_shuffled"
 QUESTION = "How many shapes are there?"
 """Asked about the picture whose patches are drawn; the model needs all of the picture for it."""
-
-BATCH = 32
-"""Samples per batch, for evaluation and for timing: one sample alone is too small for its FLOPs to show in time."""
 
 LABELS = {
     "baseline": "baseline",
@@ -58,11 +65,11 @@ EVALUATIONS = {
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """How large the demo is: pictures to fine-tune on and to evaluate on, and optimizer steps of each model."""
+    """How large the demo is: pictures to fine-tune on and to evaluate on, and the most optimizer steps of a model."""
 
     train_images: int = 1600
     heldout_images: int = 120
-    steps: int = 200
+    steps: int = 100
 
 
 def run_demo(
@@ -108,6 +115,7 @@ def _run_steps(
     announce: Callable[[str], None],
     progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, Any]:
+    from pmod_cli.demo.plot import plot_selection
     from pmod_cli.demo.summary import accuracy, retention, summarize
     from pmod_cli.report import write_report
 
@@ -117,6 +125,7 @@ def _run_steps(
     steps.run("baseline", shipped, lambda: _copy_baseline(models / "baseline"))
     files = {
         "json": folder / "report.json",
+        "selection": folder / "selection.png",
         "layers": folder / "layers.png",
         "kept_patches": folder / "kept_patches.png",
         "visualize": folder / "visualize.html",
@@ -124,19 +133,24 @@ def _run_steps(
     }
     show = progress or (lambda *_: None)
     results = {
-        name: steps.run(name, words, action, needs, words[0])
-        for name, (needs, words, action) in _commands(folder, settings, files, show).items()
+        name: steps.run(name, command.words, command.action, needs, command.words[0])
+        for name, needs, command in _commands(folder, settings, files, show)
     }
     accuracies = {label: accuracy(results[name]) for label, (name, *_) in EVALUATIONS.items()}
     kept = retention(results["visualize"])
-    report = summarize(accuracies, results["profile"], kept, made["guessing"], BATCH) | {
+    scores = {name: _scores(folder / "eval" / step) for step, name in tight.EVALUATED.items()}
+    control = _scores(folder / "eval" / EVALUATIONS[LABELS["dense-control"]][0])
+    profiles = {budget: results[f"{budget}-profile"] for budget in tight.SCHEDULES}
+    budgets = tight.summarize(scores, control, profiles)
+    report = summarize(accuracies, results["profile"], kept, made["guessing"], BATCH, budgets) | {
         "seconds": steps.seconds,
         "wall_seconds": sum(steps.seconds.values()),
         "batch": BATCH,
         "settings": vars(settings),
-        "models": {str(models / name): label for name, label in LABELS.items()},
+        "models": {str(models / name): label for name, label in (LABELS | tight.LABELS).items()},
         "files": {name: str(path) for name, path in files.items()},
     }
+    plot_selection(report, files["selection"])
     write_json(files["json"], tag("demo") | report)  # before the page, which takes the models' names from it
     write_report([folder], files["report"], force=True, include_path=folder / "tasks")
     return report
@@ -144,122 +158,35 @@ def _run_steps(
 
 def _commands(
     folder: Path, settings: DemoSettings, files: dict[str, Path], show: Callable[[str, int, int], None]
-) -> dict[str, tuple[list[str], list[str], Callable[[], dict[str, Any]]]]:
-    """By name of its step, each command: the steps that it builds on, its words, and what does it."""
-    baseline, control, start, tuned = (folder / "models" / name for name in LABELS)
+) -> Iterator[tuple[str, list[str], Command]]:
+    """Name of each step that is a command, the steps that it builds on, and the command."""
+    models, tasks, picture = folder / "models", folder / "tasks", folder / "data" / "example.png"
+    baseline, control, start, tuned = (models / name for name in LABELS)
     train, images = folder / "data" / "train" / "train.json", folder / "data" / "train" / "images"
-    limit, tasks, picture = (
-        f"train.max_steps={settings.steps}",
-        folder / "tasks",
-        folder / "data" / "example.png",
-    )
-    steps = ["--data", train, "--images", images, "--recipe", "demo", "--set", limit, "--force"]
-    latency = ["--latency", "--dtype", "float32", "--new-tokens", 16, "--batch", BATCH]
-    latency += ["--plot", files["layers"], "--force"]
-    asked = ["--image", picture, "--prompt", QUESTION, "--max-new-tokens", 8]
-    drawn = ["-o", files["kept_patches"], "--html", files["visualize"], "--force"]
-    fine_tuned = ["finetune-pmod", "finetune-dense"]
-    table: dict[str, tuple[list[str], list[Any], Callable[[], dict[str, Any]]]] = {
-        "convert": (
-            ["baseline"],
-            ["convert", baseline, start, "--recipe", "demo", "--force"],
-            partial(_convert, baseline, start),
-        )
-    }
+    yield "convert", ["baseline"], commands.convert(baseline, start)
+    # Half as many as where few tokens are kept: here both models answer everything from the start.
+    limit = [f"train.max_steps={-(-settings.steps // 2)}"]
     for name, need, model, output in (
         ("finetune-pmod", "convert", start, tuned),
         ("finetune-dense", "baseline", baseline, control),
     ):
-        table[name] = (
+        yield (
+            name,
             ["data", need],
-            ["finetune", model, "--output", output, *steps],
-            partial(_finetune, model, output, train, images, limit, partial(show, name)),
+            commands.finetune(model, output, train, images, limit, partial(show, name)),
         )
-    table["profile"] = (
-        fine_tuned,
-        ["profile", tuned, "--baseline", control, *latency],
-        partial(_profile, tuned, control, files["layers"]),
-    )
-    for name, need, model_name, task in EVALUATIONS.values():
-        model, output = folder / "models" / model_name, folder / "eval" / name
-        given = ["--include-path", tasks, "--batch-size", BATCH, "--output", output]
-        table[name] = (
-            ["data", need],
-            ["eval", model, "--tasks", task, *given],
-            partial(_evaluate, model, task, tasks, output, lambda *at, name=name: show(name, *at[-2:])),
-        )
-    table["visualize"] = (
-        ["data", *fine_tuned],
-        ["visualize", tuned, "--baseline", control, *asked, *drawn],
-        partial(_visualize, tuned, control, picture, files),
-    )
-    return {name: (needs, list(map(str, words)), action) for name, (needs, words, action) in table.items()}
-
-
-def _convert(source: Path, output: Path) -> dict[str, Any]:
-    from pmod_cli.conversion.convert import convert
-    from pmod_cli.conversion.plan import plan_conversion
-    from pmod_cli.recipe import load_recipe
-
-    plan = plan_conversion(source, recipe=load_recipe("demo"))
-    return convert(plan, output, force=True) | {"pushed_to": None}
-
-
-def _finetune(
-    model: Path, output: Path, data: Path, images: Path, limit: str, show: Callable[[int, int], None]
-) -> dict[str, Any]:
-    from transformers.utils import logging
-
-    from pmod_cli.recipe import load_recipe
-    from pmod_cli.training.finetune import finetune
-
-    logging.disable_progress_bar()  # one bar is enough
-    recipe = load_recipe("demo", [limit])
-    return finetune(
-        str(model),
-        str(data),
-        images,
-        output,
-        recipe=recipe,
-        force=True,
-        progress=lambda done, total, _: show(done, total),
-    )
-
-
-def _profile(model: Path, control: Path, picture: Path) -> dict[str, Any]:
-    from pmod_cli.profiling.options import ProfileOptions
-    from pmod_cli.profiling.plots import plot_profile
-    from pmod_cli.profiling.profile import profile
-    from pmod_cli.profiling.subject import find_subject
-
-    options = ProfileOptions(latency=True, dtype="float32", new_tokens=16, batch=BATCH)
-    result = profile(find_subject(str(model), baseline=str(control)), options)
-    plot_profile(result, picture)
-    return result
-
-
-def _evaluate(
-    model: Path, task: str, tasks: Path, output: Path, progress: Callable[..., None]
-) -> dict[str, Any]:
-    from pmod_cli.evaluation.evaluate import evaluate
-    from pmod_cli.evaluation.options import EvalSettings
-
-    settings = EvalSettings(batch_size=BATCH)
-    result = evaluate(
-        str(model), [task], include_path=tasks, output=output, settings=settings, progress=progress
-    )
-    if result.failed_samples:
-        raise GateError(f"{result.failed_samples} samples failed", result.first_failure)
-    return result.to_dict() | {"missed": []}
-
-
-def _visualize(model: Path, control: Path, picture: Path, files: dict[str, Path]) -> dict[str, Any]:
-    from pmod_cli.visualize.options import VisualizeOptions
-    from pmod_cli.visualize.visualize import visualize
-
-    drawn: dict[str, Any] = {"output": files["kept_patches"], "html": files["visualize"], "force": True}
-    how: dict[str, Any] = {"baseline": str(control), "max_new_tokens": 8}
-    return visualize(VisualizeOptions(str(model), picture, QUESTION, **drawn, **how))
+    fine_tuned = ["finetune-pmod", "finetune-dense"]
+    yield "profile", fine_tuned, commands.profile(tuned, control, files["layers"])
+    yield from tight.make(models, train, images, settings.steps, show)
+    evaluated = list(EVALUATIONS.values())
+    evaluated += [(step, name, name, TASK) for step, name in tight.EVALUATED.items()]
+    for name, need, model_name, task in evaluated:
+        output = folder / "eval" / name
+        command = commands.evaluate(models / model_name, task, tasks, output, partial(show, name))
+        yield name, ["data", need], command
+    page = files["visualize"]
+    drawn = commands.visualize(tuned, control, picture, QUESTION, files["kept_patches"], page)
+    yield "visualize", ["data", *fine_tuned], drawn
 
 
 class _Steps:
@@ -309,6 +236,12 @@ class _Steps:
         known = {"digest": digest, "seconds": self.seconds[name]}
         write_json(path, tag(command) | known | {"result": result})
         return result
+
+
+def _scores(output: Path) -> dict[str, float]:
+    """Score, 0 or 1, of each held-out question of an evaluation, by its id."""
+    rows = read_json_lines(output / "samples" / f"{TASK}.jsonl")
+    return {row["doc"]["question_id"]: row["model"]["score"] for row in rows}
 
 
 def _copy_baseline(destination: Path) -> dict[str, str]:

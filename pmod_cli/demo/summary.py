@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pmod_cli.demo import world
+from pmod_cli.demo import tight, world
 from pmod_cli.modeling.schedule import kept_tokens, mean_retention
 
 GUESSING_MARGIN = 5.0
@@ -38,6 +38,7 @@ def summarize(
     kept: dict[str, Any],
     guessing: float,
     batch: int,
+    budgets: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The part of the report that is about the models.
 
@@ -47,9 +48,12 @@ def summarize(
         kept: See `retention`.
         guessing: Accuracy of text-only guessing, in points.
         batch: Samples of the batch that was profiled.
+        budgets: See `tight.summarize`.
     """
     costs = {role: _cost(profiled, role, batch) for role in ("pmod", "dense")}
-    targets = _targets({name: each["exact_match"] for name, each in accuracies.items()}, kept, guessing)
+    targets = _targets(
+        {name: each["exact_match"] for name, each in accuracies.items()}, kept, guessing, budgets
+    )
     return {
         "rows": [
             {"model": name, "accuracy": each, **costs["pmod" if name.startswith("p-MoD") else "dense"]}
@@ -59,6 +63,7 @@ def summarize(
         "guessing": guessing,
         "ratios": profiled["ratios"],
         "retention": {key: value for key, value in kept.items() if key != "kept"},
+        "tight": budgets,
         "targets": targets,
         "met": all(target["met"] for target in targets),
     }
@@ -76,7 +81,9 @@ def _cost(profiled: dict[str, Any], role: str, batch: int) -> dict[str, Any]:
     }
 
 
-def _targets(overall: dict[str, float], kept: dict[str, Any], guessing: float) -> list[dict[str, Any]]:
+def _targets(
+    overall: dict[str, float], kept: dict[str, Any], guessing: float, budgets: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """What the example has to reach: accuracies in points, and the schedule's retention."""
     baseline, shuffled, control, _, tuned = overall.values()
     most = guessing + GUESSING_MARGIN
@@ -89,5 +96,6 @@ def _targets(overall: dict[str, float], kept: dict[str, Any], guessing: float) -
         ("baseline with shuffled pictures", shuffled, upper, shuffled <= most),
         ("p-MoD against the dense control", tuned - control, "at least -2", tuned - control >= -2),
         ("mean vision-token retention, %", measured, f"the schedule's {scheduled:.2f}", same),
+        *tight.targets(budgets),
     ]
     return [dict(zip(("name", "value", "wanted", "met"), row, strict=True)) for row in rows]

@@ -7,7 +7,7 @@ whose F1 is such a ratio too. That covers the paper's 14 tasks exactly, so one b
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -66,6 +66,27 @@ def difference(model: Strata, baseline: Strata, resamples: int = RESAMPLES) -> D
     drawn = _resample([ours, theirs], resamples)
     low, high = np.percentile(drawn[0] - drawn[1], [2.5, 97.5])
     return Difference(score(ours) - score(theirs), float(low), float(high))
+
+
+def compare_means(groups: Sequence[Hashable], values: Iterable[float], others: Iterable[float]) -> Difference:
+    """Mean of the values less that of others of the same samples; samples of a group (a picture) are drawn together.
+
+    Args:
+        groups: Each sample's; two different ones at least.
+        values: By sample.
+        others: By sample.
+    """
+    found = difference(_grouped(groups, values), _grouped(groups, others))
+    assert found is not None
+    return found
+
+
+def _grouped(groups: Sequence[Hashable], values: Iterable[float]) -> Strata:
+    units: dict[Hashable, Ratio] = {}
+    for group, value in zip(groups, values, strict=True):
+        total, count = units.get(group, (0.0, 0.0))
+        units[group] = (total + value, count + 1)
+    return {"": Stratum(1.0, units)}
 
 
 def _shared(strata: Strata, other: Strata) -> Strata:

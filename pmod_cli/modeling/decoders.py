@@ -114,6 +114,8 @@ class MoDDecoder:
             self.mod.layer_coverage,
             self.token_step,
         )
+        if plan is not None and self.mod.choice == "random":
+            plan.draw()
         dense = self._static_dense_layers(cache)
         if dense and dense[0].started:
             mask = dense[0].mask(config, inputs_embeds, None if plan is None else plan.real_mask)

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod_cli.modeling.router import GOLDEN_STEP, coverage_term, spread_rank
+from pmod_cli.modeling.router import GOLDEN_STEP, coverage_term, random_rank, spread_rank
 from pmod_cli.modeling.schedule import kept_tokens
+
+_ABOVE_LOGITS = 1e30
+"""One step of a random order; beside it every logit is nothing in fp32."""
 
 
 @dataclass
@@ -91,6 +94,12 @@ class RoutingPlan:
     def drops_nothing(self, layer: int) -> bool:
         """Whether a Mixture-of-Depths layer keeps every real token; their order then stays the dense model's."""
         return self.kept_lengths[layer] == self.num_real
+
+    def draw(self) -> None:
+        """Let chance choose the tokens that each layer keeps, whatever the logits."""
+        if self.rank is not None:
+            self.rank = random_rank(self.rank.shape).to(self.rank.device)
+            self.coverage = self.rank.float() * -_ABOVE_LOGITS
 
     @classmethod
     def from_counts(

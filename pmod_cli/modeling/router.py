@@ -5,6 +5,8 @@ p-MoD, arXiv 2412.04449, section 3.1 (TanhNorm); exact semantics as recorded fro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -125,6 +127,19 @@ def coverage_term(rank: Tensor, strengths: Tensor) -> Tensor:
     """
     leading = (rank >> 8).float()  # 24 bits, which fp32 holds exactly
     return leading * (strengths * -(2.0**-24))[:, None, None] + 0.0  # no -0.0: see `selection_keys`
+
+
+def random_rank(shape: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+    """Ranks in place of `spread_rank`'s that put tokens in a random order, another in each layer and sample.
+
+    Args:
+        shape: (layers, batch, tokens).
+        generator: On the CPU; torch's own by default.
+
+    Returns:
+        int64 [layers, batch, tokens], on the CPU.
+    """
+    return torch.rand(*shape, generator=generator).argsort(-1)
 
 
 def selection_keys(

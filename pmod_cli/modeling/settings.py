@@ -12,6 +12,7 @@ from pmod_cli.modeling.schedule import Ratios
 from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
 
 TARGET_TOKENS = ("vision", "vision_hr", "all")
+CHOICES = ("router", "random")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class MoDConfig:
         coverage: How strongly evenly spread tokens, other ones in every layer, are preferred: a number in units of the
             logit, or one per decoder layer. It takes part in the ranking alone, never in a weight
             (`pmod_cli.modeling.router.coverage_term`).
+        choice: What chooses the tokens that are kept: ``router``; or ``random``, a control, whose routers only weight:
+            every forward pass draws other tokens in every layer, as `torch.manual_seed` decides.
     """
 
     retention_ratios: Ratios
@@ -37,6 +40,7 @@ class MoDConfig:
     router_bias: bool = True
     target_tokens: str = "vision"
     coverage: float | Sequence[float] = 0.0
+    choice: str = "router"
 
     def __post_init__(self) -> None:
         if not isinstance(self.retention_ratios, list | tuple):
@@ -48,7 +52,7 @@ class MoDConfig:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not abs(value) < 1e6:
                 raise ValueError(f"{name} is {value!r}, not a number that can be meant")
-        for name in ("weight_norm", "target_tokens"):
+        for name in ("weight_norm", "target_tokens", "choice"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not a name")
         if self.weight_norm not in WEIGHT_NORMS:
@@ -57,6 +61,8 @@ class MoDConfig:
             raise ValueError(
                 f"unknown target tokens {self.target_tokens!r}; known: {', '.join(TARGET_TOKENS)}"
             )
+        if self.choice not in CHOICES:
+            raise ValueError(f"unknown choice {self.choice!r}; known: {', '.join(CHOICES)}")
         if isinstance(self.coverage, list | tuple):
             given, layers = len(self.coverage), len(self.retention_ratios)
             if given != layers:

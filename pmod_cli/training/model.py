@@ -96,6 +96,8 @@ def check_parts(network: Any, settings: TrainSettings) -> None:
         raise PmodError(f"the model has none of train.parts: {', '.join(settings.parts or ())}")
     if settings.distill and not any(is_router(name) for name, _ in network.named_parameters()):
         raise PmodError("train.distill is for a p-MoD model, and this one is dense", "pmod convert it first")
+    if settings.learns_choice and network.config.mod_config.choice == "random":
+        raise PmodError("train.parts teaches routers to choose, and this model's tokens are random")
 
 
 def _shrink_frozen(network: nn.Module, dtype: torch.dtype) -> None:

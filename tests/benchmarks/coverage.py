@@ -27,12 +27,13 @@ from pmod_cli.calibration.subject import Subject, stored
 from pmod_cli.conversion.calibrated import CheckpointBase
 from pmod_cli.demo import world
 from pmod_cli.demo.job import BASELINE
+from pmod_cli.demo.tight import SCHEDULES as TIGHT
 from pmod_cli.generation import Prompt
 from pmod_cli.modeling.schedule import Ratios
 
 SCHEDULES: dict[str, Ratios] = {
-    "dense, 0.08 x 7": [None] + [0.08] * 7,
-    "dense x 2, 0.02 x 6": [None, None] + [0.02] * 6,
+    "dense, 0.08 x 7": TIGHT["keep8"],
+    "dense x 2, 0.02 x 6": TIGHT["keep2"],
     "dense x 2, 0.3 .. 0.02": [None, None, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02],
 }
 STRENGTHS = (0, 4, 8, 16)

@@ -7,6 +7,10 @@ from typing import Any
 
 from filelock import FileLock
 
+SIZE = {"train_images": 8, "heldout_images": 12, "steps": 2}
+ARGUMENTS = [word for name, value in SIZE.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+"""What ``pmod demo`` takes to find this run's steps finished."""
+
 
 def small_demo(base: Path) -> Path:
     """The output folder of a demo of two training steps and a few pictures, made once for all test processes.
@@ -19,7 +23,7 @@ def small_demo(base: Path) -> Path:
     folder = base / "pmod-demo"
     with FileLock(f"{folder}.lock"):
         if not (folder / "report.json").exists():
-            run_demo(folder, DemoSettings(train_images=16, heldout_images=12, steps=2), _ignore)
+            run_demo(folder, DemoSettings(**SIZE), _ignore)
     return folder
 
 

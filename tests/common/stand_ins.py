@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tests.common.llava_checkpoints import flat_config, released_weights, save_checkpoint, save_original
 from tests.common.parts_checkpoints import save_parts, sentencepiece_model
+from tests.common.small_demo import ARGUMENTS
 from tests.common.tiny import tiny_model
 
 OUTPUT_OPTIONS = {"--output", "-o", "--fix", "--plot", "--html", "--gif"}
@@ -115,8 +116,7 @@ class StandIns:
         elif words[0] == "calibrate":
             words += ["--samples", "24"]
         elif words[0] == "demo":
-            words = ["demo", "--output", str(self.demo), "--steps", "2"]
-            words += ["--train-images", "16", "--heldout-images", "12"]
+            words = ["demo", "--output", str(self.demo), *ARGUMENTS]
         elif words[0] == "eval" and "--tasks" in words:
             words[words.index("--tasks") + 1] = "pmod_demo"
             if "--min" in words:

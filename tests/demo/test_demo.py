@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from pmod_cli.cli import main
+from pmod_cli.demo import tight
 from pmod_cli.modeling.schedule import kept_tokens, shifted_cosine
-
-ARGUMENTS = ["--steps", "2", "--train-images", "16", "--heldout-images", "12"]
+from tests.common.small_demo import ARGUMENTS
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,29 @@ def test_costs_are_the_schedules(report):
     assert pmod["prefill_flops"] < 0.75 * dense["prefill_flops"]
     target = next(target for target in report["targets"] if target["name"].startswith("mean vision-token"))
     assert target["met"]
+
+
+def test_few_tokens_are_chosen_in_each_way(report, demo_folder):
+    assert [budget["name"] for budget in report["tight"]] == ["keep8", "keep2"]
+    for budget in report["tight"]:
+        rows = {row["model"]: row for row in budget["rows"]}
+        assert list(rows) == [arm.label for arm in tight.ARMS.values()]
+        # Calibrated on 40 questions, without training; the fine-tuning of two steps says nothing.
+        assert rows["calibrated"]["accuracy"]["points"] > rows["random tokens"]["accuracy"]["points"]
+        for row in rows.values():
+            for found in filter(None, (row["accuracy"], row["over_random"], row["over_dense"])):
+                assert found["low"] <= found["points"] <= found["high"]
+        behind = rows["calibrated"]["accuracy"]["points"] - rows["random tokens"]["accuracy"]["points"]
+        assert rows["calibrated"]["over_random"]["points"] == pytest.approx(behind)
+        assert rows["random tokens"]["over_random"] is None
+        assert 0.45 < budget["flops"] < 0.6
+        for folder in tight.ARMS:
+            config = json.loads(
+                (demo_folder / "models" / f"{budget['name']}-{folder}" / "config.json").read_text()
+            )
+            assert config["mod"]["retention_ratios"] == budget["ratios"]
+            assert config["mod"]["choice"] == ("random" if "random" in folder else "router")
+    assert len([target for target in report["targets"] if "calibrated, keep8" in target["name"]]) == 2
 
 
 def test_pictures_and_pages_exist(report):

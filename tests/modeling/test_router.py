@@ -20,7 +20,7 @@ from pmod_cli.modeling.router import (
     spread_rank,
 )
 from pmod_cli.modeling.settings import MoDConfig
-from tests.common.tiny import tiny_model
+from tests.common.tiny import IMAGE, pictures, prompt, tiny_model
 
 
 def choose(logits, target, real, keep):
@@ -159,6 +159,30 @@ def test_coverage_gives_each_picture_its_share(ratio):
         kept = order(torch.zeros(4 * 576), 1, 8, layer)[: math.trunc(4 * 576 * ratio)]
         shares = [sum(picture * 576 <= token < (picture + 1) * 576 for token in kept) for picture in range(4)]
         assert max(abs(share - 576 * ratio) for share in shares) <= 3
+
+
+@pytest.mark.parametrize("kernels", ["torch", "fused"])
+def test_random_choice_follows_neither_logits_nor_pattern(kernels):
+    model = tiny_model(mod=MoDConfig([None, *[0.2] * 7], choice="random"))
+    model.model.language_model.kernels = kernels
+    ids = torch.tensor([prompt(1, 6)] * 2)
+
+    def kept(seed):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            routing = model(ids, pixel_values=pictures(2), output_routing=True).routing
+        assert routing[0] is None
+        return torch.stack([layer.kept for layer in routing[1:]])
+
+    first = kept(1)
+    assert torch.equal(first, kept(1))
+    assert first[..., ids[0] != IMAGE].all()
+    vision = torch.stack([kept(seed) for seed in range(30)])[..., ids[0] == IMAGE]
+    assert (vision.sum(-1) == 5).all()
+    # 30 x 2 x 7 draws of a share of 0.2: every token comes up, in each layer and sample other ones.
+    assert ((vision.float().mean((0, 1, 2)) - 0.2).abs() < 0.06).all()
+    assert not torch.equal(vision[0, 0], vision[0, 1])
+    assert not torch.equal(vision[0, 0, 0], vision[0, 0, 1])
 
 
 def test_ties_choose_nested_sets():
