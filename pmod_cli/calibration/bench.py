@@ -21,7 +21,8 @@ from pmod_cli.calibration.routable import Ratios
 from pmod_cli.calibration.selection import Selection
 from pmod_cli.calibration.subject import Subject
 from pmod_cli.evaluation.stats import Difference, Ratio, Strata, Stratum, difference
-from pmod_cli.output.files import open_folder, read_json, read_json_lines, remove_folder, write_json
+from pmod_cli.output.files import open_folder, remove_folder, write_json
+from pmod_cli.output.reading import read_json, read_json_lines
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, of how much."""

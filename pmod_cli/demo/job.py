@@ -25,7 +25,8 @@ from pmod_cli import __version__
 from pmod_cli.demo import data, world
 from pmod_cli.extras import require, require_if_installed
 from pmod_cli.output.errors import GateError, PmodError
-from pmod_cli.output.files import TAG, locked, open_folder, read_json, replacing, tag, write_json
+from pmod_cli.output.files import TAG, locked, open_folder, replacing, tag, write_json
+from pmod_cli.output.reading import read_json
 from pmod_cli.output.text import plain
 
 BASELINE = Path(__file__).parent / "assets" / "baseline"
