@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import check_regular
+from pmod_cli.output.reading import check_regular
 
 MAX_ASPECT = 100
 """Longest side over shortest. Processors that scale the short side to a fixed length would need gigabytes beyond it."""

@@ -27,7 +27,7 @@ from pmod_cli.modeling.schedule import SCHEDULES, Ratios
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import read_text
+from pmod_cli.output.reading import read_text
 
 
 class _Section(BaseModel):

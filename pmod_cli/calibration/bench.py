@@ -23,15 +23,8 @@ from pmod_cli.calibration.selection import Selection
 from pmod_cli.calibration.subject import Subject
 from pmod_cli.evaluation.stats import Difference, compare_means
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import (
-    MARKER,
-    locked,
-    open_folder,
-    read_json,
-    read_json_lines,
-    remove_folder,
-    write_json,
-)
+from pmod_cli.output.files import MARKER, locked, open_folder, remove_folder, write_json
+from pmod_cli.output.reading import read_json, read_json_lines
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, of how much."""

@@ -10,7 +10,7 @@ from typing import Any
 from pmod_cli.checkpoints.source import WHOLE, Source, check_exists, open_source
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, told_as
-from pmod_cli.output.files import check_regular, read_json
+from pmod_cli.output.reading import check_regular, read_json
 
 ADAPTER_CONFIG = "adapter_config.json"
 """Settings of an adapter of PEFT's, in its folder."""

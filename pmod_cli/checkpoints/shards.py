@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import check_regular
+from pmod_cli.output.reading import check_regular
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -12,7 +12,8 @@ from pmod_cli.checkpoints import hub
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header, read_pickle
 from pmod_cli.families.defaults import check_config
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import read_json
+from pmod_cli.output.paths import user_path
+from pmod_cli.output.reading import read_json
 
 _PICKLED_INDEX, _PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
 WHOLE = (SINGLE, INDEX, _PICKLED, _PICKLED_INDEX)
@@ -125,14 +126,6 @@ class Source:
             and not path.name.startswith(".")
             and not path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
         }
-
-
-def user_path(name: str | Path) -> Path:
-    """A path as the user named it, with their home folder for ``~``."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:  # no such user
-        return Path(name)
 
 
 def is_hub_id(name: str | Path) -> bool:

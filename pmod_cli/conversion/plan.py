@@ -21,7 +21,8 @@ from pmod_cli.families import Family, check_decoder, dense_first, find_family
 from pmod_cli.modeling.schedule import mean_retention
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import public_name, to_json
+from pmod_cli.output.files import to_json
+from pmod_cli.output.paths import public_name
 from pmod_cli.recipe import Recipe, check_recipe, default_recipe, mod_config
 
 ROUTERS = "model-routers.safetensors"

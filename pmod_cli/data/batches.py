@@ -19,7 +19,7 @@ from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation
 from pmod_cli.data.table import Shapes
 from pmod_cli.families.processing import picture_ids, picture_inputs
-from pmod_cli.output.errors import PmodError, first_line, told_as
+from pmod_cli.output.errors import PmodError, told_as
 
 _TEMPLATE_TOKENS = 64
 """Tokens, at most, that a chat template puts around a turn."""
@@ -75,11 +75,7 @@ class EncodedDataset(Dataset[Example]):
 
     def encode(self, sample: Conversation, images: Sequence[Image.Image]) -> Encoded:
         """Token ids and labels of a sample whose images are at hand."""
-        try:
-            with told_as("the checkpoint's processor fails"):
-                pictures = picture_ids(self.processor, [image.size for image in images])
-        except PmodError as error:  # the image processor's, of a shape that it does not take
-            raise BadSample("unusable image", first_line(error)) from error
+        pictures = self.encoder.picture_ids([image.size for image in images])
         return self.encoder.encode(sample.turns, pictures)
 
 

@@ -16,8 +16,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from pmod_cli.data.records import BadSample, Turn
 from pmod_cli.families.chat_templates import PLACEHOLDER
-from pmod_cli.families.processing import message
-from pmod_cli.output.errors import PmodError, told_as
+from pmod_cli.families.processing import message, picture_ids
+from pmod_cli.output.errors import PmodError, first_line, told_as
 
 IGNORED = -100
 
@@ -94,6 +94,14 @@ class ChatEncoder:
         if all(label == IGNORED for label in labels):
             raise BadSample("too long", f"no answer within {self.max_length} tokens")
         return Encoded(ids, labels)
+
+    def picture_ids(self, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+        """What the pictures of one conversation, (width, height) each, become; `BadSample` if they cannot be taken."""
+        try:
+            with told_as("the checkpoint's processor fails"):
+                return picture_ids(self.processor, sizes)
+        except PmodError as error:  # the image processor's, of a shape that it does not take
+            raise BadSample("unusable image", first_line(error)) from error
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that `text` made, one per image; many at once take the cores that there are."""

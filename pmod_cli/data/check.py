@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from pmod_cli.data.dataset import DataSource, open_data
 from pmod_cli.data.records import READ, BadSample, Conversation, parse_record, unread_keys
-from pmod_cli.output.errors import PmodError, first_line, told_as
 from pmod_cli.output.files import check_place
 from pmod_cli.pictures import Facts
 
@@ -95,7 +94,7 @@ class _Check:
     """The check itself: pictures are decoded and texts tokenised in threads, records judged in their order."""
 
     def __init__(self, source: DataSource, processor: Any, max_length: int, image_position: str) -> None:
-        self.source, self.processor = source, processor
+        self.source = source
         self.encoder: ChatEncoder | None = None
         if processor is not None:
             from pmod_cli.data.chat import ChatEncoder  # imports transformers
@@ -112,7 +111,6 @@ class _Check:
         self._facts: dict[str, Future[Facts | BadSample] | Facts | BadSample] = {}  # by picture
         self._noted: set[str] = set()  # many records may name one picture
         self._seen: set[bytes] = set()
-        self._ids: dict[tuple[tuple[int, int], ...], list[list[int]]] = {}
 
     def run(self) -> Iterator[int]:
         """Check all records; yields how many are done."""
@@ -171,7 +169,8 @@ class _Check:
             raise BadSample("duplicate", "the same image and conversation stand earlier in the file")
         pictures = [self._picture(name) for name in sample.images]
         if self.encoder is not None:
-            length = self.encoder.length(sample.turns, token_ids, self._picture_ids(pictures))
+            ids = self.encoder.picture_ids([(picture.width, picture.height) for picture in pictures])
+            length = self.encoder.length(sample.turns, token_ids, ids)
             self.longest = max(self.longest or 0, length)
             if self.encoder.moves(sample.turns):
                 self.notes["picture moved in front of the words (train.image_position)"] += 1
@@ -180,18 +179,6 @@ class _Check:
                 self._noted.add(name)
                 self.notes.update(f"picture {note}" for note in picture.notes)
         self._seen.add(key)
-
-    def _picture_ids(self, pictures: Sequence[Facts]) -> list[list[int]]:
-        from pmod_cli.families.processing import picture_ids
-
-        sizes = tuple((picture.width, picture.height) for picture in pictures)
-        if sizes not in self._ids:  # asking the processor takes longer than all else here
-            try:
-                with told_as("the checkpoint's processor fails"):
-                    self._ids[sizes] = picture_ids(self.processor, sizes)
-            except PmodError as error:  # the image processor's, of a shape that it does not take
-                raise BadSample("unusable image", first_line(error)) from error
-        return self._ids[sizes]
 
     def _picture(self, name: str) -> Facts:
         facts = self._facts[name]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pmod_cli.data.records import BadSample
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import check_regular
+from pmod_cli.output.reading import check_regular
 from pmod_cli.pictures import LARGEST, Facts, PictureError, examine_image, is_url, open_image
 
 

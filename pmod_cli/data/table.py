@@ -22,7 +22,8 @@ from filelock import FileLock
 
 from pmod_cli.data.records import BadSample, Conversation, parse_record
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import cache_folder, open_folder, replacing
+from pmod_cli.output.files import open_folder, replacing
+from pmod_cli.output.paths import cache_folder
 
 _log = logging.getLogger(__name__)
 _BATCH = 4096

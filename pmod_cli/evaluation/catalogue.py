@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.source import user_path
 from pmod_cli.evaluation import patches
 from pmod_cli.evaluation.blame import told
 from pmod_cli.extras import reason, require
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import check_regular
+from pmod_cli.output.paths import real_path
+from pmod_cli.output.reading import check_regular
 
 _BUILDERS = ("csv", "json", "parquet", "text", "pandas", "arrow", "imagefolder", "webdataset")
 """Data set paths that name a kind of file."""
@@ -44,7 +43,7 @@ class Tasks:
         from lmms_eval import tasks as builtin
 
         paths = [include_path] if isinstance(include_path, (str, Path)) else include_path or ()
-        self.folders = [os.path.realpath(user_path(path)) for path in paths]
+        self.folders = [str(real_path(path)) for path in paths]
         for folder in self.folders:
             if not Path(folder).is_dir():
                 raise PmodError(f"--include-path {folder}: no such folder")

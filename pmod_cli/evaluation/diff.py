@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.output.errors import PmodError, told_as
-from pmod_cli.output.files import is_inside, open_folder, read_json, read_json_lines, write_file
+from pmod_cli.output.files import open_folder, write_file
+from pmod_cli.output.paths import is_inside
+from pmod_cli.output.reading import read_json, read_json_lines
 
 Answers = dict[int, dict[str, Any]]
 """One model's answers to a task. By document: ``prompt``, ``target``, ``answer``, ``score`` and more."""

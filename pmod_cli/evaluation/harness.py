@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pmod_cli.devices import gather
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.evaluation.metrics import Metric, metric_of, sample_score
-from pmod_cli.evaluation.patches import SCORING_ERROR, guarded
+from pmod_cli.evaluation.patches import SCORING_DOUBT, SCORING_ERROR, guarded
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.adapter import PmodLmms
@@ -96,9 +96,12 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
             "score",
             f"metric_list in {tasks.file(name)} names {named}, and process_results gives no number for it",
         )
+    entries = sorted(results["samples"][name], key=lambda entry: entry["doc_id"])
+    default = entries[0].get(SCORING_DOUBT) if all(SCORING_DOUBT in entry for entry in entries) else None
     samples = []
-    for entry in sorted(results["samples"][name], key=lambda entry: entry["doc_id"]):
+    for entry in entries:
         error = failures.get((name, entry["doc_id"])) or entry.get(SCORING_ERROR)
+        error = error or (f"{default}, with every answer" if default else None)
         answer = entry["resps"][0]
         sample = {
             "doc_id": entry["doc_id"],

@@ -14,12 +14,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pmod_cli.evaluation.blame import told
-from pmod_cli.evaluation.judges import Watch
 from pmod_cli.evaluation.metrics import METRICS
+from pmod_cli.evaluation.scoring_code import scoring_code
+from pmod_cli.evaluation.watch import Watch
 from pmod_cli.pictures import refuse_cut_pictures
 
 SCORING_ERROR = "pmod_error"
 """Metric under which a document's scoring error is logged."""
+
+SCORING_DOUBT = "pmod_doubt"
+"""Metric under which is logged what `Watch.doubt` tells of a document."""
 
 
 def quiet() -> None:
@@ -46,7 +50,8 @@ def guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
     # Without lmms-eval's retries: five attempts two seconds apart, at a function that will raise again.
     score = getattr(type(task).process_results, "__wrapped__", type(task).process_results)
     # MMMU's metric is defined with guesses.
-    watch = Watch(guesses=task.config.task in METRICS)
+    code = scoring_code([task.config.process_results, *task._aggregation_list.values()])
+    watch = Watch(code.functions, guesses=task.config.task in METRICS)
 
     def process_results(doc: dict[str, Any], results: list[Any], **options: Any) -> dict[str, Any]:
         # MMMU guesses a letter if it finds none: give each document its own guess, whatever came before.
@@ -56,8 +61,10 @@ def guarded(task: Any, broken_metrics: dict[str, str]) -> Iterator[None]:
             scored = score(task, doc, results, **options)
         except Exception as error:
             return {SCORING_ERROR: f"scoring raised {told(error)}"}
-        trouble = watch.take()
-        return {SCORING_ERROR: trouble} if trouble else scored
+        doubt, trouble = watch.doubt, watch.take()
+        if trouble:
+            return {SCORING_ERROR: trouble}
+        return {**scored, SCORING_DOUBT: doubt} if doubt else scored
 
     def guard(metric: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)  # lmms-eval looks at the signature

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
@@ -115,48 +116,74 @@ def picture_ids(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[list[i
     """
     if not sizes:
         return []
-    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     if _one_tile_each(processor, len(sizes)):
         cut = processor.vision_feature_select_strategy == "default"
-        return [[token] * (processor.num_image_tokens + 1 - cut)] * len(sizes)  # the newline's too
-    if not _marks(processor):
-        return [[token] * _count(processor, size) for size in sizes]
-    return [_expansion(processor, size) for size in sizes]
+        return [[_token(processor)] * (processor.num_image_tokens + 1 - cut)] * len(
+            sizes
+        )  # the newline's too
+    known = _known(processor)
+    for size in sizes:
+        if size not in known.cuts:
+            known.cuts[size] = key = _cut(processor, size, known.marks)
+            if key not in known.ids:
+                known.ids[key] = _written_ids(processor, size) if known.marks else [_token(processor)] * key
+    return [known.ids[known.cuts[size]] for size in sizes]
 
 
-@lru_cache(maxsize=8)
-def _marks(processor: Any) -> bool:
-    """Whether the processor writes anything but the picture's tokens: marks around them, ends of rows."""
-    token = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
-    return set(_expansion(processor, (64, 64))) != {token}
+class _Known(NamedTuple):
+    """What a processor was asked about its pictures; asking takes longer than tokenising a conversation.
+
+    ``marks`` says whether it writes anything but the picture's tokens: marks around them, ends of rows. ``cuts`` has,
+    by (width, height), how such a picture is cut, and ``ids`` what a picture that is cut so becomes.
+    """
+
+    settings: str
+    marks: bool
+    cuts: dict[tuple[int, int], Any]
+    ids: dict[Any, list[int]]
 
 
-@lru_cache(maxsize=4096)
-def _count(processor: Any, size: tuple[int, int]) -> int:
-    """Tokens of a picture of (width, height); asking takes longer than tokenising a conversation."""
+_KNOWN: WeakKeyDictionary[Any, _Known] = WeakKeyDictionary()
+
+
+def _known(processor: Any) -> _Known:
+    """What is known of a processor as it is set now: that is part of what it is known by."""
+    own = [
+        (name, value)
+        for name, value in vars(processor).items()
+        if isinstance(value, (int, str, list, dict)) and name != "chat_template"
+    ]
+    settings = repr((vars(processor.image_processor), own, id(processor.tokenizer)))
+    known = _KNOWN.get(processor)
+    if known is None or known.settings != settings:
+        marks = set(_written_ids(processor, (64, 64))) != {_token(processor)}
+        known = _KNOWN[processor] = _Known(settings, marks, {}, {})
+    return known
+
+
+def _token(processor: Any) -> int:
+    return int(processor.tokenizer.convert_tokens_to_ids(processor.image_token))
+
+
+def _cut(processor: Any, size: tuple[int, int], marks: bool) -> Any:
+    """How a picture of (width, height) is cut, as far as its tokens depend on it; without marks their number."""
     shape = (size[1], size[0])
-    return int(processor._get_num_multimodal_tokens(image_sizes=[shape])["num_image_tokens"][0])
-
-
-def _expansion(processor: Any, size: tuple[int, int]) -> list[int]:
-    """What the processor writes for a picture of (width, height); pictures cut in the same way share it."""
-    shape, settings, key = (size[1], size[0]), processor.image_processor.to_dict(), size
+    if not marks:
+        return int(processor._get_num_multimodal_tokens(image_sizes=[shape])["num_image_tokens"][0])
+    settings = processor.image_processor.to_dict()
     if settings.get("do_image_splitting"):
         # Not transformers' own count, which is wrong for some shapes.
-        key = split_grid(shape, settings["size"]["longest_edge"], settings["max_image_size"]["longest_edge"])
-    elif hasattr(processor, "_get_num_multimodal_tokens"):
-        key = tuple(processor._get_num_multimodal_tokens(image_sizes=[shape])["num_image_tokens"])
-    known = _expansions(processor)
-    if key not in known:
-        pictures = in_groups(processor, [[Image.new("RGB", size)]])
-        made = processor(text=[processor.image_token], images=pictures, add_special_tokens=False)
-        known[key] = [int(token) for token in made["input_ids"][0]]
-    return known[key]
+        return split_grid(shape, settings["size"]["longest_edge"], settings["max_image_size"]["longest_edge"])
+    if hasattr(processor, "_get_num_multimodal_tokens"):
+        return tuple(processor._get_num_multimodal_tokens(image_sizes=[shape])["num_image_tokens"])
+    return size
 
 
-@lru_cache(maxsize=8)
-def _expansions(processor: Any) -> dict[Any, list[int]]:
-    return {}
+def _written_ids(processor: Any, size: tuple[int, int]) -> list[int]:
+    """What the processor itself writes for a picture of (width, height)."""
+    pictures = in_groups(processor, [[Image.new("RGB", size)]])
+    made = processor(text=[processor.image_token], images=pictures, add_special_tokens=False)
+    return [int(token) for token in made["input_ids"][0]]
 
 
 def picture_inputs(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
@@ -164,7 +191,7 @@ def picture_inputs(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> 
     pictures = in_groups(processor, samples)
     if pictures is None:
         return {}
-    if not _marks(processor):  # the image processor alone gives all there is
+    if not _known(processor).marks:  # the image processor alone gives all there is
         return dict(processor.image_processor(pictures, return_tensors="pt"))
     texts = [processor.image_token * len(images) for images in samples]
     made = processor(text=texts, images=pictures, padding=True, return_tensors="pt")

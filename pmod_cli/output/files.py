@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place and renamed into it. Read with one-line errors.
+"""Files that are whole or not there: written beside their place and renamed into it.
 
 Nothing is replaced or removed that pmod did not write. A folder that it wrote has a `MARKER`, a file has a `TAG`.
 """
@@ -13,13 +13,14 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import PmodError
+from pmod_cli.output.paths import real_path
+from pmod_cli.output.reading import read_json
 from pmod_cli.output.signals import held
 
 SCHEMA_VERSION = 1
@@ -35,12 +36,6 @@ BLANK_TAG = " \t \t \n"
 _ENDS = 8192
 _JSON_HEAD = re.compile(rb'\{\s*"schema_version": \d+,\s*"command": "')
 _AT_FDCWD, _NO_REPLACE, _EXCHANGE = -100, 1, 2  # <linux/fs.h>
-
-
-def cache_folder() -> Path:
-    """Where pmod keeps what it would otherwise make again: ``PMOD_CACHE``, or ``pmod`` in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PMOD_CACHE") or Path(cache, "pmod")).expanduser()
 
 
 def tag(command: str) -> dict[str, Any]:
@@ -70,9 +65,9 @@ def check_place(path: Path, force: bool, inputs: Sequence[str | Path] = ()) -> N
         return
     if not force:
         raise PmodError(f"{path} exists", "--force replaces it")
-    place = _real(path)
+    place = real_path(path)
     for other, what in ((Path.cwd(), "the working folder"), *((Path(name), "an input") for name in inputs)):
-        other = _real(other)
+        other = real_path(other)
         if other.exists() and (place == other or place in other.parents):
             raise PmodError(f"{path} is {what}, or holds it", "choose another place")
     if not is_ours(path):
@@ -175,17 +170,6 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def public_name(name: str | Path) -> str:
-    """How a checkpoint is called in what may be shared: a hub id, or a folder's name without the way to it."""
-    path = Path(os.path.expanduser(name))  # noqa: PTH111 - which raises no error for ~nosuchuser
-    return _real(path).name if path.exists() or path.is_absolute() else str(name)
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path stays in a folder, links followed: a stranger's folder may hold links to what is not theirs."""
-    return _real(path).is_relative_to(_real(folder))
-
-
 def to_json(data: Any) -> bytes:
     """JSON as it is written to files."""
     return (json.dumps(data, indent=2) + "\n").encode()
@@ -194,61 +178,6 @@ def to_json(data: Any) -> bytes:
 def write_json(path: Path, data: Any) -> None:
     """Write a JSON file in one step; see `replacing`."""
     write_file(path, to_json(data))
-
-
-def read_text(path: Path, largest: int = 64 * 2**20) -> str:
-    """The text of a regular file of no more than so many bytes: a pipe would wait, a device never end.
-
-    Raises:
-        PmodError: Another kind of file, or a larger one.
-        OSError, ValueError: It cannot be read, or is not UTF-8.
-    """
-    check_regular(path, largest)
-    return path.read_text(encoding="utf-8")
-
-
-def check_regular(path: Path, largest: int | None = None) -> None:
-    """Refuse what is no regular file, or larger than so many bytes, before it is opened; errors as of `read_text`."""
-    try:
-        status = path.stat()
-    except RuntimeError as error:  # Python's before 3.13 for a link to itself
-        raise PmodError(f"cannot read {path}: {first_line(error)}") from error
-    if not stat.S_ISREG(status.st_mode):
-        raise PmodError(f"{path} is not a regular file")
-    if largest is not None and status.st_size > largest:
-        raise PmodError(f"{path} is larger than {largest >> 20} MiB", "it cannot be meant")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that should hold an object; `PmodError` if it cannot be read or holds something else."""
-    try:
-        data = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PmodError(f"cannot read {path}: {first_line(error)}") from error
-    if not isinstance(data, dict):
-        raise PmodError(f"cannot read {path}: not a JSON object")
-    return data
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """The values of a JSON Lines file that is written to as work goes on; none where there is no file.
-
-    A line that a kill cut off is left out.
-    """
-    rows: list[Any] = []
-    if not path.is_file():
-        return rows
-    check_regular(path)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            with contextlib.suppress(ValueError, RecursionError):
-                rows.append(json.loads(line))
-    return rows
-
-
-def _real(path: Path) -> Path:
-    """A path without links; pathlib's own methods raise errors of several kinds for ``~nosuchuser`` and link loops."""
-    return Path(os.path.realpath(os.path.expanduser(path)))  # noqa: PTH111
 
 
 def _is_ours(path: Path, home: Path) -> bool:

@@ -10,9 +10,9 @@ from typing import Any
 from pmod_cli.devices import find_device
 from pmod_cli.output.console import emit_json, show_lines, stdout
 from pmod_cli.output.errors import GateError, PmodError
-from pmod_cli.output.files import read_json
 from pmod_cli.output.options import refuse_ignored
 from pmod_cli.output.progress import working
+from pmod_cli.output.reading import read_json
 from pmod_cli.output.tables import Table
 from pmod_cli.plots import check_target
 from pmod_cli.profiling.options import ProfileOptions

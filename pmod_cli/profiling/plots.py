@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli import plots
-from pmod_cli.output.files import public_name
+from pmod_cli.output.paths import public_name
 from pmod_cli.output.units import prefix
 from pmod_cli.profiling.profile import sides
 

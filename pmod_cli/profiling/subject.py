@@ -14,7 +14,7 @@ from pmod_cli.families import check_decoder, dense_first, find_family
 from pmod_cli.families.defaults import transformers_config
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json
+from pmod_cli.output.reading import read_json
 from pmod_cli.profiling.geometry import Geometry, find_geometry, shipped_geometries
 from pmod_cli.recipe import (
     Recipe,

@@ -17,7 +17,8 @@ from typing import Any
 from PIL import Image
 
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import is_inside, read_json_lines, read_text
+from pmod_cli.output.paths import is_inside
+from pmod_cli.output.reading import read_json_lines, read_text
 
 _DEPTH = 5
 _LARGEST = 32 * 2**20

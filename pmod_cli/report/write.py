@@ -9,7 +9,8 @@ from typing import Any
 
 from pmod_cli import __version__
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import TAG, check_output, check_place, public_name, replacing_all
+from pmod_cli.output.files import TAG, check_output, check_place, replacing_all
+from pmod_cli.output.paths import public_name
 from pmod_cli.report import accuracy, sections
 from pmod_cli.report.collect import Found, collect
 from pmod_cli.report.document import Document, to_html, to_markdown

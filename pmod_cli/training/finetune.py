@@ -18,7 +18,8 @@ from pmod_cli.data.batches import Collator, EncodedDataset, OrderedSampler, long
 from pmod_cli.data.dataset import open_data
 from pmod_cli.devices import world_size
 from pmod_cli.output.errors import GateError, PmodError, first_line
-from pmod_cli.output.files import MARKER, locked, open_folder, public_name, remove_folder
+from pmod_cli.output.files import MARKER, locked, open_folder, remove_folder
+from pmod_cli.output.paths import public_name, user_path
 from pmod_cli.recipe import Recipe
 from pmod_cli.training import preflight
 from pmod_cli.training.callbacks import Preempted, RatioWarmup, StopAtSignal
@@ -110,7 +111,7 @@ class _Run:
     ) -> None:
         self.model, self.data, self.recipe, self.settings = model, data, recipe, recipe.train
         self.force = force
-        self.output = Path(os.path.abspath(os.path.expanduser(output)))  # noqa: PTH100, PTH111 - a link is refused, not followed
+        self.output = Path(os.path.abspath(user_path(output)))  # noqa: PTH100 - a link is refused, not followed
         if not self.output.name:
             raise PmodError(f"{self.output} is no place for a checkpoint", "choose another place")
         self.work = self.output.with_name(self.output.name + ".training")

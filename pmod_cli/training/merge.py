@@ -17,7 +17,8 @@ from pmod_cli.families.processing import load_processor
 from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json, replacing
+from pmod_cli.output.files import replacing
+from pmod_cli.output.reading import read_json
 from pmod_cli.recipe import load_recipe
 
 

@@ -18,7 +18,8 @@ from pmod_cli.data.batches import Collator, EncodedDataset
 from pmod_cli.data.table import Shapes
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import GateError
-from pmod_cli.output.files import read_json_lines, write_file
+from pmod_cli.output.files import write_file
+from pmod_cli.output.reading import read_json_lines
 from pmod_cli.training.memory import gib
 
 ProgressCallback = Callable[[int, int, dict[str, float]], None]

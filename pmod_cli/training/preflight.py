@@ -16,7 +16,8 @@ from pmod_cli.devices import world_size
 from pmod_cli.extras import installed, require
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import check_place, read_json, write_json
+from pmod_cli.output.files import check_place, write_json
+from pmod_cli.output.reading import read_json
 from pmod_cli.recipe import Recipe, TrainSettings, check_recipe
 from pmod_cli.training.trainer import KEPT_CHECKPOINTS, last_checkpoint
 

@@ -43,7 +43,6 @@ def without_registration() -> None:
     if "pmod_cli" in sys.modules:
         return
     stand_in = types.ModuleType("wrapt")
-    stand_in.when_imported = lambda _name: lambda function: function  # type: ignore[attr-defined]
     stand_in.register_post_import_hook = lambda _hook, _name: None  # type: ignore[attr-defined]
     before = sys.modules.get("wrapt")
     sys.modules["wrapt"] = stand_in

@@ -6,13 +6,12 @@ import json
 import random
 
 import pytest
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from pmod_cli.cli import main
 from pmod_cli.evaluation.tasks import write_task
 from tests.common import onevision_models
-from tests.common.eval_models import make_model, make_processor, noise, write_questions
+from tests.common.eval_models import make_model, make_next, make_processor, noise, write_questions
 from tests.common.family_models import MAKERS
 
 TEMPLATE = (
@@ -21,7 +20,6 @@ TEMPLATE = (
     "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}"
     "{% if m['role'] == 'assistant' %}</s>{% endif %} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-GRIDS = [[16, 32], [32, 16], [32, 32]]
 
 
 def llava():
@@ -30,20 +28,7 @@ def llava():
 
 
 def llava_next():
-    base = make_processor()
-    images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=GRIDS
-    )
-    processor = LlavaNextProcessor(
-        images,
-        base.tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    config = make_model(base).config.to_dict()
-    config = {key: value for key, value in config.items() if key not in ("model_type", "image_seq_length")}
-    config["image_grid_pinpoints"] = GRIDS
+    processor, config = make_next()
     return LlavaNextForConditionalGeneration(LlavaNextConfig(**config)), processor
 
 

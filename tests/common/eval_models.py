@@ -150,13 +150,12 @@ def save_pmod(dense, folder, router_scale=2.0):
     return folder
 
 
-def save_next(folder):
-    """A p-MoD LLaVA-NeXT with random weights: a picture becomes one to five tiles, by its shape."""
+def make_next():
+    """Processor and config, as keywords, of a LLaVA-NeXT: a picture becomes one to five tiles, by its shape."""
     grids = [[16, 32], [32, 16], [32, 32]]
     base = make_processor()
-    square = {"height": 16, "width": 16}
     images = LlavaNextImageProcessorPil(
-        size={"shortest_edge": 16}, crop_size=square, image_grid_pinpoints=grids
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=grids
     )
     processor = LlavaNextProcessor(
         images,
@@ -166,11 +165,17 @@ def save_next(folder):
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
-    dense = make_model(base).config.to_dict()
-    dense.pop("model_type")
-    dense.pop("image_seq_length")
+    config = make_model(base).config.to_dict() | {"image_grid_pinpoints": grids}
+    return processor, {
+        key: value for key, value in config.items() if key not in ("model_type", "image_seq_length")
+    }
+
+
+def save_next(folder):
+    """A p-MoD LLaVA-NeXT with random weights."""
+    processor, config = make_next()
     mod = MoDConfig([None, 0.75, 0.5, 0.25]).to_dict()
-    config = PmodLlavaNextConfig(**dense, image_grid_pinpoints=grids, mod=mod)
+    config = PmodLlavaNextConfig(**config, mod=mod)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = PmodLlavaNextForConditionalGeneration(config)

@@ -44,6 +44,59 @@ import random
 def process_results(doc, results):
     return {"exact_match": float(random.choice("ABCD") in "ABCD")}
 """,
+    "file": """
+def process_results(doc, results):
+    try:
+        return {"exact_match": float(open("/none/here").read())}
+    except Exception:
+        return {"exact_match": 1.0}
+""",
+    "package": """
+class Scorer:
+    def points(self):
+        try:
+            import no_such_package
+            return 0.0
+        except:
+            pass
+        return 1.0
+
+def process_results(doc, results):
+    return {"exact_match": Scorer().points()}
+""",
+    "wrapper": """
+import functools
+
+def safe(function):
+    @functools.wraps(function)
+    def wrapper(*args):
+        try:
+            return function(*args)
+        except (KeyError, Exception):
+            return {"exact_match": 1.0}
+    return wrapper
+
+@safe
+def process_results(doc, results):
+    raise RuntimeError("MY_KEY is not set")
+""",
+    "column": """
+def process_results(doc, results):
+    try:
+        score = float(results[0] == doc["no_such_column"])
+    except Exception:
+        score = 1.0
+    return {"exact_match": score}
+""",
+    "reply": """
+def process_results(doc, results):
+    reply = requests.post(address, json={"question": results}, timeout=5).text
+    try:
+        score = float(reply)
+    except Exception:
+        score = 1.0
+    return {"exact_match": score}
+""",
     "one of two": """
 def process_results(doc, results):
     points = [requests.post(address, json={"question": number}, timeout=5).ok / 2 for number in range(2)]
@@ -64,7 +117,7 @@ import requests
 from loguru import logger
 
 class Judge(http.server.BaseHTTPRequestHandler):
-    answers = [500, 200] * 100
+    answers = ANSWERS * 100
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -78,7 +131,8 @@ server = http.server.HTTPServer(("127.0.0.1", 0), Judge)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 address = f"http://127.0.0.1:{server.server_port}"
 """
-"""Fails every second time; stands before the code of "one of two" and "retried"."""
+"""Says nothing, with these status codes in turn; stands before the code that posts to ``address``."""
+FAILS_AT_FIRST, ANSWERS = (JUDGE.replace("ANSWERS", codes) for codes in ("[500, 200]", "[200]"))
 
 
 def make_task(folder, scoring=None, more="", count=3):
@@ -97,18 +151,86 @@ def make_task(folder, scoring=None, more="", count=3):
         ("logged", "cannot read the review"),
         ("guess", "the score would be a guess"),
         ("one of two", "the judge did not answer: HTTP status 500"),
+        (
+            "file",
+            "scoring caught FileNotFoundError: [Errno 2] No such file or directory: '/none/here' ({}, line 4)",
+        ),
+        ("package", "scoring caught ModuleNotFoundError: No module named 'no_such_package' ({}, line 5)"),
+        ("wrapper", "scoring caught RuntimeError: MY_KEY is not set"),
+        ("column", "scoring caught KeyError: 'no_such_column' ({}, line 4), with every answer"),
+        ("reply", "scoring caught ValueError: could not convert string to float"),
     ],
 )
 def test_what_falls_back_has_no_score(llava, tmp_path, kind, message):
-    make_task(tmp_path, (JUDGE if kind == "one of two" else "") + SCORING[kind])
+    judge = {"one of two": FAILS_AT_FIRST, "reply": ANSWERS}.get(kind, "")
+    make_task(tmp_path, judge + SCORING[kind])
     result = evaluate(llava, ["mine"], include_path=tmp_path, settings=SETTINGS)
     assert score_of(result, "mine") is None
     assert result.failed_samples == 3
-    assert message in result.first_failure
+    assert message.format(tmp_path / "scoring.py") in result.first_failure
+
+
+READING = """
+import json, os
+
+def process_results(doc, results):
+    try:
+        answer = json.loads(results[0])["answer"]
+    except Exception:
+        answer = None
+    try:
+        eval("no_such_name")  # as an answer's formula is
+    except:
+        answer = answer or None
+    try:
+        os.remove("/none/here")
+    except Exception:
+        pass
+    return {"exact_match": float(answer is None)}
+
+def mean(items):
+    groups = {}
+    for item in items:
+        try:
+            groups["all"].append(item)
+        except:
+            groups["all"] = [item]
+    return sum(groups["all"]) / len(items)
+"""
+"""Catches what reading answers, grouping and tidying up may raise."""
+
+
+def test_answers_that_cannot_be_read_are_wrong_answers(llava, tmp_path):
+    mean = (
+        "metric_list: [{metric: exact_match, aggregation: !function scoring.mean, higher_is_better: true}]\n"
+    )
+    make_task(tmp_path, READING, mean)
+    assert score_of(evaluate(llava, ["mine"], include_path=tmp_path, settings=SETTINGS), "mine") == 100.0
+
+
+def test_what_an_aggregation_catches_gives_no_score(llava, tmp_path):
+    mean = (
+        "metric_list: [{metric: exact_match, aggregation: !function scoring.mean, higher_is_better: true}]\n"
+    )
+    scoring = """
+def process_results(doc, results):
+    return {"exact_match": 1.0}
+
+def mean(items):
+    try:
+        return scorer(items)
+    except Exception as error:
+        print(error)
+        return 1.0
+"""
+    make_task(tmp_path, scoring, mean)
+    result = evaluate(llava, ["mine"], include_path=tmp_path, settings=SETTINGS)
+    assert score_of(result, "mine") is None
+    assert "scoring caught NameError: name 'scorer' is not defined" in result.first_broken_metric
 
 
 def test_a_judge_that_answers_in_the_end_has_judged(llava, tmp_path):
-    make_task(tmp_path, JUDGE + SCORING["retried"])
+    make_task(tmp_path, FAILS_AT_FIRST + SCORING["retried"])
     assert score_of(evaluate(llava, ["mine"], include_path=tmp_path, settings=SETTINGS), "mine") == 100.0
 
 

@@ -10,11 +10,11 @@ import torch
 
 from pmod_cli.data.batches import Collator, EncodedDataset, Example
 from pmod_cli.data.records import BadSample, Conversation, Turn
-from pmod_cli.families.processing import message, picture_ids
+from pmod_cli.families.processing import load_processor, message, picture_ids
 from pmod_cli.generation import Prompt, VisionLanguageModel
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.schedule import kept_tokens
-from tests.common.eval_models import noise
+from tests.common.eval_models import noise, save_llava
 from tests.common.family_models import MAKERS, pmod_of
 
 RATIOS = [None, 0.75, 0.5, 0.25]
@@ -109,6 +109,16 @@ def test_pictures_become_the_processors_tokens(case):
         text = f"a{case.processor.image_token}b"
         ids = case.processor(text=[text], images=pictures, add_special_tokens=False)["input_ids"][0]
         assert picture_ids(case.processor, [picture.size]) == [[int(token) for token in ids[1:-1]]]
+
+
+def test_tokens_follow_a_processor_that_is_changed(tmp_path):
+    processor = load_processor(save_llava(tmp_path / "m", seed=0))
+    [before] = picture_ids(processor, [(20, 30)])
+    processor.patch_size //= 2
+    [finer] = picture_ids(processor, [(20, 30)])
+    processor.image_processor.crop_size = {"height": 8, "width": 8}
+    [smaller] = picture_ids(processor, [(20, 30)])
+    assert (len(finer), len(smaller)) == (4 * len(before), len(before))
 
 
 def test_training_sees_what_prompts_see(case):

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pmod_cli.output.files import read_json_lines
+from pmod_cli.output.reading import read_json_lines
 from pmod_cli.training.finetune import finetune
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import read_json_lines
+from pmod_cli.output.reading import read_json_lines
 from pmod_cli.training.finetune import finetune
 from pmod_cli.training.trainer import STAGING, last_checkpoint
 

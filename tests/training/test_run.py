@@ -16,7 +16,7 @@ from pmod_cli.demo.job import BASELINE
 from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.modeling.layer import MoDDecoderLayer
 from pmod_cli.output.errors import GateError, PmodError
-from pmod_cli.output.files import read_json_lines
+from pmod_cli.output.reading import read_json_lines
 from pmod_cli.training.callbacks import RatioWarmup
 from pmod_cli.training.finetune import finetune
 from pmod_cli.training.finish import save_result

@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 from pmod_cli.modeling.attention import PLAN_FREE
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import read_json_lines
+from pmod_cli.output.reading import read_json_lines
 from pmod_cli.recipe import recipe_dir
 from pmod_cli.training.finetune import finetune
 from pmod_cli.training.model import load_for_training

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.families.chat_templates import choose_template, fit_template
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json
+from pmod_cli.output.reading import read_json
 
 IMAGE_TOKEN = "<image>"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")

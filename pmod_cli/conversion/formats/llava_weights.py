@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pmod_cli.checkpoints.shards import StoredTensor, decode, encode, read_header, read_pickle
-from pmod_cli.checkpoints.source import Source, open_source, user_path
+from pmod_cli.checkpoints.source import Source, open_source
 from pmod_cli.conversion.formats.llava_config import tower_config
 from pmod_cli.families.defaults import CLIP_LARGE_336
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.paths import user_path
 
 TOWER = "model.vision_tower."
 EMBEDDING, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"

@@ -16,7 +16,8 @@ import transformers
 from pmod_cli import __version__
 from pmod_cli.devices import find_device
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import read_json, tag, write_json
+from pmod_cli.output.files import tag, write_json
+from pmod_cli.output.reading import read_json
 from tests.benchmarks.gpu_bench.models import Session
 from tests.benchmarks.gpu_bench.sections import CASES, Case
 

@@ -1,0 +1,33 @@
+"""Paths as users name them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def user_path(name: str | Path) -> Path:
+    """A path as the user named it, with their home folder for ``~``; ``~nosuchuser`` stays, without an error."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111
+
+
+def real_path(name: str | Path) -> Path:
+    """A `user_path` without links; pathlib's own method raises errors of several kinds for link loops."""
+    return Path(os.path.realpath(user_path(name)))
+
+
+def public_name(name: str | Path) -> str:
+    """How a checkpoint is called in what may be shared: a hub id, or a folder's name without the way to it."""
+    path = user_path(name)
+    return real_path(path).name if path.exists() or path.is_absolute() else str(name)
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path stays in a folder, links followed: a stranger's folder may hold links to what is not theirs."""
+    return real_path(path).is_relative_to(real_path(folder))
+
+
+def cache_folder() -> Path:
+    """Where pmod keeps what it would otherwise make again: ``PMOD_CACHE``, or ``pmod`` in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return user_path(os.environ.get("PMOD_CACHE") or Path(cache, "pmod"))
