@@ -118,9 +118,10 @@ def test_import_registers_whatever_the_order():
         "assert issubclass(decoders.MoDLlamaDecoderLayer, layer.MoDDecoderLayer)\n"
     )
     forks = (
-        "import os, sys\n"
-        "import torch._dynamo, torch.distributed.tensor\n"
+        "import gc, os, sys\n"
+        "import torch._dynamo, torch.distributed.tensor, torchvision\n"
         "assert not {'transformers', 'pmod_cli'} & set(sys.modules)\n"
+        "gc.freeze()\n"
         f"for order in {ORDERS!r}:\n"
         "    if not os.fork():\n"
         f"        exec(order + chr(10) + {code!r}, globals())\n"
