@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -29,12 +30,51 @@ from tests.common.small_demo import small_demo
 settings.register_profile("pmod", deadline=None)  # time says nothing on a machine that does other work too
 settings.load_profile("pmod")
 
+SLOW = (
+    "robustness/test_slice.py",
+    "docs/test_docs.py",
+    "training/test_sharded.py",
+    "training/test_distributed.py",
+    "calibration/test_calibrate.py",
+    "checkpoints/test_hub.py",
+    "modeling/test_kernels.py",
+)
+"""Files that come first, so that at the end no process waits for another that has just begun one of them.
+
+pytest-xdist would begin with the files of most tests.
+"""
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.relative_to(Path(__file__).parent).as_posix()
+        return SLOW.index(name) if name in SLOW else len(SLOW)
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish():
+    gc.freeze()
+
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory, worker_id):
     """What a small run of ``pmod demo`` leaves; not to be changed."""
     base = tmp_path_factory.getbasetemp()
     return small_demo(base if worker_id == "master" else base.parent)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage():
+    """What a file's tests have imported stays; each collection would look through it, for seconds in all."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

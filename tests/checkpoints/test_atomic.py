@@ -20,15 +20,16 @@ from pmod_cli.recipe import default_recipe
 from tests.common.checkpoints import contents, make_checkpoint
 
 
-def convert_with_floor(source, destination, floor):
-    convert(plan_conversion(source, recipe=default_recipe([f"mod.floor={floor}"])), destination, force=True)
+def plan_with_floor(source, floor):
+    return plan_conversion(source, recipe=default_recipe([f"mod.floor={floor}"]))
 
 
 @pytest.mark.parametrize("existing", ["absent", "existing"])
 def test_killed_at_every_step(tmp_path, existing):
     source = make_checkpoint(tmp_path / "source", shards=2)
-    convert_with_floor(source, tmp_path / "before", 0.2)
-    convert_with_floor(source, tmp_path / "after", 0.3)
+    plan = plan_with_floor(source, 0.3)
+    convert(plan_with_floor(source, 0.2), tmp_path / "before")
+    convert(plan, tmp_path / "after")
     before, after = contents(tmp_path / "before"), contents(tmp_path / "after")
     driver = Path(__file__).parents[1] / "common" / "killed_conversion.py"
     done = subprocess.run(
@@ -48,7 +49,7 @@ def test_killed_at_every_step(tmp_path, existing):
             assert left in (before, after)
             found["after" if left == after else "before"] += 1
         # Whatever was left beside it goes with the next conversion to the same place.
-        convert_with_floor(source, place / "pmod", 0.3)
+        convert(plan, place / "pmod", force=True)
         assert [path.name for path in place.iterdir()] == ["pmod"]
         assert contents(place / "pmod") == after
     assert found["before"] > 10

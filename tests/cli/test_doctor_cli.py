@@ -39,7 +39,7 @@ def test_all_that_is_installed_works_here(healthy):
     assert {package["status"] for package in packages} == {"works"}
     assert all(package["version"] for package in packages)
     assert {command["command"] for command in healthy["commands"]} == {
-        *("convert", "finetune", "profile", "eval", "generate", "visualize", "report", "demo")
+        *("convert", "finetune", "profile", "eval", "generate", "visualize", "report", "demo", "serve")
     }
     assert all(command["works"] and not command["limits"] for command in healthy["commands"])
 

@@ -155,25 +155,27 @@ assert not {"torch", "transformers", "fvcore", "matplotlib"} & set(sys.modules)
 
 
 def test_7b_is_counted_by_fvcore_in_little_memory():
+    """By a process that a small one starts: one that is forked off this large one counts this one's memory as its own.
+
+    A script counts, and tells on stderr its peak memory before and after.
+    """
     pytest.importorskip("fvcore")
-    _, libraries = memory_of("-c", "import torch, fvcore.nn, transformers.models.llava.modeling_llava")
-    out, peak = memory_of("-m", "pmod_cli", "profile", "llava-1.5-7b", "--counter", "fvcore", "--json")
-    assert peak - libraries < 0.5e9  # the weights would take 14e9
-    result = json.loads(out)["result"]
+    count = (
+        "import resource, sys, atexit, torch, fvcore.nn, transformers.models.llava.modeling_llava\n"
+        "from pmod_cli.cli import main\n"
+        "def peak(): print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+        "peak()\n"
+        "atexit.register(peak)\n"
+        "main(['profile', 'llava-1.5-7b', '--counter', 'fvcore', '--json'])\n"
+    )
+    start = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True)"
+    words = [sys.executable, "-c", start, "-c", count]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    libraries, peak = (1024 * int(line) for line in done.stderr.splitlines() if line.isdigit())
+    assert 0 < peak - libraries < 0.5e9  # the weights would take 14e9
+    result = json.loads(done.stdout)["result"]
     assert result["checks"] == {"formula": True}
     assert result["dense"]["prefill"]["macs"] == 4_330_183_681_024
-
-
-def memory_of(*arguments: str) -> tuple[str, int]:
-    """What a Python process prints, and its peak memory in bytes.
-
-    It is started by a small process: one that is forked off this large one counts this one's memory as its own.
-    """
-    start = "import resource, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True);"
-    start += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)"
-    words = [sys.executable, "-c", start, *arguments]
-    done = subprocess.run(words, check=True, capture_output=True, text=True)
-    return done.stdout, 1024 * int(done.stderr.split()[-1])
 
 
 def test_measuring(capsys, tmp_path):

@@ -7,6 +7,7 @@ itself.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -45,6 +46,8 @@ def main() -> None:
     """Print one JSON row a kill: the signal or 0, and what is found at the destination and beside it."""
     source, folder, existing = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "existing"
     plan = plan_conversion(source, recipe=default_recipe(["mod.floor=0.3"]))
+    convert(plan, folder / "whole")  # imports for all children what it needs
+    gc.freeze()  # and leaves them nothing to search for garbage
     rows = []
     for fatal in range(1, 500):
         place = folder / f"kill{fatal}"

@@ -113,6 +113,8 @@ class StandIns:
                 words[words.index(option) + 1] = value
         if words[0] == "finetune":
             words += SMALL_TRAINING
+        elif words[0] == "profile" and "--latency" in words:
+            words += ["--new-tokens", "2", "--repeats", "1"]
         elif words[0] == "calibrate":
             words += ["--samples", "24"]
         elif words[0] == "demo":

@@ -118,3 +118,9 @@ def pad(prompts: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
 def pictures(count: int, seed: int = 0) -> Tensor:
     """Random pixel values, [count, 3, 20, 20]."""
     return torch.randn(count, 3, 20, 20, generator=torch.Generator().manual_seed(seed))
+
+
+def enable_checkpointing(model: Any, reentrant: bool = False) -> None:
+    """Activation checkpointing, by the method's name in every version: transformers 5.24 renamed it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})

@@ -16,7 +16,7 @@ from pmod_cli.modeling.attention import PLAN_FREE, plan_free_attention
 from pmod_cli.modeling.plan import RoutingPlan
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.profiling.operators import OperatorCount
-from tests.common.tiny import tiny_model
+from tests.common.tiny import enable_checkpointing, tiny_model
 
 FLASH = "aten._scaled_dot_product_flash_attention.default"
 EFFICIENT = "aten._scaled_dot_product_efficient_attention.default"
@@ -44,7 +44,7 @@ def as_on_a_gpu(training, batch, padded=False, **text):
         decoder.kernels = "torch"
         if training:
             model.train()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         hidden = torch.empty(batch, 40, 64, device="cuda", dtype=torch.bfloat16, requires_grad=training)
         target = torch.ones(batch, 40, dtype=torch.bool, device="cuda")
         # From counts that the host has: fake tensors hold no numbers to be read.

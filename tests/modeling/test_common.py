@@ -18,6 +18,7 @@ from pmod_cli.modeling.schedule import kept_tokens
 from tests.common import onevision_models
 from tests.common.eval_models import make_model, make_processor, noise
 from tests.common.family_models import MAKERS, pmod_of
+from tests.common.tiny import enable_checkpointing
 
 RATIOS = [None, 0.75, 0.5, 0.25]
 RNG = random.Random(0)
@@ -121,8 +122,7 @@ class TestEveryModel:
         for enabled in (False, True):
             trained = copy.deepcopy(model).train()
             if enabled:
-                # transformers 5.24 renamed the method.
-                getattr(trained, "activation_checkpointing_enable", trained.gradient_checkpointing_enable)()
+                enable_checkpointing(trained)
             loss = trained(**inputs, labels=inputs["input_ids"], use_cache=False).loss
             loss.backward()
             losses.append(loss.detach())
@@ -137,10 +137,12 @@ class TestEveryModel:
         expected = model.generate(**inputs, **greedy)
         length = expected.shape[1]
         static = StaticCache(config=model.config.text_config, max_cache_len=length)
+        # transformers 5.24 renamed the option.
+        given = "cache" if hasattr(model, "activation_checkpointing_enable") else "past_key_values"
         for options in (
             {"use_cache": False},
             {"cache_implementation": "static"},
-            {"past_key_values": static},
+            {given: static},
         ):
             assert torch.equal(model.generate(**inputs, **greedy, **options), expected), options
 

@@ -97,18 +97,18 @@ def test_transformers_alone_refuses_the_checkpoint(tmp_path):
     assert "pmod_llava" in alone.stderr
 
 
-@pytest.mark.parametrize(
-    "order",
-    [
-        "import pmod_cli, transformers",
-        "import transformers, pmod_cli",
-        "from pmod_cli.modeling.layer import MoDDecoderLayer",
-        "from pmod_cli.families.llava import PmodLlavaModel",
-    ],
+ORDERS = (
+    "import pmod_cli, transformers",
+    "import transformers, pmod_cli",
+    "from pmod_cli.modeling.layer import MoDDecoderLayer",
+    "from pmod_cli.families.llava import PmodLlavaModel",
 )
-def test_import_registers_whatever_the_order(order):
+
+
+def test_import_registers_whatever_the_order():
+    """Each order in a fork of a process that has imported what both need, and neither of them."""
     code = (
-        f"{order}\nfrom transformers import AutoConfig, LlavaConfig\n"
+        "from transformers import AutoConfig, LlavaConfig\n"
         "assert type(AutoConfig.for_model('pmod_llava')).__name__ == 'PmodLlavaConfig'\n"
         "assert type(AutoConfig.for_model('pmod_llava_next')).__name__ == 'PmodLlavaNextConfig'\n"
         "from pmod_cli.families import llava\n"
@@ -117,7 +117,20 @@ def test_import_registers_whatever_the_order(order):
         "assert globals().get('MoDDecoderLayer', layer.MoDDecoderLayer) is layer.MoDDecoderLayer\n"
         "assert issubclass(decoders.MoDLlamaDecoderLayer, layer.MoDDecoderLayer)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    forks = (
+        "import gc, os, sys\n"
+        "import torch._dynamo, torch.distributed.tensor, torchvision\n"
+        "assert not {'transformers', 'pmod_cli'} & set(sys.modules)\n"
+        "gc.freeze()\n"
+        f"for order in {ORDERS!r}:\n"
+        "    if not os.fork():\n"
+        f"        exec(order + chr(10) + {code!r}, globals())\n"
+        "        print(order)\n"
+        "        sys.exit()\n"
+        "    os.wait()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", forks], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == list(ORDERS), done.stderr
 
 
 def test_import_alone_loads_neither_torch_nor_transformers():

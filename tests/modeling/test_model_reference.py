@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from tests.common.reference import load_case, reference_model
+from tests.common.tiny import enable_checkpointing
 
 MOD_LAYERS = range(8, 32)
 
@@ -20,12 +21,6 @@ def llava():
 @pytest.fixture(scope="module")
 def llava_next():
     return reference_model("llava_next")
-
-
-def enable_checkpointing(model, reentrant):
-    # transformers 5.24 renamed the method.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
 
 
 def kept_vision(routing, vision_mask):

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pmod_cli.modeling.layer import MoDDecoderLayer
-from tests.common.tiny import IMAGE, pad, pictures, prompt, tiny_model
+from tests.common.tiny import IMAGE, enable_checkpointing, pad, pictures, prompt, tiny_model
 
 PROMPTS = [prompt(1, 5, seed=1), prompt(0, 9, seed=2), prompt(2, 4, seed=3)]
 
@@ -40,7 +40,7 @@ def test_gradient_checkpointing_gives_identical_gradients(reentrant):
     for checkpointing in (False, True):
         model = tiny_model().train()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            enable_checkpointing(model, reentrant)
             layers = model.model.language_model.layers
             assert all(layer.gradient_checkpointing for layer in layers)
         model(**batch(), use_cache=False).loss.backward()

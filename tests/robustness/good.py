@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -28,7 +29,10 @@ EVAL = ("eval", "pmod", "--tasks", "shapes", "--include-path", "tasks", "--batch
 
 
 def import_all() -> None:
-    """Import what the commands use, for all children at once; nothing is computed, so no threads run."""
+    """Import what the commands use, for all children at once; nothing is computed, so no threads run.
+
+    What is imported stays: children need not search it for garbage, which would copy its pages.
+    """
     import torch
 
     from pmod_cli.evaluation.catalogue import import_lmms_eval
@@ -45,6 +49,8 @@ def import_all() -> None:
     import pmod_cli.report
     import pmod_cli.training.finetune
     import pmod_cli.visualize.visualize  # noqa: F401
+
+    gc.freeze()
 
 
 def make_good(folder: Path) -> None:
