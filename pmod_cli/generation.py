@@ -16,6 +16,8 @@ from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -301,6 +303,7 @@ class VisionLanguageModel:
                     **generation_settings(settings),
                     **kept,
                     stopping_criteria=StoppingCriteriaList([stop] if stops else []),
+                    logits_processor=LogitsProcessorList([_Numbers()]),
                 )
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         ends = [stop.ends.get(row, new_ids.shape[1]) for row in range(len(new_ids))]
@@ -315,6 +318,21 @@ class VisionLanguageModel:
             Answer(text.strip(), length, min(new, end))
             for text, length, new, end in zip(texts, prompt_tokens, new_tokens, ends, strict=True)
         ]
+
+
+class _Numbers(LogitsProcessor):
+    """Refuses an answer's first logits if they are not numbers: an empty answer, or any, could come of them."""
+
+    checked = False
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        if not self.checked and bool(scores.isnan().any()):
+            raise PmodError(
+                "the model computes what is not a number (NaN)",
+                "its weights are damaged, or too large for the dtype",
+            )
+        self.checked = True
+        return scores
 
 
 class _StopStrings(StoppingCriteria):

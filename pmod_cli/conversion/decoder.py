@@ -112,8 +112,11 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise PmodError(f"the weights lack {missing[0]}{more}")
     query = stacks[prefix]["self_attn.q_proj.weight"][0]
-    if "quantization_config" in config or query.dtype not in ROUTER_DTYPES:
-        raise PmodError("the weights are quantised", "convert the unquantised checkpoint")
+    weights = (tensor for name, tensor in by_name.items() if name.endswith((".weight", ".bias")))
+    other = next((each for each in weights if each.dtype not in (*ROUTER_DTYPES, "F64")), None)
+    if "quantization_config" in config or other or query.dtype not in ROUTER_DTYPES:
+        which = f": {other.name} is {other.dtype}" if other else ""
+        raise PmodError(f"the weights are quantised{which}", "convert the unquantised checkpoint")
     known = _sides_of(text, config)
     for name, tensor in by_name.items():
         if name.startswith(prefix):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmod_cli.data.dataset import DataSource, open_data
 from pmod_cli.data.records import READ, BadSample, Conversation, parse_record, unread_keys
+from pmod_cli.families.chat_templates import VIDEO_PLACEHOLDER
 from pmod_cli.output.files import check_place
 from pmod_cli.pictures import Facts
 
@@ -154,6 +155,8 @@ class _Check:
                     raise sample
                 self._judge(sample, next(token_ids, []))
                 self.notes.update(f"key {unread} is not read" for unread in unread_keys(record))
+                if any(VIDEO_PLACEHOLDER in turn.text for turn in sample.turns):
+                    self.notes[f"{VIDEO_PLACEHOLDER} is text, and shows none"] += 1
                 self.good.append(index)
                 self.with_images += bool(sample.images)
             except BadSample as error:

@@ -208,11 +208,11 @@ def parse_record(record: Any, index: int) -> Conversation:
     spoken = [turn.role for turn in turns[turns[0].role == "system" :]]
     if spoken != ["user", "assistant"] * (len(spoken) // 2) or not spoken:
         raise BadSample("turns out of order", " ".join(spoken) or "no turns")
+    if not images and (key := next((key for key, value in _unread(record) if _names_media(value)), None)):
+        raise BadSample("other media", f"the key {key} names media, and is not read; pictures go into image")
     placeholders = sum(turn.images for turn in turns)
     if placeholders != len(images):
         raise BadSample("<image> count", f"{placeholders} placeholders, {len(images)} images")
-    if not images and (key := next((key for key, value in _unread(record) if _names_media(value)), None)):
-        raise BadSample("other media", f"the key {key} names media, and is not read; pictures go into image")
     name = record.get("id")
     return Conversation(str(index if name is None else name), tuple(images), turns)
 
@@ -241,7 +241,8 @@ def unread_keys(record: dict[str, Any]) -> set[str]:
 
 
 def _unread(record: dict[str, Any]) -> list[tuple[str, Any]]:
-    pairs = [(key, value) for key, value in record.items() if key not in READ]
+    read = READ - {"messages"} if record.get("conversations") else READ
+    pairs = [(key, value) for key, value in record.items() if key not in read]
     pairs += [
         (key, value) for turn in _turns(record) for key, value in turn.items() if key not in _READ_OF_TURN
     ]

@@ -53,8 +53,9 @@ Note = Callable[[BaseException, bool], None]
 
 @contextlib.contextmanager
 def telling(functions: Iterable[FunctionType], note: Note) -> Iterator[None]:
-    """Within it, broad handlers in ``functions`` (``except:``, ``except Exception:``) tell ``note`` what they catch.
+    """Within it, broad handlers in ``functions`` tell ``note`` what they catch.
 
+    They are ``except:``, ``except Exception:`` and ``suppress(Exception)``.
     The functions run their own code, compiled from their file with one call more at the top of each such handler. One
     that raises again is left alone, and so is one around nothing but tidying up.
     """
@@ -114,12 +115,30 @@ class _Hooks(ast.NodeTransformer):
         if not all(map(_tidies, node.body)):
             for handler in node.handlers:
                 if _broad(handler.type) and not isinstance(handler.body[-1], ast.Raise):
-                    fixed = ast.Constant(_gives_fixed(handler.body))
-                    call = ast.Expr(ast.Call(ast.Name(_HOOK, ast.Load()), [fixed], []))
-                    handler.body.insert(0, ast.copy_location(call, handler))
+                    handler.body.insert(0, _call(handler, _gives_fixed(handler.body)))
         return node
 
     visit_TryStar = visit_Try
+
+    def visit_With(self, node: ast.With) -> ast.AST:
+        """``suppress`` is a handler as well."""
+        self.generic_visit(node)
+        calls = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
+        broad = any(_name(call) == "suppress" and any(map(_broad, call.args)) for call in calls)
+        if broad and not all(map(_tidies, node.body)):
+            body = [_call(node, False), ast.copy_location(ast.Raise(), node)]
+            handler = ast.copy_location(ast.ExceptHandler(None, None, body), node)
+            node.body = [ast.copy_location(ast.Try(node.body, [handler], [], []), node)]
+        return node
+
+
+def _call(where: ast.AST, fixed: bool) -> ast.Expr:
+    call = ast.Expr(ast.Call(ast.Name(_HOOK, ast.Load()), [ast.Constant(fixed)], []))
+    return ast.copy_location(call, where)
+
+
+def _name(call: ast.Call) -> str:
+    return str(getattr(call.func, "attr", getattr(call.func, "id", "")))
 
 
 def _broad(kind: ast.expr | None) -> bool:
@@ -130,8 +149,7 @@ def _broad(kind: ast.expr | None) -> bool:
 
 def _tidies(statement: ast.stmt) -> bool:
     call = statement.value if isinstance(statement, ast.Expr) else None
-    name = getattr(call.func, "attr", getattr(call.func, "id", "")) if isinstance(call, ast.Call) else ""
-    return name in _TIDYING
+    return isinstance(call, ast.Call) and _name(call) in _TIDYING
 
 
 def _gives_fixed(body: list[ast.stmt]) -> bool:

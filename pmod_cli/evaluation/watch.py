@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType
 from typing import Any
 from unittest import mock
+from urllib.request import OpenerDirector
 
 import numpy as np
 
@@ -66,8 +67,8 @@ class Watch:
         watched: list[tuple[Any, str, Any]] = []
         for provider in set(ProviderFactory._provider_classes.values()):
             watched.append((provider, "evaluate", self._judge(provider.evaluate)))
-        for client in (requests.Session, httpx.Client):
-            watched.append((client, "send", self._judge(client.send)))
+        for client, name in ((requests.Session, "send"), (httpx.Client, "send"), (OpenerDirector, "open")):
+            watched.append((client, name, self._judge(getattr(client, name))))
         watched.append((httpx.AsyncClient, "send", self._async_judge(httpx.AsyncClient.send)))
         for module in () if self._guesses else (random, np.random):
             watched += [
@@ -94,11 +95,9 @@ class Watch:
             self.doubt = what
 
     @contextlib.contextmanager
-    def _asking(self, request: Any) -> Iterator[list[Any]]:
+    def _asking(self, *request: Any) -> Iterator[list[Any]]:
         """Notes what becomes of a question to a judge; the block puts the answer into the list."""
-        question = repr(request)
-        with contextlib.suppress(Exception):  # a stream has no content yet
-            question += repr(request.content if hasattr(request, "content") else request.body)
+        question = "".join(map(_words, request))
         self._asked[threading.get_ident()] = question
         answers: list[Any] = []
         try:
@@ -113,9 +112,9 @@ class Watch:
 
     def _judge(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def asked(client: Any, request: Any, *args: Any, **options: Any) -> Any:
-            if getattr(request, "method", "POST") != "POST":
+            if not _posts(request, *args, **options):
                 return call(client, request, *args, **options)
-            with self._asking(request) as answers:
+            with self._asking(request, *args) as answers:
                 answers.append(call(client, request, *args, **options))
             return answers[0]
 
@@ -135,3 +134,20 @@ class Watch:
             return call(*args, **options)
 
         return drawn
+
+
+def _posts(request: Any, data: Any = None, *_: Any, **options: Any) -> bool:
+    """Whether a request asks for more than a page; urllib's may be an address with the data beside it."""
+    method = getattr(request, "get_method", lambda: getattr(request, "method", "POST"))()
+    address = isinstance(request, str)
+    return (data or options.get("data")) is not None or (method == "POST" and not address)
+
+
+def _words(request: Any) -> str:
+    """What a request says, the same when it is made again."""
+    words = str(getattr(request, "full_url", request))
+    with contextlib.suppress(Exception):  # a stream has no content yet
+        words += repr(
+            next(getattr(request, name) for name in ("content", "body", "data") if hasattr(request, name))
+        )
+    return words

@@ -92,10 +92,11 @@ def test_sizes_that_the_config_leaves_out_are_transformers_defaults(tmp_path):
         plan_conversion(fewer)
 
 
-def test_quantised_weights(tmp_path):
+@pytest.mark.parametrize("which", ["_proj.weight", "mlp.up_proj.weight"])
+def test_quantised_weights(tmp_path, which):
     def pack(tensors):
         for name in tensors:
-            if name.endswith("_proj.weight") and "language_model" in name:
+            if name.endswith(which) and "language_model" in name:
                 tensors[name] = StoredTensor.zeros(name, "I8", tensors[name].shape)
 
     with pytest.raises(PmodError, match="quantised"):

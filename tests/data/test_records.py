@@ -94,6 +94,7 @@ def test_other_names_of_what_is_read():
         ({"video": "clip.mp4", "conversations": turns("<video>\nWhat?")}, "other media"),
         ({"video": "clip.mp4", "conversations": turns("<image>\nWhat?")}, "other media"),
         ({"img": "a.png", "conversations": turns("What?")}, "other media"),
+        ({"image_path": "a.png", "conversations": turns()}, "other media"),
         ({"frames": ["a.JPG"], "conversations": turns("What?")}, "other media"),
         (
             {"conversations": [{"from": "human", "value": "What?", "picture": "a.png"}, turns()[1]]},
@@ -116,15 +117,18 @@ def test_check_reports_keys_conversions_and_addresses(tmp_path, folder):
         {"image": "clear.png", "weight": 0.5, "conversations": turns()},
         {"image": str(folder / "a.png"), "conversations": turns()},
         {"image": "https://example.org/a.png", "conversations": turns()},
+        {"messages": [{"role": "user", "content": "Other."}], "conversations": turns("<video>\nWhat?")},
     ]
     (tmp_path / "data.json").write_text(json.dumps(records))
     report = check_data(tmp_path / "data.json", folder)
-    assert report["good"] == 2
+    assert report["good"] == 3
     assert report["counts"] == {"URL": 1}
     assert report["notes"] == {
         "picture transparency laid on white": 1,
         "picture suspicious: a single colour": 1,
         "key weight is not read": 1,
+        "key messages is not read": 1,
+        "<video> is text, and shows none": 1,
     }
 
 

@@ -149,6 +149,18 @@ def test_missing_tensors_are_refused(llava, tmp_path):
         VisionLanguageModel.load(copy)
 
 
+def test_weights_that_are_no_numbers_give_no_answer(llava, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(llava, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    tensors[next(name for name in tensors if "up_proj" in name)].fill_(float("nan"))
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    damaged = VisionLanguageModel.load(copy)
+    with pytest.raises(PmodError, match="not a number"):
+        damaged.generate([Prompt("What?")], max_new_tokens=2)
+
+
 def test_truncated_weights_are_refused(llava, tmp_path):
     copy = shutil.copytree(llava, tmp_path / "copy")
     weights = copy / "model.safetensors"

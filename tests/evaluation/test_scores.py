@@ -64,6 +64,24 @@ class Scorer:
 def process_results(doc, results):
     return {"exact_match": Scorer().points()}
 """,
+    "suppressed": """
+import contextlib
+
+def process_results(doc, results):
+    with contextlib.suppress(Exception):
+        return {"exact_match": float(open("/none/here").read())}
+    return {"exact_match": 1.0}
+""",
+    "address": """
+import urllib.request
+
+def process_results(doc, results):
+    try:
+        with urllib.request.urlopen("http://127.0.0.1:9/v1", data=b"{}", timeout=1) as reply:
+            return {"exact_match": float(reply.read())}
+    except OSError:
+        return {"exact_match": 1.0}
+""",
     "wrapper": """
 import functools
 
@@ -156,6 +174,8 @@ def make_task(folder, scoring=None, more="", count=3):
             "scoring caught FileNotFoundError: [Errno 2] No such file or directory: '/none/here' ({}, line 4)",
         ),
         ("package", "scoring caught ModuleNotFoundError: No module named 'no_such_package' ({}, line 5)"),
+        ("suppressed", "scoring caught FileNotFoundError"),
+        ("address", "the judge did not answer: URLError"),
         ("wrapper", "scoring caught RuntimeError: MY_KEY is not set"),
         ("column", "scoring caught KeyError: 'no_such_column' ({}, line 4), with every answer"),
         ("reply", "scoring caught ValueError: could not convert string to float"),

@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from pmod_cli.conversion.convert import convert
+from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.demo.job import BASELINE
 from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.modeling.layer import MoDDecoderLayer
 from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.output.reading import read_json_lines
+from pmod_cli.recipe import load_recipe
 from pmod_cli.training.callbacks import RatioWarmup
 from pmod_cli.training.finetune import finetune
 from pmod_cli.training.finish import save_result
@@ -407,6 +410,9 @@ def test_parts_that_cannot_be_trained(baseline, pmod_start, demo_data, tmp_path,
     settings = recipe(parts=["routers", "lora"], distill=True)
     with pytest.raises(PmodError, match="this one is dense"):
         finetune(baseline, *demo_data, tmp_path / "out", recipe=settings)
+    convert(plan_conversion(baseline, recipe=load_recipe("demo", ["mod.choice=random"])), tmp_path / "chance")
+    with pytest.raises(PmodError, match="tokens are random"):
+        finetune(tmp_path / "chance", *demo_data, tmp_path / "out", recipe=settings)
     for train, message in (
         ({"distill": True}, "go together"),
         ({"parts": ["routers"]}, "go together"),
