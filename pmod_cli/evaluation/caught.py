@@ -12,6 +12,7 @@ import builtins
 import contextlib
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -95,8 +96,10 @@ def from_reading(error: BaseException) -> bool:
 
 def _hooked(file: str) -> dict[tuple[str, int], CodeType]:
     """The code with hooks of a file's functions that have any, by name and first line."""
-    tree = _Hooks().visit(ast.parse(Path(file).read_bytes(), file))
-    codes = [compile(ast.fix_missing_locations(tree), file, "exec", dont_inherit=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they were given when the task was imported
+        tree = _Hooks().visit(ast.parse(Path(file).read_bytes(), file))
+        codes = [compile(ast.fix_missing_locations(tree), file, "exec", dont_inherit=True)]
     for code in codes:
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
     return {(code.co_name, code.co_firstlineno): code for code in codes if _has_hook(code)}

@@ -37,10 +37,11 @@ def test_report_and_json(demo_folder, tmp_path, capsys, monkeypatch):
     assert code == 2
     assert "exists (--force replaces it)" in err
     monkeypatch.chdir(demo_folder.parent)
-    page.write_text("")
+    before = page.stat().st_mtime_ns
     code, out, _ = run(capsys, demo_folder.name, "-o", page, "--force")
     assert code in (0, None)
     assert out.splitlines() == [str(page), str(page.with_suffix(".md"))]
+    assert page.stat().st_mtime_ns > before
     text = page.read_text(encoding="utf-8")
     assert all(model["label"] in text for model in result["models"])
     assert text.count(">pmod<") == 1  # the package, not the model's folder
