@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
-from pmod_cli.checkpoints.load import check_tokenizer, quiet_transformers, read_config
+from pmod_cli.checkpoints.load import check_tokenizer, check_weights, quiet_transformers, read_config
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.families.agreement import agree
 from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
@@ -176,6 +176,7 @@ class VisionLanguageModel:
                 such device or dtype.
         """
         read_config(source)
+        check_weights(source)
         check_tokenizer(source)
         device = find_device(device)
         check_dtype(dtype)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.source import WHOLE, Source, check_exists, open_source
+from pmod_cli.checkpoints.source import WHOLE, Source, check_exists, open_source, where_weights_are
 from pmod_cli.families import find_family
 from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.output.reading import check_regular, read_json
@@ -45,7 +45,7 @@ def refuse_unconverted(source: Source) -> None:
 
 
 def refuse_part(folder: Path) -> None:
-    """Refuse a folder that has only a LoRA adapter or a projector, and no whole model."""
+    """Refuse a folder that has only an adapter or a projector, and no whole model."""
     if not folder.is_dir() or any((folder / name).is_file() for name in WHOLE):
         return
     if (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("adapter_model.*")):
@@ -54,8 +54,10 @@ def refuse_part(folder: Path) -> None:
         merge = f"pmod convert {folder} NEW --merge"
         if (folder / "non_lora_trainables.bin").is_file():
             merge = "scripts/merge_lora_weights.py of LLaVA's own code"
+        kind = config.get("peft_type", "LORA")
         raise PmodError(
-            f"{folder} is a LoRA adapter, not a whole checkpoint", f"{merge} merges it into {base}"
+            f"{folder} is {'a LoRA adapter' if kind == 'LORA' else f'an adapter of kind {kind}'}, not a whole checkpoint",
+            f"{merge} merges it into {base}",
         )
     for name in ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin"):
         if (folder / name).is_file():
@@ -91,6 +93,13 @@ def read_config(source: str | Path) -> Any:
             _ = config.mod_config  # which checks it
     find_family(config.model_type)
     return config
+
+
+def check_weights(source: str | Path) -> None:
+    """Refuse a folder without a model's weights, as an unfinished download or a sharded training run leaves it."""
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).is_file() for name in WHOLE):
+        raise PmodError(f"{folder} has no weights", where_weights_are(folder))
 
 
 def check_tokenizer(source: str | Path) -> None:

@@ -103,7 +103,7 @@ class Source:
                         "a DeepSpeed ZeRO-3 run has to gather its weights when it saves; zero_to_fp32.py does it later",
                     )
             return files
-        hint = f"expected {SINGLE} or {INDEX}"
+        hint = where_weights_are(self.folder)
         if self.revision is not None and not allow_pickle:
             hint += "; if the repository has .bin files alone, --allow-pickle"
         raise PmodError(f"{self.name} has no weights", hint)
@@ -136,6 +136,13 @@ def is_hub_id(name: str | Path) -> bool:
         and not name.startswith((".", "/", "~"))
         and not Path(name).exists()
     )
+
+
+def where_weights_are(folder: Path) -> str:
+    """What to do about a folder that has none."""
+    if (folder / "zero_to_fp32.py").is_file():
+        return "a DeepSpeed run's are in shards: zero_to_fp32.py in the folder puts them together"
+    return f"expected {SINGLE} or {INDEX}"
 
 
 def check_exists(name: str | Path, what: str = "folder") -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
+from pmod_cli.checkpoints.load import refuse_part
 from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.demo.job import BASELINE
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.output.errors import PmodError
 from pmod_cli.recipe import load_recipe, parse_recipe
 from tests.common.checkpoints import HIDDEN, make_checkpoint
@@ -202,3 +205,20 @@ def test_a_decoder_of_one_layer(tmp_path):
     source = make_checkpoint(tmp_path / "source", change=cut, config=config)
     with pytest.raises(PmodError, match="at least 2 decoder layers, not 1"):
         plan_conversion(source)
+
+
+def test_a_folder_without_weights_says_where_they_are(tmp_path):
+    shutil.copytree(BASELINE, tmp_path / "part", ignore=shutil.ignore_patterns("*.safetensors"))
+    with pytest.raises(PmodError, match=r"has no weights \(expected model.safetensors"):
+        VisionLanguageModel.load(tmp_path / "part")
+    (tmp_path / "part" / "zero_to_fp32.py").touch()
+    with pytest.raises(PmodError, match=r"zero_to_fp32.py in the folder"):
+        VisionLanguageModel.load(tmp_path / "part")
+
+
+def test_an_adapter_of_another_kind_is_called_by_its_name(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "IA3", "base_model_name_or_path": "user/base"}'
+    )
+    with pytest.raises(PmodError, match="is an adapter of kind IA3, not a whole checkpoint"):
+        refuse_part(tmp_path)
