@@ -55,8 +55,9 @@ def refuse_part(folder: Path) -> None:
         if (folder / "non_lora_trainables.bin").is_file():
             merge = "scripts/merge_lora_weights.py of LLaVA's own code"
         kind = config.get("peft_type", "LORA")
+        what = "a LoRA adapter" if kind == "LORA" else f"an adapter of kind {kind}"
         raise PmodError(
-            f"{folder} is {'a LoRA adapter' if kind == 'LORA' else f'an adapter of kind {kind}'}, not a whole checkpoint",
+            f"{folder} is {what}, not a whole checkpoint",
             f"{merge} merges it into {base}",
         )
     for name in ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin"):
