@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from pmod_cli import plots
-from pmod_cli.evaluation.diff import compare_answers, pictures_of
+from pmod_cli.evaluation.diff import Change, Comparison, compare_answers, pictures_of
 from pmod_cli.evaluation.paper import JUDGED, TABLES, average
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.tables import Table
@@ -156,7 +156,7 @@ def differences(
     include_path: str | Path | Sequence[str | Path] | None = None,
 ) -> Section:
     """For each p-MoD model what it gains and loses against the dense one; of the examples half are losses."""
-    blocks: list[Block] = []
+    compared: list[tuple[Model, Model, Comparison, list[Change]]] = []
     for model in models:
         if other is None or not model.is_pmod:
             continue
@@ -166,12 +166,16 @@ def differences(
         if not found.compared:
             continue
         losses = found.worse[: max(_EXAMPLES // 2, _EXAMPLES - len(found.better))]
-        chosen = [*losses, *found.better[: _EXAMPLES - len(losses)]]
+        compared.append((model, other, found, [*losses, *found.better[: _EXAMPLES - len(losses)]]))
+    # At once, because lmms-eval reads all of its tasks each time.
+    shown = {(change.task, change.doc_id) for *_, chosen in compared for change in chosen}
+    pictures = _pictures(sorted(shown), include_path)
+    blocks: list[Block] = []
+    for model, dense, found, chosen in compared:
         words = (
-            f"{model.label} against {other.label}: of {found.compared} samples {len(found.better)} became right "
+            f"{model.label} against {dense.label}: of {found.compared} samples {len(found.better)} became right "
             f"or better, {len(found.worse)} wrong or worse."
         )
-        pictures = _pictures([(change.task, change.doc_id) for change in chosen], include_path)
         blocks.append(Text(words))
         blocks += [
             Example(
@@ -180,7 +184,7 @@ def differences(
                 [
                     ("question", str(change.after["prompt"])),
                     ("right", str(change.after["target"])),
-                    (other.label, f"{change.before['answer']} ({change.before['score']:.2g})"),
+                    (dense.label, f"{change.before['answer']} ({change.before['score']:.2g})"),
                     (model.label, f"{change.after['answer']} ({change.after['score']:.2g})"),
                 ],
                 pictures.get((change.task, change.doc_id), []),

@@ -27,12 +27,18 @@ def test_report_and_json(demo_folder, tmp_path, capsys, monkeypatch):
     assert (document["schema_version"], document["command"]) == (1, "report")
     result = document["result"]
     assert result["files"]["html"] == str(page)
-    assert result["found"] == {"profiles": 1, "trainings": 2, "evaluations": 5}
-    rows = {row["model"]: row for row in json.loads((demo_folder / "report.json").read_text())["rows"]}
+    told = json.loads((demo_folder / "report.json").read_text())
+    budgets = [(budget["name"], row) for budget in told["tight"] for row in budget["rows"]]
+    assert result["found"] == {"profiles": 3, "trainings": 8, "evaluations": len(told["rows"]) + len(budgets)}
+    rows = {row["model"]: row for row in told["rows"]}
+    tight = {f"{row['model']}, {name}": row["accuracy"]["points"] for name, row in budgets}
     for model in result["models"]:
-        row = rows[model["label"]]
-        assert model["scores"]["pmod_demo"]["value"] == pytest.approx(row["accuracy"]["exact_match"])
-        assert model["prefill_flops"] == row["prefill_flops"]
+        score, row = model["scores"]["pmod_demo"]["value"], rows.get(model["label"])
+        if row:
+            assert score == pytest.approx(row["accuracy"]["exact_match"])
+            assert model["prefill_flops"] == row["prefill_flops"]
+        else:
+            assert score == pytest.approx(tight[model["label"]])
     code, _, err = run(capsys, demo_folder, "-o", page)
     assert code == 2
     assert "exists (--force replaces it)" in err
