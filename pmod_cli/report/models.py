@@ -85,9 +85,15 @@ def _flops(model: Model, profiles: Sequence[dict[str, Any]]) -> float | None:
     return alike
 
 
+def main_profile(found: Found) -> dict[str, Any] | None:
+    """The profile that the report is about: the first with measured times, else the first."""
+    return next((each for each in found.profiles if each.get("latency")), next(iter(found.profiles), None))
+
+
 def main_model(models: list[Model], found: Found) -> Model | None:
-    """The p-MoD model that the report is about: the one that was profiled, else the last one that was trained."""
-    profiled = {(profile.get("pmod") or {}).get("name") for profile in found.profiles}
+    """The p-MoD model that the report is about: that of the main profile, else the last one that was trained."""
+    profile = main_profile(found) or {}
+    profiled = {(profile.get("pmod") or {}).get("name")}
     runs = [training for training in found.trainings if training.summary]
     trained = {
         str(run.path.resolve() if run.path.is_dir() else run.summary["result"]["output"]) for run in runs

@@ -17,7 +17,7 @@ from pmod_cli.recipe import ModSettings, TrainSettings
 from pmod_cli.report import figures
 from pmod_cli.report.collect import Found
 from pmod_cli.report.document import Block, Figure, Notes, Section, Text, Tiles
-from pmod_cli.report.models import Model, compare, short_names
+from pmod_cli.report.models import Model, compare, main_profile, short_names
 
 _WHAT = (
     "In a p-MoD model most decoder layers process only some of a picture's tokens: a router weighs them, and the layer "
@@ -34,7 +34,7 @@ _CURVES = (
 def summary(found: Found, tuned: Model | None, other: Model | None) -> Section:
     """The few figures to see first."""
     tiles: list[tuple[str, str, str]] = []
-    for profile in found.profiles[:1]:
+    if profile := main_profile(found):
         ratios = profile["ratios"]
         for key, what, why in (
             ("prefill_flops", "prefill FLOPs", "work before the first token"),
