@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from dataclasses import dataclass
@@ -134,5 +135,5 @@ def find_geometry(name_or_hub_id: str) -> dict[str, Any] | None:
     """
     for name, entry in _load().items():
         if name_or_hub_id in (name, *entry["hub_ids"]):
-            return dict(entry)
+            return copy.deepcopy(entry)  # what a caller changes stays its own
     return None

@@ -76,3 +76,9 @@ for options in (["--counter", "formula"], ["--convention", "paper"], ["--sweep",
 assert not {"torch", "transformers", "fvcore"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_a_geometry_that_is_changed_stays_as_shipped():
+    changed = find_geometry("llava-1.5-7b")["config"]
+    changed["text_config"]["num_hidden_layers"] = 2
+    assert find_geometry("llava-1.5-7b")["config"] != changed
