@@ -26,7 +26,7 @@ import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto cl
 from pmod_cli.checkpoints.load import check_tokenizer, check_weights, quiet_transformers, read_config
 from pmod_cli.devices import check_dtype, find_device
 from pmod_cli.families.agreement import agree
-from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
+from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER, check_length
 from pmod_cli.families.processing import (
     IMAGE_BACKEND,
     in_groups,
@@ -45,9 +45,6 @@ DEFAULT_MAX_NEW_TOKENS = 1024
 _SETTINGS = (
     "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
 )  # fmt: skip
-_LONGEST = 10**7
-"""Characters of a prompt; tokenizers take gigabytes for more."""
-
 _SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 
 
@@ -235,8 +232,7 @@ class VisionLanguageModel:
     def _template(self, turns: Sequence[Mapping[str, Any]]) -> str:
         with told_as("the checkpoint's chat template fails"):
             text: str = self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        if len(text) > _LONGEST:
-            raise PmodError(f"the prompt takes {len(text):,} characters", "it cannot be meant")
+        check_length(text)
         return text
 
     def length(self, prompt: Prompt) -> int:

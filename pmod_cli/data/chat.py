@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pmod_cli.data.records import BadSample, Turn
-from pmod_cli.families.chat_templates import PLACEHOLDER
+from pmod_cli.families.chat_templates import PLACEHOLDER, check_length
 from pmod_cli.families.processing import message, picture_ids
 from pmod_cli.output.errors import PmodError, first_line, told_as
 
@@ -48,12 +48,11 @@ class ChatEncoder:
             raise PmodError("fine-tuning needs a fast tokenizer (tokenizer.json)")
         template = processor.chat_template
         # What `apply_chat_template` does, but for many conversations in a call.
-        apply = partial(
+        self._rendered = partial(
             render_jinja_template,
             chat_template=template["default"] if isinstance(template, dict) else template,
             **self.tokenizer.special_tokens_map,
         )
-        self._apply = told_as("the processor's chat template fails")(apply)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(processor.image_token)
         other = {processor.image_token, self.tokenizer.bos_token, self.tokenizer.unk_token}
         self._ended: dict[tuple[Any, ...], bool] = {}
@@ -128,8 +127,8 @@ class ChatEncoder:
         """The text and the (start, end) characters of each answer with its end-of-turn token."""
         messages = self._messages(turns)
         places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-        prompts, _ = self._apply([messages[:place] for place in places], add_generation_prompt=True)
-        whole, _ = self._apply([messages[: place + 1] for place in places], add_generation_prompt=False)
+        prompts = self._apply([messages[:place] for place in places], add_generation_prompt=True)
+        whole = self._apply([messages[: place + 1] for place in places], add_generation_prompt=False)
         text, previous = "", ""  # ours, and the template's, which may lack end-of-turn tokens
         spans: list[tuple[int, int]] = []
         for asked, answered in zip(prompts, whole, strict=True):
@@ -153,11 +152,18 @@ class ChatEncoder:
         messages = self._messages(turns)
         form = tuple((each["role"], len(each["content"])) for each in messages)
         if self._ended.get(form):
-            return str(self._apply([messages], add_generation_prompt=False)[0][0])
+            return self._apply([messages], add_generation_prompt=False)[0]
         text, _ = self.render(turns)
         if form not in self._ended:
-            self._ended[form] = self._apply([messages], add_generation_prompt=False)[0][0] == text
+            self._ended[form] = self._apply([messages], add_generation_prompt=False)[0] == text
         return text
+
+    @told_as("the processor's chat template fails")
+    def _apply(self, conversations: list[list[dict[str, Any]]], *, add_generation_prompt: bool) -> list[str]:
+        texts, _ = self._rendered(conversations, add_generation_prompt=add_generation_prompt)
+        for text in texts:
+            check_length(text)
+        return list(texts)
 
     def _messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         if self.moves(turns):

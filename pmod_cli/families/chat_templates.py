@@ -6,11 +6,22 @@ from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.output.errors import PmodError
+
 PLACEHOLDER = "<image>"
 """Where a picture goes, in records and prompts."""
 
 VIDEO_PLACEHOLDER = "<video>"
 """Where a video goes, in prompts."""
+
+
+_LONGEST = 10**7
+
+
+def check_length(text: str) -> None:
+    """Refuse a text that a template made too long to be meant: tokenizers take gigabytes for it."""
+    if len(text) > _LONGEST:
+        raise PmodError(f"the chat template gives {len(text):,} characters", "it cannot be meant")
 
 
 def _read(name: str) -> str:
