@@ -52,9 +52,9 @@ def told_as(message: str, hint: str | None = None) -> Iterator[None]:
     """Make a `PmodError` of whatever a library raises over a stranger's file, which is of any kind."""
     try:
         yield
-    except PmodError:
+    except (PmodError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic in a library of Rust's is no Exception
         raise PmodError(f"{message}: {first_line(error)}", hint) from error
 
 
