@@ -135,6 +135,11 @@ class VisionLanguageModel:
             tokenizer.pad_token = tokenizer.eos_token
         # Of the checkpoint's own settings (sampling, beams, static cache ...) only what ends an answer counts.
         given = model.generation_config
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(given, name)
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if any(type(each) is not int or not 0 <= each < 2**31 for each in ids):
+                raise PmodError(f"generation_config.json: {name} is {value!r:.40}, not the id of a token")
         self.model.generation_config = GenerationConfig(
             bos_token_id=given.bos_token_id,
             eos_token_id=tokenizer.eos_token_id if given.eos_token_id is None else given.eos_token_id,

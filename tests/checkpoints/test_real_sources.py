@@ -157,3 +157,11 @@ def test_a_checkpoints_generation_settings_do_not_count(tmp_path, settings):
     expected = VisionLanguageModel.load(source).generate(prompt, max_new_tokens=12)
     edited(source, "generation_config.json", **settings)
     assert VisionLanguageModel.load(source).generate(prompt, max_new_tokens=12) == expected
+
+
+@pytest.mark.parametrize("value", [True, -1, 1e300, [2, "x"], 10**30])
+def test_ids_that_end_an_answer_are_ids(tmp_path, value):
+    source = make_checkpoint(tmp_path / "source")
+    edited(source, "generation_config.json", eos_token_id=value)
+    with pytest.raises(PmodError, match=r"eos_token_id is .* not the id of a token"):
+        VisionLanguageModel.load(source)
