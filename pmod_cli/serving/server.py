@@ -57,11 +57,13 @@ def _refuse(status: int, message: str) -> JSONResponse:
 
 def bind(host: str, port: int) -> socket.socket:
     """Take an address (port 0: a free one), so that one that cannot be had is told before a model is loaded."""
+    if not host:  # which would be every address
+        raise PmodError("--host is empty", "127.0.0.1 is this machine, 0.0.0.0 all that reach it")
     taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         taken.close()
         why = getattr(error, "strerror", None) or error
         raise PmodError(
