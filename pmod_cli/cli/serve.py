@@ -27,7 +27,7 @@ def serve_command(
         str, typer.Option("--host", help="Address to listen on; 0.0.0.0 lets all in, without a password.")
     ] = "127.0.0.1",
     images: Annotated[
-        Path | None,
+        str | None,
         typer.Option("--images", help="Folder from which requests may name files (default: none)."),
     ] = None,
     fetch: Annotated[
@@ -50,12 +50,13 @@ def serve_command(
         from pmod_cli.serving.server import bind, make_app, make_server
 
     check_source(model)
-    if images is not None and not images.is_dir():
-        raise PmodError(f"no folder {images}", "--images takes a folder")
+    folder = Path(images) if images else None  # "" is no folder, though Path("") is the working one
+    if images is not None and (folder is None or not folder.is_dir()):
+        raise PmodError(f"no folder {images!r}", "--images takes a folder")
     with bind(host, port) as address:
         loaded = VisionLanguageModel.load(model, dtype=dtype, device=device, kernels=kernels, cache=cache)
         name = Path(model).resolve().name if Path(model).is_dir() else model
-        server = make_server(make_app(loaded, name, PictureSources(images, fetch), host))
+        server = make_server(make_app(loaded, name, PictureSources(folder, fetch), host))
         address.listen()
         where = f"[{host}]" if ":" in host else host
         url = f"http://{where}:{address.getsockname()[1]}/v1"

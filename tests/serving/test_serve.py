@@ -271,6 +271,7 @@ def test_mistakes_end_before_the_model_is_loaded(checkpoint, tmp_path, capsys, m
         wrong = {
             "no checkpoint folder": [str(tmp_path / "none")],
             "no folder": [str(checkpoint), "--images", str(tmp_path / "none")],
+            "no folder ''": [str(checkpoint), "--images", ""],
             "cannot listen": [str(checkpoint), "--port", str(taken.getsockname()[1])],
             "--host is empty": [str(checkpoint), "--host", ""],
             "cannot listen on \\udcff": [str(checkpoint), "--host", "\udcff"],
