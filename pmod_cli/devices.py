@@ -30,7 +30,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).item()  # "meta" has no numbers
     except Exception as error:  # of any kind: torch imports a module by the name
         raise PmodError(
             f"no device {device} here: {first_line(error)}", "auto, cpu, cuda, cuda:0 ...; or leave it out"

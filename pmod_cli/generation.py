@@ -248,6 +248,14 @@ class VisionLanguageModel:
         pictures = picture_ids(self.processor, [image.size for image in prompt.images])
         return len(text_ids) - len(pictures) + sum(map(len, pictures))
 
+    def check_context(self, prompt: Prompt) -> None:
+        """Refuse a prompt of more tokens than the model can read, as a `PmodError`."""
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and (length := self.length(prompt)) >= context:
+            raise PmodError(
+                f"the prompt takes {length:,} tokens, and the model reads {context:,}", "shorten it"
+            )
+
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """The model's inputs for a batch of prompts, padded on the left, on the CPU; else `PmodError`."""
         videos = [video for prompt in prompts for video in prompt.videos]

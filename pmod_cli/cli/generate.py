@@ -52,6 +52,7 @@ def generate_command(
     if PLACEHOLDER in prompt and not images:
         raise PmodError(f"the prompt has {PLACEHOLDER}, and there is no picture", "--image names it")
     loaded = VisionLanguageModel.load(model, dtype=dtype, device=device, kernels=kernels, cache=cache)
+    loaded.check_context(question)
     started = time.perf_counter()
     [answer] = loaded.generate([question], max_new_tokens=max_new_tokens)
     seconds = time.perf_counter() - started

@@ -148,7 +148,7 @@ def find_family(model_type: str, unlisted: bool = False) -> Family:
     for family in FAMILIES:
         if model_type in (family.base_type, family.model_type):
             return family
-    base = model_type.removeprefix(_OURS)
+    base = str(model_type).removeprefix(_OURS)  # a config may hold anything
     if base in REFUSED:
         raise PmodError(f"{base} cannot become p-MoD: {REFUSED[base]}")
     if (unlisted or base != model_type) and (architecture := _architecture(base)):

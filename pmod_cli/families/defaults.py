@@ -86,6 +86,10 @@ def check_config(raw: dict[str, Any]) -> None:
             sizes = size if key in _PAIRS and isinstance(size, list) and len(size) == 2 else [size]
             if size is not None and any(type(each) is not int or not 1 <= each <= largest for each in sizes):
                 raise PmodError(f"config.json: {key}{of} is {size!r}, not a number from 1 to {largest}")
+        layers = (part or {}).get("vision_feature_layer", 0)
+        chosen = layers if isinstance(layers, list) else [0 if layers is None else layers]
+        if any(type(each) is not int or abs(each) > 1000 for each in chosen):
+            raise PmodError(f"config.json: vision_feature_layer is {layers!r:.40}, not the number of a layer")
         dropout = (part or {}).get("attention_dropout", 0)
         if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
             raise PmodError(f"config.json: attention_dropout{of} is {dropout!r}, not a share below 1")

@@ -55,6 +55,8 @@ class MoDConfig:
         for name in ("weight_norm", "target_tokens", "choice"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not a name")
+        if not isinstance(self.router_bias, bool):
+            raise ValueError(f"router_bias is {self.router_bias!r}, not true or false")
         if self.weight_norm not in WEIGHT_NORMS:
             raise ValueError(f"unknown weight norm {self.weight_norm!r}; known: {', '.join(WEIGHT_NORMS)}")
         if self.target_tokens not in TARGET_TOKENS:

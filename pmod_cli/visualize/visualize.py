@@ -39,6 +39,7 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
     load = partial(VisionLanguageModel.load, dtype=options.dtype, device=options.device)
     loaded = load(options.model)
     question = Prompt(options.prompt, (picture,))
+    loaded.check_context(question)
     traced = trace(loaded, question)
     [answer] = loaded.generate([question], max_new_tokens=options.max_new_tokens)
     dense_answer = None

@@ -126,7 +126,11 @@ def test_too_big_for_this_machine(monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("quantum", "no device quantum here"), ("cuda:99", "no device cuda:99"), ("meta", "cannot measure")],
+    [
+        ("quantum", "no device quantum here"),
+        ("cuda:99", "no device cuda:99"),
+        ("meta", "no device meta here"),
+    ],
 )
 def test_bad_devices(tmp_path, device, message):
     save_tiny(tmp_path)
