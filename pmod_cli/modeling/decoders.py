@@ -213,6 +213,9 @@ _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 
 @functools.cache
 def _pre_norm(text_model: type, layer: type) -> Any:
+    known = globals().get(f"Pmod{text_model.__name__}")
+    if known is not None and issubclass(known, text_model):
+        return known  # one class, or pickle would not know the other
     made = mod_decoder(text_model, layer, __name__)
     globals().update(
         {cls.__name__: cls for cls in (made, made.mod_layer_class)}

@@ -7,11 +7,12 @@ import json
 
 import pytest
 import transformers
-from transformers import CLIPVisionConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel
 
 from pmod_cli.cli import main
 from pmod_cli.conversion.proof import prove
 from pmod_cli.families import REFUSED, find_family
+from pmod_cli.modeling import decoders
 from pmod_cli.output.errors import PmodError
 from tests.common.eval_models import make_processor, noise
 from tests.common.family_models import MAKERS, TEXT
@@ -131,3 +132,10 @@ def test_the_proof_refuses_attention_both_ways():
     }
     with pytest.raises(ValueError, match="an attention mask of its own"), torch.no_grad():
         classes.outer(config).eval()(**inputs)
+
+
+def test_a_decoder_that_is_known_has_one_class():
+    dense = LlamaModel(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    assert decoders.pre_norm_decoder(dense) is decoders.PmodLlamaModel
