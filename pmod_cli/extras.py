@@ -22,7 +22,7 @@ from pmod_cli.output.versions import version_of
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-EXTRAS = ("eval", "profile", "train", "plot", "kernels", "smolvlm", "serve")
+EXTRAS = ("eval", "profile", "train", "plot", "kernels", "smolvlm", "video", "serve")
 """Those that a user installs; the others are sums of them, or for development."""
 
 
@@ -77,6 +77,7 @@ OPTIONAL = {
         Package("matplotlib", _MATPLOTLIB, "plot"),
         Package("liger-kernel", ("liger_kernel", "liger_kernel.transformers"), "kernels"),
         Package("num2words", ("num2words",), "smolvlm"),
+        Package("av", ("av",), "video"),
         Package("fastapi", ("fastapi", "fastapi.middleware.cors"), "serve"),
         Package("uvicorn", ("uvicorn", "uvicorn.server"), "serve"),
         Package("openai", ("openai", "openai.types.chat"), "serve"),

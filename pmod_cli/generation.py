@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -25,18 +24,24 @@ from transformers import (
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
 from pmod_cli.checkpoints.load import check_tokenizer, check_weights, quiet_transformers, read_config
 from pmod_cli.devices import check_dtype, find_device
+from pmod_cli.families import families_with_videos
 from pmod_cli.families.agreement import agree
 from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER, check_length
 from pmod_cli.families.processing import (
     IMAGE_BACKEND,
+    PROCESSOR_FAILS,
     in_groups,
     load_processor,
     message,
     picture_ids,
+    pixels_shared,
+    takes_videos,
+    video_arguments,
 )
 from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line, told_as
-from pmod_cli.pictures import as_rgb
+from pmod_cli.prompts import Prompt
+from pmod_cli.videos import Video
 
 DEFAULT_MAX_NEW_TOKENS = 1024
 """What lmms-eval's LLaVA models use where a task does not say."""
@@ -46,43 +51,6 @@ _SETTINGS = (
     "max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty", "no_repeat_ngram_size",
 )  # fmt: skip
 _SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A user's turn: text, and pictures that go where ``<image>`` stands in it, or before it if that stands nowhere.
-
-    Pictures are made RGB as `as_rgb` does. Without pictures, ``<image>`` in the text is left out. Likewise ``<video>``
-    and videos, as `open_video` gives them.
-
-    Raises:
-        PmodError: The text has another number of ``<image>`` than there are pictures, or of ``<video>`` than videos.
-    """
-
-    text: str
-    images: tuple[Image.Image, ...] = ()
-    videos: tuple[np.ndarray, ...] = ()
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "images", tuple(map(as_rgb, self.images)))
-        given: dict[str, tuple[str, Sequence[Any]]] = {
-            PLACEHOLDER: ("pictures", self.images),
-            VIDEO_PLACEHOLDER: ("videos", self.videos),
-        }
-        for place, (kind, media) in given.items():
-            places = self.text.count(place)
-            if media and places not in (0, len(media)):
-                raise PmodError(
-                    f"the prompt has {places} {place} and {len(media)} {kind}",
-                    f"write one {place} for each, or none: then all come first",
-                )
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that its pictures and videos take."""
-        return sum(3 * image.width * image.height for image in self.images) + sum(
-            video.nbytes for video in self.videos
-        )
 
 
 @dataclass(frozen=True)
@@ -224,8 +192,8 @@ class VisionLanguageModel:
     def render(self, prompt: Prompt) -> str:
         """The prompt in the chat template, up to where the answer begins; `PmodError` if the model takes no videos."""
         text = prompt.text
-        if prompt.videos and not hasattr(self.processor, "video_token"):
-            raise PmodError("the model takes no videos", "LLaVA-OneVision, Qwen's models and InternVL do")
+        if prompt.videos and not takes_videos(self.processor):
+            raise PmodError("the model takes no videos", families_with_videos())
         if not prompt.images:
             text = text.replace(PLACEHOLDER, "")
         elif PLACEHOLDER not in text:
@@ -242,25 +210,34 @@ class VisionLanguageModel:
 
     def length(self, prompt: Prompt) -> int:
         """Tokens of the prompt, vision tokens included; without running the image processor if there is no video."""
-        text_ids = self.processor.tokenizer(self.render(prompt)).input_ids
         if prompt.videos:
             return int(self.encode([prompt])["attention_mask"].sum())
+        text_ids = self.processor.tokenizer(self.render(prompt)).input_ids
         pictures = picture_ids(self.processor, [image.size for image in prompt.images])
         return len(text_ids) - len(pictures) + sum(map(len, pictures))
 
-    def check_context(self, prompt: Prompt) -> None:
-        """Refuse a prompt of more tokens than the model can read, as a `PmodError`."""
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and (length := self.length(prompt)) >= context:
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can read, prompt and answer together; None if its config does not say."""
+        tokens: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return tokens
+
+    def check_context(self, prompt_tokens: int, new_tokens: int = 1) -> None:
+        """Refuse a prompt that leaves no room for an answer of so many tokens, as a `PmodError`."""
+        if self.context and prompt_tokens + new_tokens > self.context:
             raise PmodError(
-                f"the prompt takes {length:,} tokens, and the model reads {context:,}", "shorten it"
+                f"the prompt takes {prompt_tokens:,} tokens, the answer may take {new_tokens:,}, and the model reads "
+                f"{self.context:,}",
+                "shorten it",
             )
 
     def encode(self, prompts: Sequence[Prompt]) -> Any:
         """The model's inputs for a batch of prompts, padded on the left, on the CPU; else `PmodError`."""
-        videos = [video for prompt in prompts for video in prompt.videos]
         texts = [self.render(prompt) for prompt in prompts]
-        return self._process(texts, [prompt.images for prompt in prompts], videos)
+        images, videos = [prompt.images for prompt in prompts], [prompt.videos for prompt in prompts]
+        if pixels_shared(self.processor) and any(images) and any(videos):
+            raise PmodError("the model takes pictures or a video in one prompt, not both")
+        return self._process(texts, images, videos)
 
     def encode_chat(self, turns: Sequence[Mapping[str, Any]], images: Sequence[Image.Image]) -> Any:
         """The model's inputs for one conversation and its pictures in order, where the model is; else `PmodError`.
@@ -273,14 +250,14 @@ class VisionLanguageModel:
         self,
         texts: list[str],
         images: Sequence[Sequence[Image.Image]],
-        videos: Sequence[np.ndarray] = (),
+        videos: Sequence[Sequence[Video]] = (),
         padding: bool = True,
     ) -> Any:
-        with told_as("the checkpoint's processor fails"):
+        with told_as(PROCESSOR_FAILS):
             return self.processor(
                 text=texts,
                 images=in_groups(self.processor, images),
-                **({"videos": list(videos), "do_sample_frames": False} if videos else {}),
+                **video_arguments(self.processor, videos),
                 padding=padding,
                 return_tensors="pt",
             )
@@ -292,13 +269,26 @@ class VisionLanguageModel:
             inputs[name] = inputs[name].to(self.model.dtype)
         return inputs
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], **settings: Any) -> list[Answer]:
         """Answer a batch of prompts, with `generation_settings`; an answer does not depend on the other prompts.
 
         A setting ``until``, a string or several, ends an answer with the first of them that it contains.
         """
-        inputs = self._placed(self.encode(prompts))
+        seeing = [bool(prompt.videos) for prompt in prompts]
+        if not pixels_shared(self.processor) or len(set(seeing)) < 2:
+            return self.answer(self.encode(prompts), **settings)
+        # What has a video and what has pictures cannot be in one batch.
+        answers: dict[int, Answer] = {}
+        for kind in (False, True):
+            group = [index for index, seen in enumerate(seeing) if seen == kind]
+            inputs = self.encode([prompts[index] for index in group])
+            answers |= zip(group, self.answer(inputs, **settings), strict=True)
+        return [answers[index] for index in range(len(prompts))]
+
+    @torch.inference_mode()
+    def answer(self, inputs: Any, **settings: Any) -> list[Answer]:
+        """Answer a batch that `encode` made, as `generate` does."""
+        inputs = self._placed(inputs)
         until = settings.get("until") or []
         strings = [string for string in ([until] if isinstance(until, str) else until) if string]
         # Beams change places, so that a row that stopped need not be the answer's.

@@ -22,11 +22,6 @@ from pmod_cli.output.reading import check_regular
 MAX_ASPECT = 100
 """Longest side over shortest. Processors that scale the short side to a fixed length would need gigabytes beyond it."""
 
-FRAMES = 32
-"""How many frames of a video are seen, as LLaVA-OneVision's own evaluation has it."""
-
-_VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
-
 LARGEST = 2**29
 """Bytes of a picture's file."""
 
@@ -111,35 +106,6 @@ def _errors_named(name: object) -> Iterator[None]:
         raise PictureError(name, error.reason) from None
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them into
         raise PictureError(name, first_line(error)) from error
-
-
-def is_video(name: object) -> bool:
-    """Whether a file is a video, by its suffix."""
-    return str(name).lower().endswith(_VIDEOS)
-
-
-def open_video(path: str | Path) -> np.ndarray:
-    """`FRAMES` frames, evenly spaced from the first to the last, upright: RGB, [frames, height, width, 3], uint8.
-
-    A video with fewer shows some twice. A `PictureError` says why one cannot be read.
-    """
-    import av  # comes with lmms-eval
-
-    try:
-        with av.open(str(path)) as container:
-            total = sum(packet.dts is not None for packet in container.demux(video=0))
-        wanted = np.linspace(0, total - 1, FRAMES, dtype=int).tolist()
-        frames: list[np.ndarray] = []
-        with av.open(str(path)) as container:
-            for number, frame in enumerate(container.decode(video=0)):
-                if count := wanted.count(number):
-                    turns = round(getattr(frame, "rotation", 0) / 90)
-                    frames += [np.rot90(frame.to_ndarray(format="rgb24"), turns)] * count
-    except Exception as error:  # FFmpeg raises whatever a broken file leads it into
-        raise PictureError(path, first_line(error)) from error
-    if not frames:
-        raise PictureError(path, "there is no frame in it")
-    return np.stack(frames + [frames[-1]] * (FRAMES - len(frames)))
 
 
 def refuse_cut_pictures() -> None:
@@ -270,7 +236,7 @@ class _Ear:
                 self._caught.__enter__()
                 self._others = warnings.showwarning
                 warnings.simplefilter("always")
-                warnings.showwarning = self._hear  # type: ignore[assignment]
+                warnings.showwarning = self._hear  # type: ignore[assignment]  # restored below
         self._own.heard = heard
         try:
             yield heard

@@ -19,10 +19,12 @@ LAYERS = (
     {"report", "doctor", "calibration"},
     {"visualize", "evaluation", "training", "conversion", "profiling", "serving"},
     {"generation", "data"},
+    {"prompts"},
     {"plots", "kernels"},
-    {"recipe", "checkpoints", "devices", "extras", "published", "pictures"},
+    {"recipe", "checkpoints", "devices", "published"},
     {"families"},
-    {"modeling"},
+    {"videos"},
+    {"modeling", "extras", "pictures"},
 )
 """From the top; a room may import those of lower layers."""
 

@@ -122,7 +122,7 @@ def _jpegs():
 
 
 @pytest.mark.parametrize(
-    ("kind", "content"), _jpegs(), ids=lambda value: value if isinstance(value, str) else ""
+    ("kind", "content"), list(_jpegs()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_a_quick_look_finds_what_opening_does(kind, content):
     """At an eighth of the size, files that are cut short, or broken in the middle, are found as well."""

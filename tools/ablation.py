@@ -29,10 +29,11 @@ from pmod_cli.conversion.convert import convert
 from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.demo.data import heldout_samples, write_training_data
 from pmod_cli.demo.job import BASELINE
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.modeling import layer as layers
 from pmod_cli.modeling.routing import Routing
 from pmod_cli.modeling.schedule import Ratios, constant, mean_retention, shifted_cosine, shifted_linear
+from pmod_cli.prompts import Prompt
 from pmod_cli.recipe import load_recipe
 from pmod_cli.training.finetune import finetune
 

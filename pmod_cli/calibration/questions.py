@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pmod_cli.calibration.options import LEAST_SAMPLES
 from pmod_cli.data.dataset import DataSource
 from pmod_cli.data.records import BadSample
-from pmod_cli.generation import Prompt
 from pmod_cli.output.errors import PmodError
+from pmod_cli.prompts import Prompt
 
 PARTS = {"fit": 0.375, "choose": 0.25, "judge": 0.375}
 """What questions are for, and the share of each: routers are fitted to the first, coverage and ratios are chosen on the

@@ -46,7 +46,7 @@ def refuse_unconverted(source: Source) -> None:
 
 def refuse_part(folder: Path) -> None:
     """Refuse a folder that has only an adapter or a projector, and no whole model."""
-    if not folder.is_dir() or any((folder / name).is_file() for name in WHOLE):
+    if not _without_weights(folder):
         return
     if (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("adapter_model.*")):
         config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
@@ -99,8 +99,12 @@ def read_config(source: str | Path) -> Any:
 def check_weights(source: str | Path) -> None:
     """Refuse a folder without a model's weights, as an unfinished download or a sharded training run leaves it."""
     folder = Path(source)
-    if folder.is_dir() and not any((folder / name).is_file() for name in WHOLE):
+    if _without_weights(folder):
         raise PmodError(f"{folder} has no weights", where_weights_are(folder))
+
+
+def _without_weights(folder: Path) -> bool:
+    return folder.is_dir() and not any((folder / name).is_file() for name in WHOLE)
 
 
 def check_tokenizer(source: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from pathlib import Path
@@ -51,6 +52,7 @@ def demo_command(
     with starting("demo"):
         from pmod_cli.demo.job import DemoSettings, run_demo
 
+    gc.freeze()  # imports are no garbage, which each evaluation would look through again
     settings = DemoSettings(train_images, heldout_images, steps)
     with late_progress() as show:
         report = run_demo(output, settings, lambda line: stderr.print(line, soft_wrap=True), show)

@@ -18,6 +18,7 @@ from pmod_cli.output.console import emit_json, show_lines
     "generate",
     epilog=examples(
         'pmod generate llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "What is on the sofa?"',
+        'pmod generate ./pmod-qwen2.5-vl-3b --video goal.mp4 --prompt "Who scores?"',
         'pmod generate ./pmod-llava-1.5-7b --prompt "Name three primary colours." --json',
     ),
 )
@@ -30,6 +31,13 @@ def generate_command(
             "--image", help="A picture; may be repeated. <image> in the prompt says where each goes."
         ),
     ] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option("--video", help="A video; may be repeated. <video> in the prompt says where each goes."),
+    ] = None,
+    frames: Annotated[
+        int, typer.Option("--frames", min=1, max=1024, help="Of each video, evenly spaced.")
+    ] = 32,
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -39,22 +47,32 @@ def generate_command(
 ) -> None:
     """Answer one prompt, greedily."""
     with starting("generate"):
-        from pmod_cli import generation
-        from pmod_cli.checkpoints.load import check_source
-        from pmod_cli.families.chat_templates import PLACEHOLDER
+        from pmod_cli import prompts
+        from pmod_cli.checkpoints.load import check_source, read_config
+        from pmod_cli.families import families_with_videos, find_family
+        from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
         from pmod_cli.generation import VisionLanguageModel
         from pmod_cli.output.errors import PmodError
         from pmod_cli.pictures import open_image
+        from pmod_cli.videos import open_video
 
     check_source(model)
-    images = image or []
-    question = generation.Prompt(prompt, tuple(map(open_image, images)))
-    if PLACEHOLDER in prompt and not images:
-        raise PmodError(f"the prompt has {PLACEHOLDER}, and there is no picture", "--image names it")
+    images, videos = image or [], video or []
+    for place, given, what, option in (
+        (PLACEHOLDER, images, "picture", "--image"),
+        (VIDEO_PLACEHOLDER, videos, "video", "--video"),
+    ):
+        if place in prompt and not given:
+            raise PmodError(f"the prompt has {place}, and there is no {what}", f"{option} names it")
+    if videos and not find_family(read_config(model).model_type).videos:
+        raise PmodError("the model takes no videos", families_with_videos())
+    clips = tuple(open_video(path, frames) for path in videos)
+    question = prompts.Prompt(prompt, tuple(map(open_image, images)), clips)
     loaded = VisionLanguageModel.load(model, dtype=dtype, device=device, kernels=kernels, cache=cache)
-    loaded.check_context(question)
     started = time.perf_counter()
-    [answer] = loaded.generate([question], max_new_tokens=max_new_tokens)
+    inputs = loaded.encode([question])
+    loaded.check_context(inputs["input_ids"].shape[1])
+    [answer] = loaded.answer(inputs, max_new_tokens=max_new_tokens)
     seconds = time.perf_counter() - started
     if not as_json:
         show_lines(answer.text)
@@ -63,7 +81,8 @@ def generate_command(
         "generate",
         {
             "model": model,
-            "image": str(images[0]) if len(images) == 1 else [str(path) for path in images] or None,
+            "image": _named(images),
+            "video": _named(videos),
             "prompt": prompt,
             "answer": answer.text,
             "prompt_tokens": answer.prompt_tokens,
@@ -71,3 +90,7 @@ def generate_command(
             "seconds": round(seconds, 4),
         },
     )
+
+
+def _named(paths: list[Path]) -> str | list[str] | None:
+    return str(paths[0]) if len(paths) == 1 else [str(path) for path in paths] or None

@@ -73,7 +73,7 @@ def options_of(
 
         parameters = [parameter(name, how) for name, how in described.items()]
         command.__name__, command.__doc__ = function.__name__, function.__doc__
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]  # typer reads it
         return command
 
     return command_of

@@ -97,8 +97,7 @@ class ChatEncoder:
     def picture_ids(self, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
         """What the pictures of one conversation, (width, height) each, become; `BadSample` if they cannot be taken."""
         try:
-            with told_as("the checkpoint's processor fails"):
-                return picture_ids(self.processor, sizes)
+            return picture_ids(self.processor, sizes)
         except PmodError as error:  # the image processor's, of a shape that it does not take
             raise BadSample("unusable image", first_line(error)) from error
 

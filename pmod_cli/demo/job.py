@@ -6,7 +6,6 @@ and reused as long as nothing before it changed.
 
 from __future__ import annotations
 
-import gc
 import json
 import shlex
 import shutil
@@ -94,7 +93,6 @@ def run_demo(
     require("fvcore")
     require("matplotlib")
     require_if_installed("peft")  # transformers' Trainer imports it wherever it is
-    gc.freeze()  # imports are no garbage, which each evaluation would look through again
 
     folder = folder.resolve()
     open_folder(folder, ("data", "eval", "models", "steps", "tasks"))

@@ -14,7 +14,7 @@ def pair_problem() -> str | None:
     Both have to be importable.
     """
     import torch
-    import torchvision  # type: ignore[import-untyped]
+    import torchvision  # type: ignore[import-untyped]  # ships no types
     from packaging.requirements import Requirement
 
     found = f"torchvision {torchvision.__version__} does not go with torch {torch.__version__}"

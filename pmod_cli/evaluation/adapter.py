@@ -19,7 +19,8 @@ from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all
 from pmod_cli.evaluation.blame import told
 from pmod_cli.evaluation.identity import preparation, prompt_digest
 from pmod_cli.evaluation.visuals import prompt_of
-from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
+from pmod_cli.generation import Answer, VisionLanguageModel
+from pmod_cli.prompts import Prompt
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.folder import AnswerStore

@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
+from pmod_cli.generation import Answer, VisionLanguageModel
+from pmod_cli.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ import pmod_cli
 from pmod_cli.checkpoints.load import read_config
 from pmod_cli.checkpoints.source import open_source
 from pmod_cli.families import find_family
-from pmod_cli.generation import Prompt
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.versions import versions
+from pmod_cli.prompts import Prompt
 
 _CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.bin", "*.model", "*.txt")
 
@@ -94,8 +94,8 @@ def prompt_digest(prompt: Prompt, repeat: int) -> str:
         state.update(repr((image.mode, image.size)).encode())
         state.update(image.tobytes())
     for video in prompt.videos:
-        state.update(repr(video.shape).encode())
-        state.update(video.tobytes())
+        state.update(repr((video.frames.shape, video.indices, video.total, video.fps)).encode())
+        state.update(video.frames.tobytes())
     return state.hexdigest()[:16]
 
 

@@ -56,7 +56,7 @@ def _mmmu_value(logged: dict[str, Any]) -> float:
 
 def _mmbench_hit(*group: dict[str, Any]) -> float:
     """Whether all circular shifts of a question were answered rightly."""
-    import pandas  # type: ignore[import-untyped]
+    import pandas  # type: ignore[import-untyped]  # ships no types
     from lmms_eval.tasks.mmbench.en_utils import mmbench_evaluator
 
     answers = {row["index"]: row["answer"] for row in group}

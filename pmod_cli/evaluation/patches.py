@@ -30,7 +30,7 @@ def quiet() -> None:
     """Keep lmms-eval's log and progress bars off stdout, and let broken pictures raise."""
     import lmms_eval.evaluator
     from loguru import logger
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm  # type: ignore[import-untyped]  # ships no types
 
     # lmms-eval points loguru at stdout, where only results belong.
     logger.remove()

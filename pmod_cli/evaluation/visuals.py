@@ -8,9 +8,10 @@ from typing import Any
 from PIL import Image
 
 from pmod_cli.evaluation.requirements import PreflightError, Problem
-from pmod_cli.families import Family
-from pmod_cli.generation import Prompt
-from pmod_cli.pictures import as_rgb, is_video, open_image, open_video
+from pmod_cli.families import Family, families_with_videos
+from pmod_cli.pictures import as_rgb, open_image
+from pmod_cli.prompts import Prompt
+from pmod_cli.videos import Video, is_video, open_video
 
 
 def prompt_of(text: str, doc_to_visual: Callable[[Any], Any], doc: Any) -> Prompt:
@@ -18,7 +19,7 @@ def prompt_of(text: str, doc_to_visual: Callable[[Any], Any], doc: Any) -> Promp
     images, videos = [], []
     for visual in _visuals(doc_to_visual, doc):
         if _is_video(visual):
-            videos.append(open_video(visual) if isinstance(visual, str) else visual)
+            videos.append(open_video(visual) if isinstance(visual, str) else Video(visual))
         else:
             images.append(open_image(visual) if isinstance(visual, str) else visual)
     return Prompt(text, tuple(images), tuple(videos))
@@ -44,9 +45,7 @@ def _unseen(leaf: str, task: Any, blind: list[str]) -> Iterator[Problem]:
     for visual in shown:
         if _is_video(visual):
             if blind:
-                yield Problem(
-                    leaf, f"shows videos, and a {blind[0]} takes none", "LLaVA-OneVision takes them"
-                )
+                yield Problem(leaf, f"shows videos, and a {blind[0]} takes none", families_with_videos())
                 return
         elif not isinstance(visual, (str, Image.Image)):
             what = f"shows a {type(visual).__name__}, and pmod takes pictures and videos"

@@ -22,7 +22,7 @@ class Family:
         base_type: ``model_type`` of the dense transformers model.
         architecture: Class name of the p-MoD model.
         decoders: ``model_type`` of the supported language models; the first is transformers' default.
-        videos: Whether it takes videos.
+        videos: Whether it takes videos, as far as that is known without its processor.
         layer_prefixes: What may stand before a decoder layer's number in a checkpoint's parameter names.
         projector: Ends of the names of the projector's weights.
         task_name: What lmms-eval's tasks call it where they word a prompt for one model; else they use their default.
@@ -63,10 +63,10 @@ def _qwen(
     )
 
 
-def _idefics(name: str, classes: str) -> Family:
+def _idefics(name: str, classes: str, videos: bool = False) -> Family:
     prefixes, projector = ("model.text_model.layers.",), ("connector.modality_projection.proj.weight",)
     return Family(
-        name, name, f"Pmod{classes}ForConditionalGeneration", ("llama",), False, prefixes, projector
+        name, name, f"Pmod{classes}ForConditionalGeneration", ("llama",), videos, prefixes, projector
     )
 
 
@@ -92,7 +92,7 @@ FAMILIES = (
         ("qwen2", "qwen3", "llama"),
         videos=True,
     ),
-    _idefics("smolvlm", "SmolVLM"),
+    _idefics("smolvlm", "SmolVLM", videos=True),
     _idefics("idefics3", "Idefics3"),
 )
 
@@ -140,6 +140,12 @@ def dense_first(config: dict[str, Any]) -> int:
     return len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
 
 
+def families_with_videos() -> str:
+    """Those that take videos, for a hint."""
+    names = [family.name for family in FAMILIES if family.videos]
+    return f"{', '.join(names[:-1])} and {names[-1]} do"
+
+
 def find_family(model_type: str, unlisted: bool = False) -> Family:
     """The family of a dense or p-MoD ``model_type``; a `PmodError` names those that exist.
 
@@ -148,11 +154,11 @@ def find_family(model_type: str, unlisted: bool = False) -> Family:
     for family in FAMILIES:
         if model_type in (family.base_type, family.model_type):
             return family
-    base = str(model_type).removeprefix(_OURS)  # a config may hold anything
+    base = model_type.removeprefix(_OURS)
     if base in REFUSED:
         raise PmodError(f"{base} cannot become p-MoD: {REFUSED[base]}")
     if (unlisted or base != model_type) and (architecture := _architecture(base)):
-        return Family(base, base, f"Pmod{architecture}", (), False, _ANYWHERE, ())
+        return Family(base, base, f"Pmod{architecture}", (), True, _ANYWHERE, ())
     supported = ", ".join(family.base_type for family in FAMILIES)
     raise PmodError(f"model type {model_type!r} is not supported", f"supported: {supported}")
 

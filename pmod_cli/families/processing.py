@@ -14,9 +14,13 @@ from transformers import AutoImageProcessor, AutoProcessor
 
 from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
 from pmod_cli.families.tiling import split_grid
+from pmod_cli.output.errors import told_as
+from pmod_cli.videos import Video
 
 IMAGE_BACKEND = "pil"
 """Image processor back end used everywhere: LLaVA was trained with it, and torchvision's differs by up to 0.015."""
+
+PROCESSOR_FAILS = "the checkpoint's processor fails"
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
@@ -107,6 +111,7 @@ def _one_tile_each(processor: Any, images: int) -> bool:
     return images > 1 and "batch_num_images" in processor.image_processor.model_input_names
 
 
+@told_as(PROCESSOR_FAILS)
 def picture_ids(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
     """What each picture of one conversation becomes in the prompt: token ids, those of marks around it included.
 
@@ -186,6 +191,7 @@ def _written_ids(processor: Any, size: tuple[int, int]) -> list[int]:
     return [int(token) for token in made["input_ids"][0]]
 
 
+@told_as(PROCESSOR_FAILS)
 def picture_inputs(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
     """The model's inputs for the pictures of a batch: pixels, and what the family says of them; none for no picture."""
     pictures = in_groups(processor, samples)
@@ -196,6 +202,39 @@ def picture_inputs(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> 
     texts = [processor.image_token * len(images) for images in samples]
     made = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
     return {name: value for name, value in made.items() if name not in _TEXT_INPUTS}
+
+
+def takes_videos(processor: Any) -> bool:
+    """Whether it is one that takes videos."""
+    return hasattr(processor, "video_token") and getattr(processor, "video_processor", None) is not None
+
+
+def pixels_shared(processor: Any) -> bool:
+    """Whether pictures and videos are one and the same input of the model: a batch has only the one or the other.
+
+    SmolVLM2's video is a row of pictures.
+    """
+    return takes_videos(processor) and "pixel_values" in processor.video_processor.model_input_names
+
+
+def video_arguments(processor: Any, samples: Sequence[Sequence[Video]]) -> dict[str, Any]:
+    """What the processor is called with for the videos of a batch; nothing if there are none."""
+    videos = [video for sample in samples for video in sample]
+    if not videos:
+        return {}
+    # A row for each sample, where the processor counts its videos in the text.
+    frames: list[Any] = [[video.frames for video in sample] for sample in samples]
+    if not pixels_shared(processor):
+        frames = [video.frames for video in videos]
+    arguments = {
+        "videos": frames,
+        "video_metadata": [video.metadata for video in videos],
+        "do_sample_frames": False,
+    }
+    # Qwen's own code caps the pixels of a frame; transformers' only when asked, and warns where it is not told.
+    if getattr(processor.video_processor, "cap_pixels_per_frame", False) is None:
+        arguments["cap_pixels_per_frame"] = True
+    return arguments
 
 
 def in_groups(processor: Any, samples: Sequence[Sequence[Image.Image]]) -> list[Any] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def user_path(name: str | Path) -> Path:
     """A path as the user named it, with their home folder for ``~``; ``~nosuchuser`` stays, without an error."""
-    return Path(os.path.expanduser(name))  # noqa: PTH111
+    return Path(os.path.expanduser(name))  # noqa: PTH111  # Path.expanduser raises
 
 
 def real_path(name: str | Path) -> Path:

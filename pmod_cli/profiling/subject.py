@@ -11,7 +11,7 @@ from typing import Any
 from pmod_cli.checkpoints.load import refuse_part
 from pmod_cli.checkpoints.source import is_hub_id
 from pmod_cli.families import check_decoder, dense_first, find_family
-from pmod_cli.families.defaults import transformers_config
+from pmod_cli.families.defaults import check_config, transformers_config
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.reading import read_json
@@ -177,9 +177,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     data = read_json(path)
     if "model_type" not in data:
         raise PmodError(f"{path} is not a model's config.json", "it has no model_type")
-    for part in ("text_config", "vision_config"):
-        if not isinstance(data.get(part) or {}, dict):
-            raise PmodError(f"{path} is not a model's config.json", f"its {part} is no object")
     return data
 
 
@@ -221,6 +218,7 @@ def _variant(
     name: str, raw: dict[str, Any], weights: str | None, pictures: dict[str, Any] | None = None
 ) -> Variant:
     """Of either kind of config."""
+    check_config(raw)
     family = find_family(raw["model_type"])
     dense = {key: value for key, value in raw.items() if key != "mod"} | {"model_type": family.base_type}
     if raw["model_type"] == family.base_type:

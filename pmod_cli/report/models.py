@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,8 @@ def _flops(model: Model, profiles: Sequence[dict[str, Any]]) -> float | None:
         if not (side := profile.get(role)):
             continue
         flops = side["prefill"]["flops"] / profile["workload"]["batch"]
+        if not math.isfinite(flops):  # 1e400, which no figure can show
+            continue
         if side["name"] == model.source:
             return flops
         kind = side["model_type"].removeprefix("pmod_"), side["retention_ratios"]

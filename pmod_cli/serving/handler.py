@@ -75,13 +75,8 @@ class ChatHandler(ChatCompletionHandler):
         return self.model.encode_chat(turns, images)
 
     def _generation_config(self, request: ChatRequest, prompt_tokens: int) -> Any:
-        longest = getattr(self.model.model.config.get_text_config(), "max_position_embeddings", None)
-        wanted = request.new_tokens or 1
-        if longest and prompt_tokens + wanted > longest:
-            raise PmodError(
-                f"the prompt has {prompt_tokens} tokens, the answer may have {wanted}, and the model takes {longest}"
-            )
-        room = longest - prompt_tokens if longest else DEFAULT_MAX_NEW_TOKENS
+        self.model.check_context(prompt_tokens, request.new_tokens or 1)
+        room = self.model.context - prompt_tokens if self.model.context else DEFAULT_MAX_NEW_TOKENS
         new_tokens = request.new_tokens or min(DEFAULT_MAX_NEW_TOKENS, room)
         config = copy.deepcopy(self.model.model.generation_config)
         config.update(**generation_settings(request.sampling | {"max_new_tokens": new_tokens}))

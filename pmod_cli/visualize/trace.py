@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pmod_cli.generation import Prompt, VisionLanguageModel, fitting
+from pmod_cli.generation import VisionLanguageModel, fitting
 from pmod_cli.modeling import twin
 from pmod_cli.output.errors import PmodError
+from pmod_cli.prompts import Prompt
 from pmod_cli.visualize.layout import Layout, lay_out
 
 

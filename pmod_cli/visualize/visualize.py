@@ -9,11 +9,12 @@ from typing import Any
 from pmod_cli import plots
 from pmod_cli.checkpoints.load import read_config
 from pmod_cli.extras import require
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import TAG, check_output, replacing_all
 from pmod_cli.output.paths import public_name
 from pmod_cli.pictures import open_image
+from pmod_cli.prompts import Prompt
 from pmod_cli.visualize.options import VisualizeOptions
 from pmod_cli.visualize.trace import check_routes, dense_twin, trace
 
@@ -39,7 +40,7 @@ def visualize(options: VisualizeOptions) -> dict[str, Any]:
     load = partial(VisionLanguageModel.load, dtype=options.dtype, device=options.device)
     loaded = load(options.model)
     question = Prompt(options.prompt, (picture,))
-    loaded.check_context(question)
+    loaded.check_context(loaded.length(question))
     traced = trace(loaded, question)
     [answer] = loaded.generate([question], max_new_tokens=options.max_new_tokens)
     dense_answer = None

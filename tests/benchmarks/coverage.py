@@ -28,8 +28,8 @@ from pmod_cli.conversion.calibrated import CheckpointBase
 from pmod_cli.demo import world
 from pmod_cli.demo.job import BASELINE
 from pmod_cli.demo.tight import SCHEDULES as TIGHT
-from pmod_cli.generation import Prompt
 from pmod_cli.modeling.schedule import Ratios
+from pmod_cli.prompts import Prompt
 
 SCHEDULES: dict[str, Ratios] = {
     "dense, 0.08 x 7": TIGHT["keep8"],

@@ -27,8 +27,9 @@ from pmod_cli.conversion.plan import ROUTERS, plan_conversion
 from pmod_cli.data.dataset import open_data
 from pmod_cli.demo.data import heldout_samples, write_training_data
 from pmod_cli.demo.job import BASELINE
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.output.errors import PmodError
+from pmod_cli.prompts import Prompt
 from pmod_cli.recipe import default_recipe
 
 TIGHT = [None] + [0.08] * 7

@@ -10,9 +10,10 @@ from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.conversion.convert import convert_back
 from pmod_cli.conversion.inspection import inspect_checkpoint
 from pmod_cli.conversion.plan import plan_conversion
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.subject import find_subject
+from pmod_cli.prompts import Prompt
 from tests.common.checkpoints import make_checkpoint
 
 

@@ -10,13 +10,16 @@ from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 from pmod_cli.cli import main
 from pmod_cli.evaluation.tasks import write_task
+from pmod_cli.families import find_family
 from tests.common import onevision_models
 from tests.common.eval_models import make_model, make_next, make_processor, noise, write_questions
 from tests.common.family_models import MAKERS
+from tests.common.videos import write_video
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' }}"
     "{% for p in m['content'] if p['type'] == 'image' %}<image> {% endfor %}"
+    "{% for p in m['content'] if p['type'] == 'video' %}<video> {% endfor %}"
     "{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }}{% endfor %}"
     "{% if m['role'] == 'assistant' %}</s>{% endif %} {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
@@ -171,3 +174,21 @@ def test_tasks_are_worded_as_lmms_eval_words_them_for_the_family(place):
     name = task_name(place / "pmod")
     assert name == (family if family.startswith("qwen") else "pmod")
     assert Tasks(["family_qa"], [place / "task"], name).manager.model_name == name
+
+
+def test_a_video_is_seen_by_the_families_that_take_one(place, tmp_path, capsys):
+    pytest.importorskip("av")
+    clip = write_video(tmp_path / "clip.mkv", 6)
+    arguments = ["--video", clip, "--frames", 4, "--prompt", "w5 <video> w6", "--max-new-tokens", 2, "--json"]
+    code = run("generate", place / "pmod", *arguments)
+    output = capsys.readouterr()
+    family = find_family(json.loads((place / "pmod" / "config.json").read_text())["model_type"])
+    if not family.videos:
+        assert (code, output.out) == (2, "")
+        assert "Loading" not in output.err
+        assert "takes no videos (llava_onevision, qwen2_vl" in output.err
+        return
+    assert code == 0, output.err
+    result = json.loads(output.out)["result"]
+    assert result["video"] == str(clip)
+    assert result["prompt_tokens"] > 4

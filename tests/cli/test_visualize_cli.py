@@ -10,7 +10,8 @@ from PIL import Image
 
 from pmod_cli.cli import app, main
 from pmod_cli.demo.job import BASELINE
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
+from pmod_cli.prompts import Prompt
 from tests.common import visual_models
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pmod_cli.evaluation.batching import BatchSizer, Question, answer_all, parse_batch_size
-from pmod_cli.generation import Answer, Prompt, VisionLanguageModel
+from pmod_cli.generation import Answer, VisionLanguageModel
+from pmod_cli.prompts import Prompt
 from tests.common.eval_models import noise
 
 

@@ -11,8 +11,9 @@ import pytest
 from pmod_cli.evaluation.evaluate import evaluate
 from pmod_cli.evaluation.options import EvalSettings, document_limit
 from pmod_cli.evaluation.tasks import write_task
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.output.errors import PmodError
+from pmod_cli.prompts import Prompt
 from tests.common.eval_models import score_of, write_questions
 
 SETTINGS = EvalSettings(max_new_tokens=4, batch_size=5)

@@ -9,9 +9,10 @@ import shutil
 import pytest
 from PIL import Image
 
-from pmod_cli.generation import Prompt, VisionLanguageModel, generation_settings
+from pmod_cli.generation import VisionLanguageModel, generation_settings
 from pmod_cli.output.errors import PmodError
 from pmod_cli.pictures import open_image
+from pmod_cli.prompts import Prompt
 from tests.common.eval_models import noise
 
 

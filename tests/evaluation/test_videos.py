@@ -2,47 +2,71 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
+from pmod_cli import videos
 from pmod_cli.evaluation.evaluate import evaluate
 from pmod_cli.evaluation.options import EvalSettings
 from pmod_cli.evaluation.requirements import PreflightError
 from pmod_cli.evaluation.tasks import write_task
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.output.errors import PmodError
-from pmod_cli.pictures import FRAMES, open_video
+from pmod_cli.prompts import Prompt
+from pmod_cli.videos import FRAMES, Video, open_video
 from tests.common import onevision_models
 from tests.common.eval_models import write_questions
+from tests.common.videos import write_video
 
-av = pytest.importorskip("av")
+pytest.importorskip("av")
 SETTINGS = EvalSettings(max_new_tokens=3, batch_size=2)
-
-
-def write_video(path, frames):
-    """A video whose frame n has the grey value 5 n."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "bgr0"
-        for number in range(frames):
-            grey = np.full((32, 48, 3), 5 * number, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        container.mux(stream.encode())
-    return path
 
 
 @pytest.mark.parametrize("frames", [5, 40])
 def test_frames_are_evenly_spaced_from_the_first_to_the_last(tmp_path, frames):
     video = open_video(write_video(tmp_path / "clip.mkv", frames))
-    assert video.shape == (FRAMES, 32, 48, 3)
-    expected = 5 * np.linspace(0, frames - 1, FRAMES, dtype=int)
-    assert np.abs(video.mean((1, 2, 3)) - expected).max() < 1
+    assert video.frames.shape == (FRAMES, 32, 48, 3)
+    expected = np.linspace(0, frames - 1, FRAMES, dtype=int)
+    assert np.abs(video.frames.mean((1, 2, 3)) - 5 * expected).max() < 1
+    assert (video.indices, video.total, video.fps) == (tuple(expected), frames, 10)
+    assert open_video(tmp_path / "clip.mkv", 3).indices == (0, (frames - 1) // 2, frames - 1)
 
 
 def test_a_broken_video_is_one_line(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"no video")
     with pytest.raises(PmodError, match=r"clip.mp4: .*Invalid data"):
         open_video(tmp_path / "clip.mp4")
+    with pytest.raises(PmodError, match=r"no video file .*other.mp4"):
+        open_video(tmp_path / "other.mp4")
+    with pytest.raises(PmodError, match=r"a URL"):
+        open_video("https://example.org/clip.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(PmodError, match="not a regular file"):
+        open_video(tmp_path / "pipe.mp4")
+
+
+@pytest.mark.parametrize(
+    "playlist",
+    ["ffconcat version 1.0\nfile {name}\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:8.0,\n{name}\n"],
+)
+def test_a_playlist_opens_no_other_file(tmp_path, playlist):
+    """FFmpeg would show the video that it names."""
+    named = write_video(tmp_path / "secret.mkv", 3).rename(tmp_path / "secret.ts")
+    for suffix in ("mp4", "m3u8"):
+        clip = tmp_path / f"clip.{suffix}"
+        clip.write_text(playlist.format(name=named.name))
+        with pytest.raises(PmodError, match=rf"clip.{suffix}: .*Invalid"):
+            open_video(clip)
+
+
+def test_frames_that_would_not_fit_in_memory_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(videos, "_LARGEST", 32 * 48 * 3 * 10)
+    clip = write_video(tmp_path / "clip.mkv", 4)
+    assert len(open_video(clip, 10).frames) == 10
+    with pytest.raises(PmodError, match="11 frames of 48 x 32 take"):
+        open_video(clip, 11)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +102,7 @@ def test_onevision_sees_them(video_task):
     result = evaluate(model, ["clips"], include_path=video_task, settings=SETTINGS)
     assert result.failed_samples == 0, result.first_failure
     greys = [5 * np.linspace(0, frames - 1, FRAMES, dtype=int).mean() for frames in (4, 5, 6)]
-    assert sorted(prompt.videos[0].mean() for prompt in seen) == pytest.approx(greys)
+    assert sorted(prompt.videos[0].frames.mean() for prompt in seen) == pytest.approx(greys)
     for prompt in seen:
         inputs = model.encode([prompt])
         assert inputs["input_ids"].shape[1] == model.length(prompt)
@@ -87,7 +111,7 @@ def test_onevision_sees_them(video_task):
 
 def test_videos_stand_where_the_text_has_them():
     model = VisionLanguageModel(onevision_models.pmod_model(), onevision_models.processor())
-    clip = onevision_models.video(4)
+    clip = Video(onevision_models.video(4))
     asked = Prompt("w5 <video> w6 <image> w7", (onevision_models.picture(13, 13),), (clip,))
     assert model.render(asked) == "w5 <video> w6 <image> w7"
     [answer] = model.generate([asked], max_new_tokens=2)

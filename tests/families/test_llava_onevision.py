@@ -195,7 +195,8 @@ def test_each_of_several_pictures_is_one_tile_in_training_and_in_prompts():
     from pmod_cli.data.batches import Collator, Example
     from pmod_cli.data.chat import Encoded
     from pmod_cli.families.processing import picture_ids
-    from pmod_cli.generation import Prompt, VisionLanguageModel
+    from pmod_cli.generation import VisionLanguageModel
+    from pmod_cli.prompts import Prompt
 
     loaded = VisionLanguageModel(pmod_model(), processor())
     pictures = picture_ids(loaded.processor, [WIDE.size, TALL.size])

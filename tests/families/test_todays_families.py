@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -11,9 +12,12 @@ import torch
 from pmod_cli.data.batches import Collator, EncodedDataset, Example
 from pmod_cli.data.records import BadSample, Conversation, Turn
 from pmod_cli.families.processing import load_processor, message, picture_ids
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.schedule import kept_tokens
+from pmod_cli.output.errors import PmodError
+from pmod_cli.prompts import Prompt
+from pmod_cli.videos import Video
 from tests.common.eval_models import noise, save_llava
 from tests.common.family_models import MAKERS, pmod_of
 
@@ -180,11 +184,55 @@ def test_a_picture_too_thin_is_told(case):
         )
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "internvl"])
-def test_prompts_with_a_video_and_a_picture(name):
+CLIP = Video(
+    np.random.default_rng(0).integers(0, 255, (4, 16, 24, 3), dtype=np.uint8), (0, 10, 20, 30), 31, 5
+)
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_prompts_with_videos_and_pictures(name):
     case = Case(name)
-    frames = np.random.default_rng(0).integers(0, 255, (4, 16, 24, 3), dtype=np.uint8)
-    prompts = [Prompt("<video> What is <image>?", (SQUARE,), videos=(frames,)), Prompt("Hello.")]
+    both = Prompt("<video> What is <image>?", (SQUARE,), videos=(CLIP,))
+    prompts = [
+        Prompt("Who is in <image>?", (SQUARE,)),
+        Prompt("<video> What is it?", videos=(CLIP,)),
+        Prompt("Hello."),
+        both,
+        Prompt("Is <video> after <video>?", videos=(CLIP, CLIP)),
+    ]
+    if name == "smolvlm":
+        with pytest.raises(PmodError, match="pictures or a video in one prompt"):
+            case.loaded.generate([both])
+        prompts.remove(both)
     together = case.loaded.generate(prompts, max_new_tokens=3)
     assert together == [case.loaded.generate([prompt], max_new_tokens=3)[0] for prompt in prompts]
-    assert together[0].prompt_tokens == case.loaded.length(prompts[0])
+    assert [answer.prompt_tokens for answer in together] == [case.loaded.length(prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("smolvlm", "four frames from a 0:00:06 .*Frame from 00:02:.*Frame from 00:06:"),
+        ("qwen3_vl", "<1.0 seconds>.*<5.0 seconds>"),
+    ],
+)
+def test_the_times_of_frames_are_those_of_the_video(name, written):
+    case = Case(name)
+    ids = case.loaded.encode([Prompt("What?", videos=(CLIP,))])["input_ids"][0]
+    assert re.search(written, case.processor.tokenizer.decode(ids), re.DOTALL)
+
+
+def test_the_seconds_between_frames_are_those_of_the_video():
+    inputs = Case("qwen2_5_vl").loaded.encode([Prompt("What?", videos=(CLIP,))])
+    assert inputs["second_per_grid_ts"].tolist() == pytest.approx([2 * 31 / 5 / 4])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_pixels_of_frames_are_capped_as_in_qwens_own_code(name):
+    case = Case(name)
+    many = Video(np.zeros((64, 64, 64, 3), np.uint8))
+    case.processor.video_processor.max_video_tokens = 4
+    case.processor.video_processor.size = {"shortest_edge": 64, "longest_edge": 2**20}
+    capped = case.loaded.length(Prompt("What?", videos=(many,)))
+    case.processor.video_processor.cap_pixels_per_frame = False
+    assert capped < case.loaded.length(Prompt("What?", videos=(many,)))

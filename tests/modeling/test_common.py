@@ -12,9 +12,10 @@ from transformers import AutoModelForImageTextToText, GenerationMixin, StaticCac
 from transformers.models.auto import CONFIG_MAPPING
 
 from pmod_cli.families import FAMILIES, load_families
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.schedule import kept_tokens
+from pmod_cli.prompts import Prompt
 from tests.common import onevision_models
 from tests.common.eval_models import make_model, make_processor, noise
 from tests.common.family_models import MAKERS, pmod_of

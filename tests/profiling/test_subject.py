@@ -93,7 +93,7 @@ def test_what_cannot_be_found_names_the_nearest():
         ({"model_type": "bert"}, "not supported"),
         ({"model_type": "pmod_llava", "mod": {"retention_ratios": [None], "nonsense": 1}}, "bad mod section"),
         ({"model_type": "pmod_llava", "mod": {"retention_ratios": [None, 0.5]}}, "2 retention ratios for 4"),
-        ({"text_config": 3}, "its text_config is no object"),
+        ({"text_config": 3}, "text_config is no object"),
         ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads of llama is 0, not a number"),
         ({"vision_feature_layer": {}}, "vision_feature_layer is {}, not the number of a layer"),
         ({"image_grid_pinpoints": [1, 2]}, "does not describe a model"),

@@ -19,8 +19,9 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 openai = pytest.importorskip("openai", reason="the extra serve is not installed")
 
 from pmod_cli.cli import main
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.pictures import open_image
+from pmod_cli.prompts import Prompt
 from pmod_cli.serving.pictures import PictureSources
 from pmod_cli.serving.server import bind, make_app, make_server
 from tests.common.eval_models import noise, save_llava, save_pmod
@@ -200,7 +201,7 @@ def test_bad_requests(client, pictures):
     assert "messages.0.role" in told(client, [{"role": "robot", "content": "x"}])
     assert "messages.0.content.0" in told(client, [{"role": "user", "content": [{"type": "audio"}]}])
     assert "user" in told(client, [{"role": "assistant", "content": good[0]["content"]}])
-    assert "the model takes 4096" in told(client, good, max_completion_tokens=4096)
+    assert "the model reads 4,096" in told(client, good, max_completion_tokens=4096)
     assert "base64" in told(client, asked("x", "data:image/png;base64,!"))
     assert "base64" in told(client, asked("x", "data:image/png,abc"))
     nothing = base64.b64encode(b"no picture").decode()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pmod_cli.families.processing import turn_of_parts
-from pmod_cli.generation import Prompt, VisionLanguageModel
+from pmod_cli.generation import VisionLanguageModel
+from pmod_cli.prompts import Prompt
 from tests.common.eval_models import noise
 from tests.common.family_models import MAKERS
 

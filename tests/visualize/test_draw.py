@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from pmod_cli import plots
-from pmod_cli.generation import Prompt
+from pmod_cli.prompts import Prompt
 from pmod_cli.visualize import draw
 from pmod_cli.visualize.trace import trace
 from tests.common import visual_models

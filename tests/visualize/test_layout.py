@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pmod_cli.generation import Prompt
+from pmod_cli.prompts import Prompt
 from pmod_cli.visualize.layout import lay_out
 from tests.common import visual_models
 from tests.common.visual_models import PATCH, SIDE

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pmod_cli import plots
-from pmod_cli.generation import Prompt
+from pmod_cli.prompts import Prompt
 from pmod_cli.visualize.page import build_page
 from pmod_cli.visualize.trace import trace
 from tests.common import browser, visual_models
