@@ -38,6 +38,22 @@ def find_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that the device or the machine has no more memory."""
+    import torch
+
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
+
+
+def is_of_the_device(error: BaseException) -> bool:
+    """Whether it is the device's own, out of memory included, whatever was computed on it."""
+    import torch
+
+    return is_out_of_memory(error) or isinstance(error, torch.AcceleratorError) or "CUDA" in str(error)
+
+
 def check_dtype(dtype: str) -> None:
     """Refuse a number format that is not one of `DTYPES`."""
     if dtype not in DTYPES:

@@ -23,7 +23,7 @@ from transformers import (
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
 from pmod_cli.checkpoints.load import check_tokenizer, check_weights, quiet_transformers, read_config
-from pmod_cli.devices import check_dtype, find_device
+from pmod_cli.devices import check_dtype, find_device, is_of_the_device
 from pmod_cli.families import families_with_videos
 from pmod_cli.families.agreement import agree
 from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER, check_length
@@ -70,10 +70,14 @@ class Answer:
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Make a `PmodError` of what a model raises over inputs that its own processor made; out of memory stays so."""
+    """Make a `PmodError` of what a model raises over inputs that its own processor made; the device's errors stay."""
     try:
         yield
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+    except PmodError:
+        raise
+    except Exception as error:
+        if is_of_the_device(error):
+            raise
         raise PmodError(f"the checkpoint's model and processor do not fit: {first_line(error)}") from error
 
 

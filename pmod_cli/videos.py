@@ -78,8 +78,13 @@ def open_video(path: str | Path, frames: int = FRAMES) -> Video:
     try:
         check_regular(file)
         with _opened(file) as container:
+            if not container.streams.video:
+                raise PmodError(f"cannot read video {path}: there is no picture in it")
+            stream = container.streams.video[0]
+            if stream.codec_context is None:  # PyAV would crash
+                raise PmodError(f"cannot read video {path}: no decoder knows its format")
             total = sum(packet.dts is not None for packet in container.demux(video=0))
-            rate = container.streams.video[0].average_rate
+            rate = stream.average_rate
         wanted = np.linspace(0, total - 1, frames, dtype=int).tolist()
         seen: list[np.ndarray] = []
         with _opened(file) as container:

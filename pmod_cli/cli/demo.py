@@ -19,6 +19,8 @@ from pmod_cli.output.progress import late_progress
 from pmod_cli.output.tables import Table
 from pmod_cli.output.units import share
 
+_MOST = 100_000
+
 
 @app.command(
     "demo",
@@ -31,12 +33,14 @@ def demo_command(
     output: Annotated[Path, typer.Option("--output", help="Everything goes under this folder.")] = Path(
         "pmod-demo"
     ),
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Most fine-tuning steps of a model.")] = 100,
+    steps: Annotated[
+        int, typer.Option("--steps", min=1, max=_MOST, help="Most fine-tuning steps of a model.")
+    ] = 100,
     train_images: Annotated[
-        int, typer.Option("--train-images", min=5, help="Pictures to calibrate and fine-tune on.")
+        int, typer.Option("--train-images", min=5, max=_MOST, help="Pictures to calibrate and fine-tune on.")
     ] = 1600,
     heldout_images: Annotated[
-        int, typer.Option("--heldout-images", min=2, help="Pictures to evaluate on.")
+        int, typer.Option("--heldout-images", min=2, max=_MOST, help="Pictures to evaluate on.")
     ] = 120,
     as_json: AsJson = False,
 ) -> None:

@@ -36,8 +36,11 @@ def generate_command(
         typer.Option("--video", help="A video; may be repeated. <video> in the prompt says where each goes."),
     ] = None,
     frames: Annotated[
-        int, typer.Option("--frames", min=1, max=1024, help="Of each video, evenly spaced.")
-    ] = 32,
+        int | None,
+        typer.Option(
+            "--frames", min=1, max=1024, show_default="32", help="Seen of each video, evenly spaced."
+        ),
+    ] = None,
     max_new_tokens: MaxNewTokens = 128,
     dtype: Dtype = "auto",
     device: Device = "auto",
@@ -54,7 +57,7 @@ def generate_command(
         from pmod_cli.generation import VisionLanguageModel
         from pmod_cli.output.errors import PmodError
         from pmod_cli.pictures import open_image
-        from pmod_cli.videos import open_video
+        from pmod_cli.videos import FRAMES, open_video
 
     check_source(model)
     images, videos = image or [], video or []
@@ -66,7 +69,9 @@ def generate_command(
             raise PmodError(f"the prompt has {place}, and there is no {what}", f"{option} names it")
     if videos and not find_family(read_config(model).model_type).videos:
         raise PmodError("the model takes no videos", families_with_videos())
-    clips = tuple(open_video(path, frames) for path in videos)
+    if frames and not videos:
+        raise PmodError("--frames is of a video, and there is none", "--video names it")
+    clips = tuple(open_video(path, frames or FRAMES) for path in videos)
     question = prompts.Prompt(prompt, tuple(map(open_image, images)), clips)
     loaded = VisionLanguageModel.load(model, dtype=dtype, device=device, kernels=kernels, cache=cache)
     started = time.perf_counter()

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from pmod_cli.devices import is_out_of_memory
 from pmod_cli.generation import Answer, VisionLanguageModel
 from pmod_cli.prompts import Prompt
 
@@ -132,7 +133,7 @@ def _answer_batch(
         sizer.fitted(len(prompts))
         return answers
     except Exception as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             if len(prompts) == 1:
                 return [error]
             # One of them is to blame: find out which, and let the others have their answers.
@@ -145,9 +146,3 @@ def _answer_batch(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator

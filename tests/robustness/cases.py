@@ -16,6 +16,7 @@ from tests.robustness.good import EVAL, FINETUNE
 from tests.robustness.runner import Case
 
 ASK = ("--image", "picture.png", "--prompt", "What?", "--max-new-tokens", "1")
+WATCH = ("--video", "clip.mkv", "--frames", "4", "--prompt", "What?", "--max-new-tokens", "1")
 TRAIN = ("train/train.json", "--images", "train/images")
 
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         "out",
     ),
     "generate": ("generate", "pmod", *ASK),
+    "watch": ("generate", "seeing", *WATCH),
     "serve": ("serve", "pmod", "--port", "0"),
     "eval": (*EVAL, "--output", "results"),
     "diff": ("eval", "--diff", "before", "results"),
@@ -98,6 +100,7 @@ _READS: dict[str, tuple[str, ...]] = {
     ),
     "calibrate": ("train/train.json", "pmod/config.json"),
     "generate": tuple(f"pmod/{name}" for name in _CHECKPOINT),
+    "watch": ("seeing/config.json", "seeing/processor_config.json"),
     "eval": ("results/results.json", "results/samples/shapes.jsonl", "results/.pmod"),
     "diff": ("results/results.json", "results/samples/shapes.jsonl"),
     "profile": ("dense/config.json", "dense/processor_config.json"),
@@ -156,6 +159,8 @@ _OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "generate": {"--image": _NAMES, "--prompt": _TEXTS, "--max-new-tokens": _NUMBERS, "--dtype": _TEXTS,
                  "--device": ("hpu", "cuda:99", "cpu:0", "cpu:1", "meta", "mps", "xla", "[/q]", "", "\udcff"),
                  "--kernels": _TEXTS, "--cache": _TEXTS},
+    "watch": {"--video": (*_NAMES, "http://127.0.0.1:9/x.mp4", "concat:clip.mkv|clip.mkv"), "--frames": _NUMBERS,
+              "--prompt": ("<video>" * 5, "<image>", "<|video_pad|>")},
     "eval": {"--tasks": (*_TEXTS, "nosuchtask", "../x", ",", "shapes,shapes"), "--baseline": _NAMES,
              "--output": _NAMES, "--batch-size": (*_NUMBERS, "auto:x"), "--limit": _NUMBERS,
              "--include-path": _NAMES, "--min": ("x", "shapes", "shapes=", "shapes=nan", "\x1b=1", "shapes=1e999"),
@@ -204,7 +209,7 @@ _IGNORED = {
     "convert": ("--vision-tower", "dense"),
     "convert back": ("--tokenizer", "dense"),
     "diff": ("--min", "shapes=1"),
-    "generate": ("--revision", "x"),
+    "generate": ("--frames", "4"),
     "compare": ("--latency",),
 }
 
@@ -263,6 +268,11 @@ def _formats(good: Path) -> Iterator[Case]:
             ("check", "train/images/00000.png"), ("finetune", "train/images/00000.png"), ("report", "kept.png"),
         ):  # fmt: skip
             yield _case(name, f"picture {kind}", partial(files.write, path, content), codes=(0, 1, 2))
+    for kind, content in files.videos((good / "clip.mkv").read_bytes()).items():
+        codes = (0, 2) if kind.startswith("spoiled") else (2,)
+        yield _case("watch", f"video {kind}", partial(files.write, "clip.mkv", content), codes=codes)
+    for kind in files.KINDS:
+        yield _case("watch", f"clip.mkv is a {kind}", partial(files.replace, "clip.mkv", kind))
     for kind in files.KINDS:
         for name, path in (
             ("generate", "picture.png"), ("visualize", "picture.png"), ("profile", "picture.png"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import struct
 import zlib
 from collections.abc import Iterator
@@ -115,6 +116,33 @@ def pictures() -> dict[str, bytes]:
         "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         "gif": b"GIF89a" + b"\xff" * 20,
         "escape": buffer.getvalue(),
+    }
+
+
+def videos(good: bytes) -> dict[str, bytes]:
+    """By kind, the bytes of what is no video, names others, or is spoiled in places."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "PNG")
+    rng = random.Random(0)
+    spoiled = {}
+    for number in range(20):
+        content = bytearray(good)
+        for _ in range(1 + number):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        spoiled[f"spoiled {number}"] = bytes(content)
+    return {
+        "empty": b"",
+        "text": b"no video",
+        "head alone": good[:60],
+        "ffconcat": b"ffconcat version 1.0\nfile copy.mkv\n",
+        "ffconcat of all": b"ffconcat version 1.0\nfile /etc/passwd\n",
+        "HLS": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:8.0,\n/etc/passwd\n#EXT-X-ENDLIST\n",
+        "HLS of a URL": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:8.0,\nhttp://127.0.0.1:9/x.ts\n",
+        "SDP": b"v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 9 RTP/AVP 96\n",
+        "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "sound": b"RIFF$\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0\x40\x1f\0\0\x40\x1f\0\0\1\0\x08\0data\0\0\0\0",
+        **spoiled,
+        "spoiled by its end": good[: len(good) // 2],
     }
 
 

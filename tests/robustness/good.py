@@ -56,8 +56,9 @@ def import_all() -> None:
 def make_good(folder: Path) -> None:
     """Make, in a child, a folder with one of everything.
 
-    ``dense`` and ``pmod`` are checkpoints, ``train`` and ``tasks`` data, ``tuned`` is fine-tuned, ``stopped.training``
-    a run that a kill stopped, ``results`` an evaluation; files beside them are of the commands that write files.
+    ``dense`` and ``pmod`` are checkpoints, ``seeing`` one that takes videos, ``train`` and ``tasks`` data, ``tuned`` is
+    fine-tuned, ``stopped.training`` a run that a kill stopped, ``results`` an evaluation; files beside them are of the
+    commands that write files.
     """
     code, _ = in_child(lambda: _make(folder), folder / "log")
     if code:
@@ -105,6 +106,8 @@ def _make(folder: Path) -> None:
     from pmod_cli.demo.job import BASELINE
     from pmod_cli.evaluation.tasks import write_task
     from pmod_cli.recipe import load_recipe
+    from tests.common import family_models
+    from tests.common.videos import write_video
 
     os.chdir(folder)
     shutil.copytree(BASELINE, "dense")
@@ -113,6 +116,9 @@ def _make(folder: Path) -> None:
     write_task(Path("tasks"), "shapes", data.write_heldout(Path("heldout"), 1), world.KINDS)
     Path("recipe.yaml").write_text("name: good\n")
     Image.new("RGB", (40, 30), "red").save("picture.png")
+    write_video(Path("clip.mkv"), 6)
+    for part in family_models.qwen2_5_vl():
+        part.save_pretrained("seeing")
     _run(*FINETUNE, "--output", "tuned")
     with mock.patch("pmod_cli.training.finetune.save_result", side_effect=KeyboardInterrupt):
         _run(*FINETUNE, "--output", "stopped", code=130)
