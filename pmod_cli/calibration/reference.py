@@ -68,11 +68,14 @@ def answered(
     with routable.dense() as model:
         empty = torch.empty(0, device=model.device)
         ids = inputs["input_ids"].to(model.device)
+        names = ("image_token_id", "video_token_id")
+        placeholders = [token for name in names if (token := getattr(model.config, name, None)) is not None]
         if known is None:
             output = model.generate(
                 **Batch(inputs, empty, empty, empty).on(model),
                 **generation_settings({"max_new_tokens": max_new_tokens}),
                 pad_token_id=pad,
+                suppress_tokens=placeholders,  # in an answer, which is read again, they would ask for pictures
             )
             known = output[:, ids.shape[1] :]
         answer = known.to(ids.device)

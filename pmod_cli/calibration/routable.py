@@ -45,7 +45,7 @@ class Routable:
     @property
     def decoder(self) -> Any:
         """The p-MoD language model."""
-        return self.model.model.language_model
+        return self.model.get_decoder()
 
     @property
     def layers(self) -> int:

@@ -94,6 +94,13 @@ def place(request, tmp_path_factory):
         turns = [{"from": "human", "value": f"{asked} w{number + 5}"}, {"from": "gpt", "value": "w6 w7"}]
         records.append({"id": number, "image": names, "conversations": turns})
     (folder / "data.json").write_text(json.dumps(records))
+    asked = [records[number % 4] | {"id": number} for number in range(24)]
+    for number, record in enumerate(asked):
+        record["image"] = f"{number}.png"
+        noise(rng, 24, 20).save(folder / "images" / record["image"])
+        turns = [{"from": "human", "value": f"<image> w{number}"}, {"from": "gpt", "value": "w6"}]
+        record["conversations"] = turns
+    (folder / "many.json").write_text(json.dumps(asked))
     write_task(
         folder / "task", "family_qa", write_questions(folder / "questions", ["red"] * 4), ["colour", "shape"]
     )
@@ -116,6 +123,8 @@ TWINS = ("qwen2_vl", "idefics3")
 
 COMMANDS = {
     "inspect": "{pmod}",
+    "convert": "{pmod} {back} --to baseline",
+    "calibrate": "{dense} --data {many} --images {images} --samples 24 --max-new-tokens 2 --output {calibrated}",
     "data check": "{data} --images {images} --model {pmod}",
     "generate": "{pmod} --image {picture} --image {other} --prompt <image>,<image> --max-new-tokens 2",
     "finetune": "{pmod} --data {data} --images {images} --output {tuned}",
@@ -131,7 +140,11 @@ def test_it_runs(request, place, command, capsys):
         name in request.node.callspec.id for name in ("llava-old", "next", "vision-old", *TWINS)
     )
     paths = {
+        "dense": place / "dense",
         "pmod": place / "pmod",
+        "back": place / "back",
+        "many": place / "many.json",
+        "calibrated": place / "calibrated",
         "data": place / "data.json",
         "images": place / "images",
         "picture": place / "images" / "0-0.png",
