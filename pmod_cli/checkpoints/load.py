@@ -83,7 +83,10 @@ def check_source(source: str | Path) -> None:
 
 
 def read_config(source: str | Path) -> Any:
-    """The transformers config of a checkpoint of a supported family: a folder or hub id. Else a `PmodError`."""
+    """The transformers config of a checkpoint of a supported family: a folder or hub id. Else a `PmodError`.
+
+    A dense model of another family may be one that ``convert --any`` takes, to be compared with its p-MoD model.
+    """
     check_source(source)
     from transformers import AutoConfig
 
@@ -92,7 +95,7 @@ def read_config(source: str | Path) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if hasattr(type(config), "mod_config"):
             _ = config.mod_config  # which checks it
-    find_family(config.model_type)
+    find_family(config.model_type, unlisted=True)
     return config
 
 

@@ -67,7 +67,7 @@ def generate_command(
     ):
         if place in prompt and not given:
             raise PmodError(f"the prompt has {place}, and there is no {what}", f"{option} names it")
-    if videos and not find_family(read_config(model).model_type).videos:
+    if videos and not find_family(read_config(model).model_type, unlisted=True).videos:
         raise PmodError("the model takes no videos", families_with_videos())
     if frames and not videos:
         raise PmodError("--frames is of a video, and there is none", "--video names it")

@@ -88,7 +88,7 @@ def evaluate(
             else source.model.config.model_type
             for source in sources.values()
         ]
-        refuse_unseen(loaded, map(find_family, types))
+        refuse_unseen(loaded, [find_family(kind, unlisted=True) for kind in types])
         keep = output is not None
         return Evaluation(sources, leaves, catalogue, loaded, settings, path, keep, force, progress).run()
 

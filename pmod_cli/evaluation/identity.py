@@ -116,6 +116,6 @@ def task_name(source: Any) -> str:
     """What lmms-eval's tasks call a model's family; ``pmod`` too for what cannot be read, which is told later."""
     try:
         config = read_config(source) if isinstance(source, (str, Path)) else source.model.config
-        return find_family(config.model_type).task_name
+        return find_family(config.model_type, unlisted=True).task_name
     except PmodError:
         return "pmod"

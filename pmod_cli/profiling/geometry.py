@@ -10,8 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pmod_cli.families import find_family
 from pmod_cli.families.defaults import complete
 from pmod_cli.families.tiling import Cutting, cutting
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.towers import Projector, Tower, read_vision
 
 _SHIPPED = Path(__file__).parent / "geometries"
@@ -72,9 +74,11 @@ class Geometry:
         """Read a dense ``config.json`` and, where pictures are cut by them, its image processor's settings.
 
         Raises:
-            PmodError: A size is none, or the vision tower is of another kind or has a pooling head, which no feature
-                goes through.
+            PmodError: The family is not listed, a size is none, or the vision tower is of another kind or has a
+                pooling head, which no feature goes through.
         """
+        if not find_family(config["model_type"], unlisted=True).decoders:
+            raise PmodError(f"cannot count {config['model_type']}: only families that pmod lists are counted")
         config = complete(config)
         text = config["text_config"]
         tower, projector = read_vision(config)

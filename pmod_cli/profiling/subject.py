@@ -60,10 +60,6 @@ class Variant:
     @cached_property
     def geometry(self) -> Geometry:
         """Its sizes; a PmodError if the vision tower is of a kind that cannot be counted, or a size is none."""
-        if not find_family(self.raw["model_type"], unlisted=True).decoders:
-            raise PmodError(
-                f"cannot count {self.raw['model_type']}: only families that pmod lists are counted"
-            )
         try:
             return Geometry.from_config(self.raw, self.pictures)
         except (KeyError, TypeError, ValueError) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 
 import pytest
 import transformers
@@ -11,12 +12,14 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel
 
 from pmod_cli.cli import main
 from pmod_cli.conversion.proof import prove
+from pmod_cli.evaluation.tasks import write_task
 from pmod_cli.families import REFUSED, find_family
 from pmod_cli.modeling import decoders
 from pmod_cli.output.errors import PmodError
-from tests.common.eval_models import make_processor, noise
+from tests.common.eval_models import make_processor, noise, write_questions
 from tests.common.family_models import MAKERS, TEXT
 
+TURNS = [{"from": "human", "value": "<image> w1"}, {"from": "gpt", "value": "w2"}]
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -62,13 +65,27 @@ def test_an_unlisted_family(tmp_path, capsys):
     assert config["pmod"]["any"]["layer"] == "LlamaDecoderLayer"
     assert config["architectures"] == ["PmodVipLlavaForConditionalGeneration"]
     picture = tmp_path / "a.png"
-    noise(__import__("random").Random(0), 20, 20).save(picture)
+    noise(random.Random(0), 20, 20).save(picture)
     assert run("inspect", tmp_path / "pmod", "--json") == 0
     assert (
         run("generate", tmp_path / "pmod", "--image", picture, "--prompt", "Hi", "--max-new-tokens", 2) == 0
     )
     assert run("profile", tmp_path / "pmod") == 2
     assert "cannot count" in capsys.readouterr().err
+    data = [{"id": n, "image": f"{n}.png", "conversations": TURNS} for n in range(24)]
+    (tmp_path / "data.json").write_text(json.dumps(data))
+    for n in range(24):
+        noise(random.Random(n), 20, 20).save(tmp_path / f"{n}.png")
+    given = ["--data", tmp_path / "data.json", "--images", tmp_path, "--samples", 24, "-o", tmp_path / "out"]
+    assert run("calibrate", tmp_path / "pmod", *given) == 2
+    assert "cannot count" in capsys.readouterr().err
+    # The dense model is loaded too, to compare with.
+    assert run("generate", dense, "--image", picture, "--prompt", "Hi", "--max-new-tokens", 2) == 0
+    path = write_task(tmp_path / "task", "qa", write_questions(tmp_path / "questions", ["red"] * 3))
+    asked = ["--tasks", "qa", "--include-path", path.parent, "--max-new-tokens", 2, "--json"]
+    capsys.readouterr()
+    assert run("eval", tmp_path / "pmod", "--baseline", dense, *asked) == 0
+    assert json.loads(capsys.readouterr().out)["result"]["baseline"]
     assert run("convert", tmp_path / "pmod", tmp_path / "back", "--to", "baseline") == 0
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "back" / name).read_bytes() == (dense / name).read_bytes()
