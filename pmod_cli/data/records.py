@@ -131,7 +131,7 @@ def _items(file: TextIO) -> Iterator[tuple[str, Any]]:
     def next_sign() -> str:
         nonlocal at
         while True:
-            at = _BLANKS.match(window, at).end()  # type: ignore[union-attr]
+            at = _BLANKS.match(window, at).end()  # type: ignore[union-attr]  # matches no blank, too
             if at < len(window) or not read_on():
                 return window[at : at + 1]
 

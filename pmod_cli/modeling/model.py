@@ -45,6 +45,7 @@ class MoDConfigMixin:
             ValueError: If the section has an unknown key or a bad value.
         """
         if self.mod is None:
+            # A family's config, into which this is mixed, has it.
             return MoDConfig([None] * self.text_config.num_hidden_layers)  # type: ignore[attr-defined]
         return MoDConfig.from_dict(self.mod)
 
@@ -59,6 +60,7 @@ class MoDMultimodalModel:
     decoders: Sequence[Any]
 
     def __init__(self, config: Any) -> None:
+        # The class that this is mixed into has both.
         super().__init__(config)  # type: ignore[call-arg]
         self.mod: MoDConfig = config.mod_config
         self._route(self)

@@ -50,6 +50,7 @@ def prepare_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    # None of these is closed before the process ends, hence the noqa.
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
     if closed:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115

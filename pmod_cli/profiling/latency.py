@@ -320,8 +320,8 @@ def _picture_inputs(
     config: Any, work: Workload, image: Tensor, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Random pixels as the family takes them, with what it wants to know of them; ``image`` marks its tokens."""
-    vision, (rows, columns) = config.vision_config, work.image.patches  # type: ignore[union-attr]
-    crops = work.image.crops  # type: ignore[union-attr]
+    assert work.image is not None
+    vision, (rows, columns), crops = config.vision_config, work.image.patches, work.image.crops
     side = vision.patch_size if isinstance(vision.patch_size, int) else vision.patch_size[0]
     if hasattr(vision, "spatial_merge_size"):
         grid = torch.tensor([[1, rows, columns]] * work.batch)
