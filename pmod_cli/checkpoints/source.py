@@ -10,6 +10,7 @@ from typing import Any
 
 from pmod_cli.checkpoints import hub
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header, read_pickle
+from pmod_cli.families import refuse_unfit
 from pmod_cli.families.defaults import check_config
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.paths import user_path
@@ -42,6 +43,7 @@ class Source:
     def config(self) -> dict[str, Any]:
         """Contents of its ``config.json``; empty if it has none."""
         config = self.json("config.json") or {}
+        refuse_unfit(config.get("model_type"))
         check_config(config)
         return config
 

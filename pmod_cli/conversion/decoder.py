@@ -9,7 +9,7 @@ from typing import Any
 
 from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.families import Family, text_part
-from pmod_cli.families.defaults import PARTS
+from pmod_cli.families.defaults import PARTS, complete
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
 
@@ -38,6 +38,8 @@ _OUTSIDE = {
 """Tensors outside the layers, by the end of their names."""
 
 _STACKED = re.compile(r"(.*\.(?:layers?|blocks)\.)(\d+)\.(.+)")
+
+_NORM = "input_layernorm.weight"
 
 _CONFIG = "config.json (or its defaults)"
 
@@ -92,7 +94,7 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
     expected = text.get("num_hidden_layers", layers)
     if expected != layers:
         raise PmodError(f"the weights have {layers} decoder layers, and {_CONFIG} says {expected}")
-    for end in _LAYER:
+    for end in _LAYER if family.decoders else ():
         stacks[prefix].setdefault(end, {})
     required = ["embed_tokens.weight", *family.projector]
     if config.get("tie_word_embeddings") is False:
@@ -111,27 +113,37 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise PmodError(f"the weights lack {missing[0]}{more}")
-    query = stacks[prefix]["self_attn.q_proj.weight"][0]
+    query = next(
+        (stacks[prefix][end][0] for end in ("self_attn.q_proj.weight", _NORM) if stacks[prefix].get(end)),
+        None,
+    )
+    if query is None:
+        raise PmodError(
+            f"the decoder's layers have no {_NORM}", "they are not laid out as pre-norm layers are"
+        )
     weights = (tensor for name, tensor in by_name.items() if name.endswith((".weight", ".bias")))
     other = next((each for each in weights if each.dtype not in (*ROUTER_DTYPES, "F64")), None)
     if "quantization_config" in config or other or query.dtype not in ROUTER_DTYPES:
         which = f": {other.name} is {other.dtype}" if other else ""
         raise PmodError(f"the weights are quantised{which}", "convert the unquantised checkpoint")
-    known = _sides_of(text, config)
-    for name, tensor in by_name.items():
+    # What another family's sides are is only known to its classes (`check_shapes`).
+    known = _sides_of(text, config) if family.decoders else {}
+    for name, tensor in by_name.items() if family.decoders else ():
         if name.startswith(prefix):
             sides = _LAYER.get(name.removeprefix(prefix).partition(".")[2])
         else:
             sides = next((sides for end, sides in _OUTSIDE.items() if name.endswith(end)), None)
         _check_sides(tensor, sides, known)
-    for ends in stacks.values():
+    for stack, ends in stacks.items():
+        if not family.decoders and stack != prefix:
+            continue  # a tower whose layers need not be alike
         for present in ends.values():
             # Finds what is wrong in parts whose sides have no names here.
             first, shape = present[0].name, list(present[0].shape)
             for tensor in present.values():
                 if list(tensor.shape) != shape:
                     raise PmodError(f"{tensor.name} has shape {list(tensor.shape)}, and {first} has {shape}")
-    return DecoderLayout(prefix, layers, query.shape[1], query.dtype)
+    return DecoderLayout(prefix, layers, query.shape[-1], query.dtype)
 
 
 def router_tensors(
@@ -192,7 +204,7 @@ def _sides_of(text: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[i
     sides["vision hidden_size"] = seen = vision.get("hidden_size")
     if isinstance(seen, int):
         layers = config.get("vision_feature_layers") or config.get("vision_feature_layer")
-        merged = round(1 / config.get("downsample_ratio", 1)) ** 2  # patches to a token
+        merged = round(1 / complete(config).get("downsample_ratio", 1)) ** 2  # patches to a token
         sides["features"] = seen * merged * (len(layers) if isinstance(layers, list) else 1)
     return {name: (value, _CONFIG) for name, value in sides.items() if isinstance(value, int)}
 

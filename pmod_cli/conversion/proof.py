@@ -96,18 +96,21 @@ def tiny_config(
     """A config of the same classes and widths with few layers, and inputs in its small vocabulary."""
     whole = copy.deepcopy(transformers_config(config).to_dict())
     used = {int(token) for token in inputs["input_ids"].unique()}
-    used |= {value for part in _parts(whole) for key, value in part.items() if _is_token(key, value)}
+    for part in _parts(whole):
+        if "eos_token_id" in part:  # it would end an answer, and full passes do not know of it
+            part["eos_token_id"] = None
+        for key, value in part.items():
+            used |= set(_tokens(key, value))
     places = {token: place for place, token in enumerate(sorted(used))}
     for part in _parts(whole):
         for key, value in part.items():
-            if _is_token(key, value):
-                part[key] = places[value]
-            elif key.endswith("token_ids") or key == "eos_token_id":
-                part[key] = None
+            if tokens := _tokens(key, value):
+                mapped = [places[token] for token in tokens]
+                part[key] = mapped if isinstance(value, list) else mapped[0]
     text = whole["text_config"]
     text |= {"num_hidden_layers": LAYERS, "vocab_size": len(places) + 8, "intermediate_size": 64}
     if text.get("layer_types"):
-        text["layer_types"] = text["layer_types"][:LAYERS]
+        text["layer_types"] = (text["layer_types"] * LAYERS)[:LAYERS]
     ids = inputs["input_ids"]
     return whole, {
         **inputs,
@@ -122,9 +125,12 @@ def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _is_token(key: str, value: Any) -> bool:
-    named = key.endswith(("_token_id", "_token_index"))
-    return named and isinstance(value, int) and not isinstance(value, bool) and value >= 0
+def _tokens(key: str, value: Any) -> list[int]:
+    """The ids that stand under a key of a config, which may be a list of them."""
+    if not key.endswith(("_token_id", "_token_ids", "_token_index")):
+        return []
+    ids = value if isinstance(value, list) else [value]
+    return ids if all(type(each) is int and each >= 0 for each in ids) else []
 
 
 def _spread(model: Any) -> Any:
@@ -161,8 +167,11 @@ def _compare(kind: str, dense: Any, kept: Any, chosen: Any, inputs: dict[str, Te
         raise PmodError(f"{kind} cannot become p-MoD: no layer met a picture's tokens")
     options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     length = inputs["input_ids"].shape[1]
-    image = dense.config.image_token_id
-    ids = chosen.generate(**inputs, **options, suppress_tokens=[image])
+    # What stands for a picture, or a part of one, would ask for one when the answer is read again.
+    special = sorted(
+        {id for part in _parts(dense.config.to_dict()) for each in part.items() for id in _tokens(*each)}
+    )
+    ids = chosen.generate(**inputs, **options, suppress_tokens=special)
     longer = {
         **inputs,
         "input_ids": ids,
@@ -172,7 +181,7 @@ def _compare(kind: str, dense: Any, kept: Any, chosen: Any, inputs: dict[str, Te
         if key in longer:
             longer[key] = F.pad(inputs[key], (0, NEW_TOKENS))
     logits = chosen(**longer).logits[:, length - 1 : -1]
-    logits[..., image] = -torch.inf
+    logits[..., special] = -torch.inf
     if not torch.equal(logits.argmax(-1), ids[:, length:]):
         raise PmodError(
             f"{kind} cannot become p-MoD: answers with a KV cache differ from full forward passes"

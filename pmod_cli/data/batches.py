@@ -103,11 +103,11 @@ class Collator:
 
     With ``image_for_text`` a batch without images gets a blank one, so that the projector takes part on every rank
     (distributed training waits for it). It stands after the end of the first row: it is not in the loss, and no token
-    before it attends to it.
+    before it attends to it. ``logits_to_keep`` says whether the model knows that argument.
     """
 
-    def __init__(self, processor: Any, *, image_for_text: bool = False) -> None:
-        self.processor, self.image_for_text = processor, image_for_text
+    def __init__(self, processor: Any, *, image_for_text: bool = False, logits_to_keep: bool = True) -> None:
+        self.processor, self.image_for_text, self.logits_to_keep = processor, image_for_text, logits_to_keep
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """A batch of the model's inputs, and ``notes`` on it: ``ids``, ``replaced`` samples, real ``tokens``.
@@ -131,13 +131,14 @@ class Collator:
 
         # The logits of a token are about the next one: keep those from the token before the first answer.
         answers = [next(place for place, label in enumerate(row) if label != IGNORED) for row in labels]
-        first = max(0, min(answers) - 1)
+        first = max(0, min(answers) - 1) if self.logits_to_keep else 0
         batch: dict[str, Any] = {
             "input_ids": padded(ids, self.processor.tokenizer.pad_token_id),
             "labels": padded(labels, IGNORED)[:, first:],
             "attention_mask": padded(mask, 0),
-            "logits_to_keep": length - first,
         }
+        if self.logits_to_keep:
+            batch["logits_to_keep"] = length - first
         with told_as("the checkpoint's image processor fails"):
             batch |= picture_inputs(self.processor, images)
         if "mm_token_type_ids" in self.processor.model_input_names:

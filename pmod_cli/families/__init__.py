@@ -10,6 +10,7 @@ import importlib
 from dataclasses import dataclass
 from typing import Any
 
+from pmod_cli.families.defaults import complete
 from pmod_cli.output.errors import PmodError
 
 
@@ -137,13 +138,20 @@ def dense_first(config: dict[str, Any]) -> int:
 
     After each of them features of the vision tower are added to its tokens (DeepStack): all tokens are needed there.
     """
-    return len((config.get("vision_config") or {}).get("deepstack_visual_indexes") or ())
+    return len((complete(config).get("vision_config") or {}).get("deepstack_visual_indexes") or ())
 
 
 def families_with_videos() -> str:
     """Those that take videos, for a hint."""
     names = [family.name for family in FAMILIES if family.videos]
     return f"{', '.join(names[:-1])} and {names[-1]} do"
+
+
+def refuse_unfit(model_type: object) -> None:
+    """Refuse a dense or p-MoD ``model_type`` that p-MoD does not fit, with the reason; it may be anything else."""
+    base = str(model_type).removeprefix(_OURS)
+    if base in REFUSED:
+        raise PmodError(f"{base} cannot become p-MoD: {REFUSED[base]}")
 
 
 def find_family(model_type: str, unlisted: bool = False) -> Family:
@@ -154,9 +162,8 @@ def find_family(model_type: str, unlisted: bool = False) -> Family:
     for family in FAMILIES:
         if model_type in (family.base_type, family.model_type):
             return family
+    refuse_unfit(model_type)
     base = model_type.removeprefix(_OURS)
-    if base in REFUSED:
-        raise PmodError(f"{base} cannot become p-MoD: {REFUSED[base]}")
     if (unlisted or base != model_type) and (architecture := _architecture(base)):
         return Family(base, base, f"Pmod{architecture}", (), True, _ANYWHERE, ())
     supported = ", ".join(family.base_type for family in FAMILIES)

@@ -24,6 +24,6 @@ def classes_of(model_type: str) -> FamilyClasses:
         inner, outer = (auto._model_mapping[config] for auto in models)
         made = family_classes(__name__, config, inner, outer, decoders=())
         globals().update({cls.__name__: cls for cls in made})  # where pickle looks for them
-        made.register(PROCESSOR_MAPPING[config])
+        made.register(PROCESSOR_MAPPING.get(config, None))
         _made[model_type] = made
     return _made[model_type]

@@ -138,8 +138,9 @@ def picture_ids(processor: Any, sizes: Sequence[tuple[int, int]]) -> list[list[i
 class _Known(NamedTuple):
     """What a processor was asked about its pictures; asking takes longer than tokenising a conversation.
 
-    ``marks`` says whether it writes anything but the picture's tokens: marks around them, ends of rows. ``cuts`` has,
-    by (width, height), how such a picture is cut, and ``ids`` what a picture that is cut so becomes.
+    ``marks`` says whether it writes anything but the picture's tokens (marks around them, ends of rows), or cannot
+    count them. ``cuts`` has, by (width, height), how such a picture is cut, and ``ids`` what a picture that is cut so
+    becomes.
     """
 
     settings: str
@@ -161,7 +162,8 @@ def _known(processor: Any) -> _Known:
     settings = repr((vars(processor.image_processor), own, id(processor.tokenizer)))
     known = _KNOWN.get(processor)
     if known is None or known.settings != settings:
-        marks = set(_written_ids(processor, (64, 64))) != {_token(processor)}
+        counts = hasattr(processor, "_get_num_multimodal_tokens")
+        marks = not counts or set(_written_ids(processor, (64, 64))) != {_token(processor)}
         known = _KNOWN[processor] = _Known(settings, marks, {}, {})
     return known
 

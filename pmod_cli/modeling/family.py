@@ -45,20 +45,21 @@ class FamilyClasses(NamedTuple):
     outer: Any
     output: Any
 
-    def register(self, processor: type, image_processor: type | None = None) -> None:
+    def register(self, processor: type | None, image_processor: type | None = None) -> None:
         """Let transformers' Auto classes know the family.
 
         transformers renames old parameter names while loading (``language_model.model.*``, ``vision_model.*``) by
         rules that it keeps by model type and by class name; ours are the dense family's.
 
         Args:
-            processor: The processor class.
+            processor: The processor class; None if its files alone name it.
             image_processor: An image processor of the family's own, found by name, for either back end.
         """
         AutoConfig.register(self.config.model_type, self.config, exist_ok=True)
         AutoModel.register(self.config, self.inner, exist_ok=True)
         AutoModelForImageTextToText.register(self.config, self.outer, exist_ok=True)
-        AutoProcessor.register(self.config, processor, exist_ok=True)
+        if processor is not None:
+            AutoProcessor.register(self.config, processor, exist_ok=True)
         if image_processor is not None:
             classes = dict.fromkeys(("pil", "torchvision"), image_processor)
             AutoImageProcessor.register(self.config, image_processor_classes=classes, exist_ok=True)
@@ -121,8 +122,11 @@ def family_classes(
 
 def _output_class(outer: Any) -> Any:
     """The class of what an outer model's ``forward`` returns, by its annotation."""
-    returned = typing.get_type_hints(inspect.unwrap(outer.forward))["return"]
-    return next(cls for cls in typing.get_args(returned) if issubclass(cls, ModelOutput))
+    returned = typing.get_type_hints(inspect.unwrap(outer.forward)).get("return")
+    for cls in typing.get_args(returned) or (returned,):
+        if inspect.isclass(cls) and issubclass(cls, ModelOutput):
+            return cls
+    raise TypeError(f"{outer.__name__}.forward does not say which output class it returns")
 
 
 def _dense(cls: type) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pmod_cli.checkpoints.load import refuse_part
 from pmod_cli.checkpoints.source import is_hub_id
-from pmod_cli.families import check_decoder, dense_first, find_family
+from pmod_cli.families import check_decoder, dense_first, find_family, refuse_unfit
 from pmod_cli.families.defaults import check_config, transformers_config
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError, first_line
@@ -214,6 +214,7 @@ def _variant(
     name: str, raw: dict[str, Any], weights: str | None, pictures: dict[str, Any] | None = None
 ) -> Variant:
     """Of either kind of config."""
+    refuse_unfit(raw.get("model_type"))
     check_config(raw)
     family = find_family(raw["model_type"])
     dense = {key: value for key, value in raw.items() if key != "mod"} | {"model_type": family.base_type}

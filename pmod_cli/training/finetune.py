@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import shutil
 import time
@@ -184,7 +185,12 @@ class _Run:
     def make_trainer(self, progress: ProgressCallback | None) -> PmodTrainer:
         """The Trainer with its callbacks."""
         settings, network, dataset = self.settings, self.network, self.dataset
-        collator = Collator(self.processor, image_for_text=self.arguments.world_size > 1)
+        whole = network.get_base_model() if settings.lora is not None else network
+        collator = Collator(
+            self.processor,
+            image_for_text=self.arguments.world_size > 1,
+            logits_to_keep="logits_to_keep" in inspect.signature(whole.forward).parameters,
+        )
         # Where the model lies in pieces on all processes, all have to take part in a look at the routers.
         looks = self.shards is not None or self.main
         probe = make_probe(network, dataset, collator, settings.micro_batch_size) if looks else []

@@ -150,6 +150,8 @@ def lay_out(model: Any, image_processor: Any, size: tuple[int, int]) -> Layout:
     if settings.get("do_center_crop"):
         across.pad_or_crop(settings["crop_size"]["width"])
         down.pad_or_crop(settings["crop_size"]["height"])
+    if not all(isinstance(getattr(tower, name, None), int) for name in ("image_size", "patch_size")):
+        raise PmodError(f"where the patches of a {tower.model_type} lie is not known here")
     grid = tower.image_size // tower.patch_size
     pixels = tower.patch_size * np.arange(grid + 1)
     view = View("picture", _rows(grid, grid), across.edges(pixels), down.edges(pixels))

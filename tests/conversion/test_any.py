@@ -5,17 +5,19 @@ from __future__ import annotations
 import importlib
 import json
 import random
+from unittest import mock
 
 import pytest
 import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel
 
 from pmod_cli.cli import main
-from pmod_cli.conversion.proof import prove
+from pmod_cli.conversion.proof import prove, tiny_config
 from pmod_cli.evaluation.tasks import write_task
 from pmod_cli.families import REFUSED, find_family
 from pmod_cli.modeling import decoders
 from pmod_cli.output.errors import PmodError
+from tests.common import family_models
 from tests.common.eval_models import make_processor, noise, write_questions
 from tests.common.family_models import MAKERS, TEXT
 
@@ -156,3 +158,65 @@ def test_a_decoder_that_is_known_has_one_class():
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     assert decoders.pre_norm_decoder(dense) is decoders.PmodLlamaModel
+
+
+def deepseek_vl():
+    from transformers.models.deepseek_vl.image_processing_pil_deepseek_vl import DeepseekVLImageProcessorPil
+
+    mark = "<image_placeholder>"
+    tokens = family_models.tokenizer((mark,), image_token=mark)
+    processor = transformers.DeepseekVLProcessor(
+        DeepseekVLImageProcessorPil(size={"height": 16, "width": 16}),
+        tokens,
+        num_image_tokens=16,
+        chat_template=family_models.chatml(f"{{{{ '{mark}' }}}}", "", system=False),
+    )
+    tower = family_models.PLAIN_TOWER | {"model_type": "siglip_vision_model", "vision_use_head": False}
+    text = {**TEXT, "model_type": "llama"}
+    image = tokens.convert_tokens_to_ids(mark)
+    return family_models._model(
+        "DeepseekVL", tokens, text_config=text, vision_config=tower, image_token_id=image
+    ), processor
+
+
+def qwen3_vl_moe():
+    def experts(name, tokens, text_config, **others):
+        text_config |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        return make("Qwen3VLMoe", tokens, text_config=text_config, **others)
+
+    make = family_models._model
+    with mock.patch.object(family_models, "_model", experts):
+        return family_models.qwen3_vl()
+
+
+@pytest.mark.parametrize("make", [deepseek_vl, qwen3_vl_moe])
+def test_other_unlisted_families(make, tmp_path, capsys):
+    for part in make():
+        part.save_pretrained(tmp_path / "dense")
+    assert run("convert", tmp_path / "dense", tmp_path / "pmod", "--any") == 0, capsys.readouterr().err
+    noise(random.Random(0), 20, 20).save(tmp_path / "a.png")
+    asked = ["--image", tmp_path / "a.png", "--prompt", "Hi", "--max-new-tokens", 2]
+    assert run("generate", tmp_path / "pmod", *asked) == 0
+    assert run("convert", tmp_path / "pmod", tmp_path / "back", "--to", "baseline") == 0
+    same = [tmp_path / name / "model.safetensors" for name in ("back", "dense")]
+    assert same[0].read_bytes() == same[1].read_bytes()
+
+
+def test_no_token_ends_the_answers_of_the_proof():
+    dense, processor = family_models.qwen2_5_vl()
+    made = processor(
+        text=[processor.image_token], images=[noise(random.Random(0), 20, 20)], return_tensors="pt"
+    )
+    config = dense.config.to_dict()
+    assert isinstance(config["text_config"]["eos_token_id"], int)
+    tiny, _ = tiny_config(config, dict(made))
+    assert tiny["text_config"]["eos_token_id"] is None
+
+
+@pytest.mark.parametrize("command", [("convert",), ("convert", "--any"), ("inspect",), ("profile",)])
+def test_a_whole_config_is_refused_by_its_family(command, tmp_path, capsys):
+    config = transformers.AutoConfig.for_model("gemma3n").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    place = [tmp_path / "out"] if command[0] == "convert" else []
+    assert run(command[0], tmp_path, *place, *command[1:]) == 2
+    assert "gemma3n cannot become p-MoD: its decoder layers have four norms" in capsys.readouterr().err

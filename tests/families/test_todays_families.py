@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from pmod_cli.conversion.convert import convert
+from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.data.batches import Collator, EncodedDataset, Example
 from pmod_cli.data.records import BadSample, Conversation, Turn
 from pmod_cli.families.processing import load_processor, message, picture_ids
@@ -19,7 +22,7 @@ from pmod_cli.output.errors import PmodError
 from pmod_cli.prompts import Prompt
 from pmod_cli.videos import Video
 from tests.common.eval_models import noise, save_llava
-from tests.common.family_models import MAKERS, pmod_of
+from tests.common.family_models import MAKERS, QWEN_TOWER, pmod_of
 
 RATIOS = [None, 0.75, 0.5, 0.25]
 RNG = random.Random(0)
@@ -236,3 +239,36 @@ def test_pixels_of_frames_are_capped_as_in_qwens_own_code(name):
     capped = case.loaded.length(Prompt("What?", videos=(many,)))
     case.processor.video_processor.cap_pixels_per_frame = False
     assert capped < case.loaded.length(Prompt("What?", videos=(many,)))
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "key"),
+    [("qwen3_vl", "vision_config", "deepstack_visual_indexes"), ("internvl", None, "downsample_ratio")],
+)
+def test_what_a_config_leaves_out_is_transformers_default(name, part, key, tmp_path):
+    """As on the hub, where a config does not say what its class has by default."""
+    dense, processor = MAKERS[name]()
+    if name == "qwen3_vl":  # its default names layers 8, 16 and 24 of the tower
+        config = type(dense.config)(
+            **dense.config.to_dict() | {"vision_config": QWEN_TOWER | {"depth": 25, "out_hidden_size": 48}}
+        )
+        dense = type(dense)(config)
+    for each in (dense, processor):
+        each.save_pretrained(tmp_path / "dense")
+    convert(plan_conversion(tmp_path / "dense"), tmp_path / "told")
+    path = tmp_path / "dense" / "config.json"
+    config = json.loads(path.read_text())
+    del (config[part] if part else config)[key]
+    path.write_text(json.dumps(config))
+    convert(plan_conversion(tmp_path / "dense"), tmp_path / "silent")
+    told, silent = (json.loads((tmp_path / each / "config.json").read_text()) for each in ("told", "silent"))
+    assert told["mod"] == silent["mod"]
+
+
+def test_a_model_that_takes_no_logits_to_keep_gets_all_labels(case):
+    encoded = EncodedDataset([], None, case.processor, 2048).encode(
+        Conversation("a", ("x",), (Turn("user", "<image> What?"), Turn("assistant", "red"))), [SQUARE]
+    )
+    batch = Collator(case.processor, logits_to_keep=False)([Example("a", encoded, [SQUARE])])
+    assert batch["labels"].shape == batch["input_ids"].shape
+    assert "logits_to_keep" not in batch
