@@ -111,6 +111,9 @@ _LINEAR = "some of its decoder layers have linear attention, whose state cannot 
 _BOTH_WAYS = "its decoder's tokens of a picture see one another both ways, and a p-MoD layer's mask is causal"
 _FOUR_NORMS = "its decoder layers have four norms, two of them behind the branches that p-MoD weighs"
 _POST_NORM = "its decoder layers have their norms behind the branches (post-norm), which p-MoD weighs"
+_POSITIONS = (
+    "its attention scales queries by position ids, which flash attention misreads where tokens are left out"
+)
 REFUSED = {
     "qwen3_5": _LINEAR,
     "qwen3_5_moe": _LINEAR,
@@ -120,6 +123,7 @@ REFUSED = {
     "gemma4": _FOUR_NORMS,
     "glm4v": _FOUR_NORMS,
     "paligemma": _BOTH_WAYS,
+    "ministral3": _POSITIONS,
     "olmo2": _POST_NORM,
     "olmo3": _POST_NORM,
 }
