@@ -162,10 +162,15 @@ def _known(processor: Any) -> _Known:
     settings = repr((vars(processor.image_processor), own, id(processor.tokenizer)))
     known = _KNOWN.get(processor)
     if known is None or known.settings != settings:
-        counts = hasattr(processor, "_get_num_multimodal_tokens")
+        counts = hasattr(processor, "_get_num_multimodal_tokens") and _resizes(processor)
         marks = not counts or set(_written_ids(processor, (64, 64))) != {_token(processor)}
         known = _KNOWN[processor] = _Known(settings, marks, {}, {})
     return known
+
+
+def _resizes(processor: Any) -> bool:
+    """Whether pictures are resized, as transformers' counts take for granted."""
+    return getattr(processor.image_processor, "do_resize", True) is not False
 
 
 def _token(processor: Any) -> int:
@@ -177,6 +182,8 @@ def _cut(processor: Any, size: tuple[int, int], marks: bool) -> Any:
     shape = (size[1], size[0])
     if not marks:
         return int(processor._get_num_multimodal_tokens(image_sizes=[shape])["num_image_tokens"][0])
+    if not _resizes(processor):
+        return size
     settings = processor.image_processor.to_dict()
     if settings.get("do_image_splitting"):
         # Not transformers' own count, which is wrong for some shapes.

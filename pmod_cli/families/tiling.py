@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from pmod_cli.output.errors import PmodError
+
 Pair = tuple[int, int]
 
 MOST_STRETCHED = 200
@@ -138,7 +140,14 @@ def cutting(config: dict[str, Any], pictures: dict[str, Any]) -> Cutting | None:
     Args:
         config: A completed dense ``config.json``.
         pictures: The image processor's settings; those of the family's published models where it says nothing.
+
+    Raises:
+        PmodError: They are cut, but not resized.
     """
+    if pictures.get("do_resize") is False:
+        raise PmodError(
+            "how many tokens pictures become is only known where the image processor resizes them"
+        )
     vision, size = config["vision_config"], pictures.get("size") or {}
     if "spatial_merge_size" in vision:
         known = _AREAS.get(config["model_type"], _AREAS["qwen2_vl"])

@@ -272,3 +272,12 @@ def test_a_model_that_takes_no_logits_to_keep_gets_all_labels(case):
     batch = Collator(case.processor, logits_to_keep=False)([Example("a", encoded, [SQUARE])])
     assert batch["labels"].shape == batch["input_ids"].shape
     assert "logits_to_keep" not in batch
+
+
+def test_pictures_that_are_not_resized_are_counted_as_they_are(case):
+    _, processor = MAKERS[case.name]()
+    processor.image_processor.do_resize = False
+    loaded = VisionLanguageModel(case.pmod, processor)
+    for picture in (noise(RNG, 32, 32), noise(RNG, 48, 32)):
+        prompt = Prompt("What?", (picture,))
+        assert loaded.length(prompt) == int(loaded.encode([prompt])["attention_mask"].sum())
