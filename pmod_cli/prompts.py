@@ -22,7 +22,8 @@ class Prompt:
     and videos.
 
     Raises:
-        PmodError: The text has another number of ``<image>`` than there are pictures, or of ``<video>`` than videos.
+        PmodError: The text cannot be UTF-8, or has another number of ``<image>`` than there are pictures, or of
+            ``<video>`` than videos.
     """
 
     text: str
@@ -30,6 +31,10 @@ class Prompt:
     videos: tuple[Video, ...] = ()
 
     def __post_init__(self) -> None:
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:
+            raise PmodError("the prompt is not UTF-8", "another encoding wrote it") from None
         object.__setattr__(self, "images", tuple(map(as_rgb, self.images)))
         given: dict[str, tuple[str, Sequence[Any]]] = {
             PLACEHOLDER: ("pictures", self.images),
