@@ -122,8 +122,8 @@ def test_a_cut_off_picture_is_an_error(tmp_path):
 def test_an_unsupported_model_type_is_refused(llava, tmp_path):
     copy = shutil.copytree(llava, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps(config | {"model_type": "blip-2"}))
-    with pytest.raises(PmodError, match="blip-2"):
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "bert"}))
+    with pytest.raises(PmodError, match="bert"):
         VisionLanguageModel.load(copy)
 
 
