@@ -29,6 +29,9 @@ _SETTLED: dict[str, Any] = {
 }  # fmt: skip
 """What the weights that are there make needless; some of it would have PEFT read files, import modules or search."""
 
+_NAMED = ("target_modules", "feedforward_modules")
+"""Layers that the weights name: those that are changed, and of IA3 those that are so at their inputs, in one row."""
+
 _SIZES = (
     "r",
     "init_r",
@@ -99,10 +102,14 @@ def open_adapter(folder: Path, allow_pickle: bool = False) -> Adapter:
                 f"{path}: {key:.80} is {size}, and no side of its weights is longer than {largest}"
             )
     names = re.compile(rf"base_model\.model\.(.+?)\.{_PREFIXES[kind]}")
-    modules = tuple(sorted({found[1] for name in tensors if (found := names.match(name))}))
-    settled = _SETTLED | {"init_lora_weights": _start(path, config)}
+    changed = {found[1]: tensor.shape for name, tensor in tensors.items() if (found := names.match(name))}
+    settled = _SETTLED | {
+        "init_lora_weights": _start(path, config),
+        "target_modules": sorted(changed),
+        "feedforward_modules": sorted(name for name, shape in changed.items() if shape[0] == 1),
+    }
     given = config | {key: value for key, value in settled.items() if key in config}
-    return Adapter(folder, base, given | {"target_modules": list(modules)}, modules, tensors)
+    return Adapter(folder, base, given, tuple(sorted(changed)), tensors)
 
 
 def _read(folder: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
@@ -115,9 +122,9 @@ def _read(folder: Path, allow_pickle: bool) -> dict[str, StoredTensor]:
 
 
 def _patterns(config: dict[str, Any]) -> Iterator[str]:
-    """What PEFT would search names for, but for the layers to change, which the weights name."""
+    """What PEFT would search names for."""
     for key, value in config.items():
-        if key.endswith(("_modules", "_pattern", "_to_save")) and key not in ("target_modules", *_SETTLED):
+        if key.endswith(("_modules", "_pattern", "_to_save")) and key not in (*_NAMED, *_SETTLED):
             for each in [value] if isinstance(value, str) else value or ():
                 yield str(each)
 

@@ -66,7 +66,12 @@ def merge_adapter(
     with told_as(f"{source} does not fit {base}"):
         config = PeftConfig.from_peft_type(**adapter.config)
         wrapped: Any = PeftModel.from_pretrained(loaded.model, source, config=config)
-        names = get_peft_model_state_dict(wrapped).keys() ^ adapter.tensors.keys()
+        # PEFT's own guess whether embeddings are saved along asks the hub.
+        sides = [
+            get_peft_model_state_dict(wrapped, save_embedding_layers=along).keys() ^ adapter.tensors.keys()
+            for along in (False, True)
+        ]
+        names = [name for name in min(sides, key=len) if ".base_layer." not in name]
     if names:
         raise PmodError(
             f"{source} does not fit {base}: {len(names)} tensors are on one side alone, e.g. {min(names)}"

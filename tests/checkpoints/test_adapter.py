@@ -67,7 +67,6 @@ def test_the_weights_say_which_layers_are_changed(tmp_path):
         ({"alpha_pattern": {".*.*.*x": 4}}, "is no name of a layer"),
         ({"modules_to_save": [ENDLESS]}, "is no name of a layer"),
         ({"modules_to_save": ["x" * 2000]}, "is no name of a layer"),
-        ({"feedforward_modules": ENDLESS}, "is no name of a layer"),
         ({"r": 10_000_000}, "r is 10000000, and no side of its weights is longer than 8"),
         ({"r": float("nan")}, "r is nan"),
         ({"rank_pattern": {"q_proj": 10**9}}, "rank_pattern of q_proj is 1000000000"),

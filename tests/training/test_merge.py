@@ -64,6 +64,31 @@ def test_the_product_of_the_two_matrices_is_added(made, tmp_path, config):
     assert [name for name in before if not torch.equal(before[name], after[name])] == [WEIGHT]
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("LoraConfig", {"target_modules": ["q_proj", "embed_tokens"], "exclude_modules": ".*vision.*"}),
+        ("IA3Config", {"target_modules": ["v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    ],
+)
+def test_every_kind_is_merged_as_peft_does(tmp_path, kind, settings):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForImageTextToText.from_pretrained(BASELINE)
+    wrapped = peft.get_peft_model(model, getattr(peft, kind)(**settings))
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+    wrapped.peft_config["default"].base_model_name_or_path = str(BASELINE)
+    wrapped.save_pretrained(tmp_path / "tuned")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "expected")
+    merge_adapter(tmp_path / "tuned", tmp_path / "out")
+    expected, merged = weights(tmp_path / "expected"), weights(tmp_path / "out")
+    assert expected.keys() == merged.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-2, atol=1e-3)
+    assert any(not torch.equal(merged[name], tensor) for name, tensor in weights(BASELINE).items())
+
+
 def test_the_base_is_never_replaced(made, tmp_path):
     shutil.copytree(made / "base", tmp_path / "base")
     files = [path.name for path in (tmp_path / "base").iterdir()]
