@@ -22,7 +22,13 @@ from transformers import (
 )
 
 import pmod_cli  # noqa: F401  (registers the p-MoD model types with the Auto classes)
-from pmod_cli.checkpoints.load import check_tokenizer, check_weights, quiet_transformers, read_config
+from pmod_cli.checkpoints.load import (
+    check_tokenizer,
+    check_weights,
+    loading,
+    quiet_transformers,
+    read_config,
+)
 from pmod_cli.devices import check_dtype, find_device, is_of_the_device
 from pmod_cli.families import families_with_videos
 from pmod_cli.families.agreement import agree
@@ -157,12 +163,7 @@ class VisionLanguageModel:
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
         options = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        pickled = (
-            Path(source, "pytorch_model.bin").is_file()
-            or Path(source, "pytorch_model.bin.index.json").is_file()
-        )
-        hint = "pmod convert --allow-pickle makes safetensors of .bin weights" if pickled else None
-        with told_as(f"cannot load {source}", hint), quiet_transformers(bars=True):
+        with loading(source), quiet_transformers(bars=True):
             processor = load_processor(source, image_backend)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 source,

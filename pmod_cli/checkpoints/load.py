@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pmod_cli.checkpoints.source import WHOLE, Source, check_exists, open_source, where_weights_are
+from pmod_cli.checkpoints.source import WHOLE, Source, check_exists, open_source
 from pmod_cli.families import find_family
+from pmod_cli.families.defaults import check_config
 from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.output.reading import check_regular, read_json
 
@@ -76,10 +77,37 @@ def check_source(source: str | Path) -> None:
         refuse_part(path)
         if not (path / "config.json").is_file():
             raise PmodError(f"{path} is not a checkpoint: it has no config.json")
-        for file in path.iterdir():
-            if not file.is_dir():
-                check_regular(file, 2**28 if file.suffix in _TEXTS else None)
+        check_files(path)
         refuse_unconverted(open_source(path))
+        if (path / ADAPTER_CONFIG).is_file():
+            raise _with_adapter(path)
+
+
+def _with_adapter(source: str | Path) -> PmodError:
+    """For what transformers would put an adapter on, whatever that holds and wherever it says its base is."""
+    return PmodError(
+        f"{source} holds an adapter ({ADAPTER_CONFIG})",
+        "move it into a folder of its own; pmod convert --merge merges it into its base",
+    )
+
+
+def check_files(folder: Path) -> None:
+    """Refuse a folder with pipes, devices or texts of a size that cannot be meant: libraries would read them."""
+    for file in folder.iterdir():
+        if not file.is_dir():
+            check_regular(file, 2**28 if file.suffix in _TEXTS else None)
+
+
+@contextmanager
+def loading(source: str | Path, where: str = "cannot load") -> Iterator[None]:
+    """Make a `PmodError` of whatever transformers raises over a checkpoint, or its processor."""
+    try:
+        with told_as(f"{where} {source}"):
+            yield
+    except PmodError as error:
+        if "trust_remote_code" in str(error.__cause__):
+            raise PmodError(f"{source} needs code of its own (auto_map), and pmod runs none") from error
+        raise
 
 
 def read_config(source: str | Path) -> Any:
@@ -88,10 +116,15 @@ def read_config(source: str | Path) -> Any:
     A dense model of another family may be one that ``convert --any`` takes, to be compared with its p-MoD model.
     """
     check_source(source)
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     where = "cannot load" if Path(source).is_dir() else "no such folder, nor to be had from the hub:"
-    with told_as(f"{where} {source}"):
+    with loading(source, where):
+        if not Path(source).is_dir():
+            if find_adapter_config_file(str(source)) is not None:
+                raise _with_adapter(source)
+            check_config(PreTrainedConfig.get_config_dict(source)[0])
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if hasattr(type(config), "mod_config"):
             _ = config.mod_config  # which checks it
@@ -99,11 +132,25 @@ def read_config(source: str | Path) -> Any:
     return config
 
 
-def check_weights(source: str | Path) -> None:
-    """Refuse a folder without a model's weights, as an unfinished download or a sharded training run leaves it."""
+def check_weights(source: str | Path, allow_pickle: bool = False) -> None:
+    """Refuse a folder without a model's weights, or whose weight files are not what transformers may be given.
+
+    An unfinished download or a sharded training run leaves such a folder; an index may name anything. Only the headers
+    are read.
+    """
     folder = Path(source)
-    if _without_weights(folder):
-        raise PmodError(f"{folder} has no weights", where_weights_are(folder))
+    if not folder.is_dir():
+        return
+    if (
+        not allow_pickle
+        and not any((folder / name).is_file() for name in WHOLE[:2])
+        and not _without_weights(folder)
+    ):
+        raise PmodError(
+            f"{folder} has pickled weights alone, which could run code",
+            "pmod convert --allow-pickle makes safetensors of .bin weights",
+        )
+    Source(str(source), folder).weight_files(allow_pickle)
 
 
 def _without_weights(folder: Path) -> bool:

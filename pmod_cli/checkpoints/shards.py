@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
+import re
 import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -101,15 +102,13 @@ class WeightFile:
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name; only the header is read, and the library checks it."""
+    _check_weight_file(path)
     try:
-        check_regular(path)
         with safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as file:
             [length] = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(length), object_pairs_hook=_once)
-    except FileNotFoundError:
-        raise PmodError(f"no file {path}") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise _corrupt(path, first_line(error)) from None
     header.pop("__metadata__", None)
@@ -121,6 +120,22 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         read = partial(_read_range, path, start, end)
         tensors[name] = StoredTensor(name, entry["dtype"], tuple(entry["shape"]), read)
     return tensors
+
+
+def _check_weight_file(path: Path) -> None:
+    """Refuse what cannot be opened, and what downloads leave in the place of weights."""
+    try:
+        check_regular(path)
+        with path.open("rb") as file:
+            begin = file.read(64).lstrip().lower()
+    except FileNotFoundError:
+        raise PmodError(f"no file {path}") from None
+    except OSError as error:
+        raise PmodError(f"cannot read {path}: {error.strerror}") from error
+    if begin.startswith(b"version https://git-lfs"):
+        raise PmodError(f"{path} is a Git LFS pointer, not the weights", "git lfs pull")
+    if begin.startswith((b"<!doctype", b"<html")):
+        raise PmodError(f"{path} is a web page, not the weights", "download it again")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -154,17 +169,23 @@ def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
         )
     import torch
 
+    _check_weight_file(path)
     try:
-        with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"  # torch's format before 1.6 cannot be mapped
+        zipped = zipfile.is_zipfile(path)  # torch's format before 1.6, which is no zip, cannot be mapped
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise ValueError("it is compressed, and would be mapped as it is")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except FileNotFoundError:
-        raise PmodError(f"no file {path}") from None
-    except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise PmodError(
-            f"{path} is corrupt or holds more than weights: {first_line(error)}", "download it again"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    except Exception as error:  # torch's unpickler raises whatever a stranger's bytes lead it into
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        why = (
+            f"holds more than weights: {found[1]}" if found else "is corrupt, or torch.save did not write it"
+        )
+        raise PmodError(f"{path} {why}", "download it again") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
         raise PmodError(f"{path} is not a state dict of tensors")
     return {name: _stored(path, name, tensor) for name, tensor in state.items()}
 
@@ -172,6 +193,11 @@ def read_pickle(path: Path, allow: bool) -> dict[str, StoredTensor]:
 def _stored(path: Path, name: str, tensor: Any) -> StoredTensor:
     import torch
 
+    plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+    if not plain or tensor.is_nested or tensor.is_neg():
+        raise PmodError(
+            f"{path}: {name} is no plain tensor", "sparse, nested and meta tensors are not supported"
+        )
     kind = str(tensor.dtype).removeprefix("torch.")
     dtype = next((dtype for dtype, name in TORCH_DTYPES.items() if name == kind), None)
     if dtype is None:

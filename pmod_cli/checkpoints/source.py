@@ -117,6 +117,8 @@ class Source:
         for name in weight_map.values():
             if not isinstance(name, str) or Path(name).name != name:
                 raise PmodError(f"{index} names {name!r}, which is not a file of its own folder")
+            if index == INDEX and not name.endswith(".safetensors"):
+                raise PmodError(f"{index} names {name!r}, which is no safetensors file")
         return weight_map
 
     def sidecars(self) -> dict[str, Path]:

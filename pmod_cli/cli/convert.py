@@ -105,7 +105,7 @@ def convert_command(
         assert destination is not None
         with starting("convert --merge"):
             from pmod_cli.training.merge import merge_adapter
-        result = merge_adapter(Path(source), destination, force=force)
+        result = merge_adapter(Path(source), destination, force=force, allow_pickle=allow_pickle)
     elif to == "baseline":
         given = {"--recipe": recipe, "--set": settings, "--dry-run": dry_run, "--vision-tower": vision_tower}
         given |= {"--projector": projector, "--tokenizer": tokenizer, "--allow-pickle": allow_pickle}

@@ -68,8 +68,10 @@ _OPTIONAL = {"num_key_value_heads": 10**6, "head_dim": 10**6}
 def check_config(raw: dict[str, Any]) -> None:
     """Refuse a ``config.json`` of a model that cannot be: a size that is no number, below 1 or beyond all reason.
 
-    What it leaves out, or sets to None, is not looked at.
+    What it leaves out, or sets to None, is not looked at. An attention that is code of the hub's, which transformers
+    would download and run, is refused too.
     """
+    _check_attention(raw)
     parts = (("", raw), ("text_config", raw.get("text_config")), ("vision_config", raw.get("vision_config")))
     defaults = {"text_config": "llama", "vision_config": "clip_vision_model"}
     for where, part in parts:
@@ -93,6 +95,15 @@ def check_config(raw: dict[str, Any]) -> None:
         dropout = (part or {}).get("attention_dropout", 0)
         if dropout is not None and not (isinstance(dropout, int | float) and 0 <= dropout < 1):
             raise PmodError(f"config.json: attention_dropout{of} is {dropout!r}, not a share below 1")
+
+
+def _check_attention(value: Any, name: str = "") -> None:
+    """Look at each key of a config, of its parts too; an attention may be given for each part by name."""
+    if isinstance(value, dict | list):
+        for key, each in value.items() if isinstance(value, dict) else (("", each) for each in value):
+            _check_attention(each, name or (key if "attn_implementation" in key else ""))
+    elif name and isinstance(value, str) and "/" in value:
+        raise PmodError(f"config.json: {name} is {value!r:.80}, code from the hub, which pmod does not run")
 
 
 def complete(raw: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.models.auto import AutoModelForImageTextToText
 
+from pmod_cli.checkpoints.load import check_source, check_weights
 from pmod_cli.modeling.twin import dense_twin
 from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.output.units import size
@@ -40,6 +41,8 @@ def _load(variant: Variant, device: torch.device, dtype: str, allow_pickle: bool
         torch.manual_seed(0)
         with torch.device(device):
             return AutoModelForImageTextToText.from_config(variant.config, **options).eval()
+    check_source(variant.weights)
+    check_weights(variant.weights, allow_pickle)
     hint = None if allow_pickle else "--allow-pickle reads .bin weights, with torch's weights_only reader"
     with told_as(f"cannot load {variant.weights}", hint):
         model = AutoModelForImageTextToText.from_pretrained(

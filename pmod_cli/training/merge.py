@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from pmod_cli.checkpoints.load import ADAPTER_CONFIG, read_config
+from pmod_cli.checkpoints.adapter import open_adapter
+from pmod_cli.checkpoints.load import ADAPTER_CONFIG, loading, read_config
 from pmod_cli.checkpoints.write import check_destination, check_space
 from pmod_cli.extras import require
 from pmod_cli.families import find_family
@@ -16,16 +17,17 @@ from pmod_cli.families.agreement import agree
 from pmod_cli.families.processing import load_processor
 from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.modeling.names import is_router
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.output.files import replacing
-from pmod_cli.output.reading import read_json
 from pmod_cli.recipe import load_recipe
 
 
-def merge_adapter(source: Path, destination: Path, *, force: bool = False) -> dict[str, Any]:
+def merge_adapter(
+    source: Path, destination: Path, *, force: bool = False, allow_pickle: bool = False
+) -> dict[str, Any]:
     """Write the checkpoint that an adapter and its base make together; the base is loaded into memory.
 
-    ``force`` replaces a checkpoint that is there.
+    ``force`` replaces a checkpoint that is there, ``allow_pickle`` reads an adapter's ``.bin`` weights.
 
     Returns:
         What ``docs/json.md`` lists for ``pmod convert --json``, but ``pushed_to``.
@@ -35,15 +37,11 @@ def merge_adapter(source: Path, destination: Path, *, force: bool = False) -> di
             written.
     """
     started = time.perf_counter()
-    if not (source / ADAPTER_CONFIG).is_file():
-        raise PmodError(f"{source} is not an adapter: it has no {ADAPTER_CONFIG}", "leave --merge out")
-    base = read_json(source / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not base:
-        raise PmodError(f"{source / ADAPTER_CONFIG} names no base", "write base_model_name_or_path into it")
-    check_destination(destination, source, force)
+    adapter = open_adapter(source, allow_pickle)
+    base = adapter.base
+    check_destination(destination, source, force, [base])
     require("peft")
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     try:
         dtype = _dtype(source, base)
@@ -55,25 +53,34 @@ def merge_adapter(source: Path, destination: Path, *, force: bool = False) -> di
         ) from error
     processor = loaded.processor
     if any((source / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
-        processor = load_processor(source)  # as it was trained: aspect, chat template
+        with loading(source, "cannot load the processor of"):
+            processor = load_processor(source)  # as it was trained: aspect, chat template
         if grids := getattr(processor.image_processor, "image_grid_pinpoints", None):
             loaded.model.config.image_grid_pinpoints = grids
         agree(loaded.model.config, processor)
-    try:
-        wrapped: Any = PeftModel.from_pretrained(loaded.model, source)
-        names = (
-            get_peft_model_state_dict(wrapped).keys() ^ load_peft_weights(str(source), device="cpu").keys()
+    if absent := {*adapter.modules} - {name for name, _ in loaded.model.named_modules()}:
+        raise PmodError(
+            f"{source} does not fit {base}: {len(absent)} layers are not there, e.g. {min(absent)}"
         )
-    except Exception as error:  # PEFT raises whatever the shapes and names of another model lead it into
-        raise PmodError(f"{source} does not fit {base}: {first_line(error)}") from error
+    # PEFT raises whatever the shapes and names of another model lead it into.
+    with told_as(f"{source} does not fit {base}"):
+        config = PeftConfig.from_peft_type(**adapter.config)
+        wrapped: Any = PeftModel.from_pretrained(loaded.model, source, config=config)
+        # PEFT's own guess whether embeddings are saved along asks the hub.
+        sides = [
+            get_peft_model_state_dict(wrapped, save_embedding_layers=along).keys() ^ adapter.tensors.keys()
+            for along in (False, True)
+        ]
+        names = [name for name in min(sides, key=len) if ".base_layer." not in name]
     if names:
         raise PmodError(
             f"{source} does not fit {base}: {len(names)} tensors are on one side alone, e.g. {min(names)}"
         )
-    model = wrapped.merge_and_unload().to(getattr(torch, dtype))
+    with told_as(f"{source} cannot be merged"):
+        model = wrapped.merge_and_unload().to(getattr(torch, dtype))
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     check_space(destination, size)
-    with replacing(destination) as folder:
+    with replacing(destination, force=force) as folder:
         folder.mkdir()
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

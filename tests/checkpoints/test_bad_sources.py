@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from pmod_cli.checkpoints.load import refuse_part
+from pmod_cli.checkpoints.load import check_source, check_weights, read_config, refuse_part
 from pmod_cli.checkpoints.shards import StoredTensor
 from pmod_cli.conversion.plan import plan_conversion
 from pmod_cli.demo.job import BASELINE
@@ -222,3 +222,57 @@ def test_an_adapter_of_another_kind_is_called_by_its_name(tmp_path):
     )
     with pytest.raises(PmodError, match="is an adapter of kind IA3, not a whole checkpoint"):
         refuse_part(tmp_path)
+
+
+def test_weights_are_checked_before_transformers_loads_them(tmp_path):
+    """An index may name anything, and transformers reads it."""
+    source = make_checkpoint(tmp_path / "source", shards=2)
+    index = source / "model.safetensors.index.json"
+    good = json.loads(index.read_text())["weight_map"]
+    check_weights(source)
+    first = next(iter(good))
+    for file, message in (
+        ("../base/model.safetensors", "not a file of its own folder"),
+        ("/etc/passwd", "not a file of its own folder"),
+        ("w.bin", "no safetensors file"),
+        ("gone.safetensors", "which is not in"),
+    ):
+        index.write_text(json.dumps({"weight_map": good | {first: file}}))
+        with pytest.raises(PmodError, match=message):
+            VisionLanguageModel.load(source)
+    index.write_text(json.dumps({"weight_map": good}))
+    (source / "model-00002-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(PmodError, match="is a Git LFS pointer"):
+        VisionLanguageModel.load(source)
+    for file in source.glob("model*"):
+        file.unlink()
+    (source / "pytorch_model.bin").touch()
+    with pytest.raises(PmodError, match=r"pickled weights alone.*pmod convert --allow-pickle"):
+        VisionLanguageModel.load(source)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"attn_implementation": "evil/evil"},
+        {"_attn_implementation": "paged|evil/evil@main:f"},
+        {"attn_implementation": {"vision_config": "evil/evil"}},
+        {"text_config": TEXT | {"_attn_implementation": "evil/evil"}},
+        {"other_config": [{"x": 1}, {"attn_implementation": "evil/evil"}]},
+    ],
+)
+def test_an_attention_that_is_code_of_the_hub_is_not_fetched(tmp_path, config):
+    with pytest.raises(PmodError, match="code from the hub, which pmod does not run"):
+        check_source(make_checkpoint(tmp_path / "source", config=config))
+
+
+def test_code_and_adapters_that_transformers_would_load_too(tmp_path):
+    source = make_checkpoint(tmp_path / "source", config={"attn_implementation": "eager"})
+    (source / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}')
+    with pytest.raises(PmodError, match="holds an adapter"):
+        check_source(source)
+    code = {"model_type": "nosuch", "auto_map": {"AutoConfig": "code.Config"}}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(code))
+    with pytest.raises(PmodError, match=r"needs code of its own \(auto_map\), and pmod runs none"):
+        read_config(tmp_path / "other")

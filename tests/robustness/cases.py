@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -23,6 +24,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "pmod"),
     "convert": ("convert", "dense", "out"),
     "convert back": ("convert", "pmod", "out", "--to", "baseline"),
+    "merge": ("convert", "lora", "out", "--merge"),
     "check": ("data", "check", *TRAIN),
     "fix": ("data", "check", *TRAIN, "--fix", "out.json"),
     "finetune": (*FINETUNE, "--set", "train.max_steps=1", "--output", "out"),
@@ -89,6 +91,7 @@ _READS: dict[str, tuple[str, ...]] = {
     "inspect": ("pmod/config.json", "pmod/model.safetensors.index.json"),
     "convert": tuple(f"dense/{name}" for name in _CHECKPOINT),
     "convert back": ("pmod/config.json", "pmod/baseline/manifest.json", "pmod/model.safetensors.index.json"),
+    "merge": ("lora/adapter_config.json", "lora/processor_config.json", "lora/tokenizer.json"),
     "check": ("train/train.json",),
     "fix": ("train/train.json",),
     "finetune": ("train/train.json", "pmod/config.json", "pmod/processor_config.json"),
@@ -99,7 +102,7 @@ _READS: dict[str, tuple[str, ...]] = {
         "stopped.training/.pmod",
     ),
     "calibrate": ("train/train.json", "pmod/config.json"),
-    "generate": tuple(f"pmod/{name}" for name in _CHECKPOINT),
+    "generate": tuple(f"pmod/{name}" for name in (*_CHECKPOINT, "model.safetensors.index.json")),
     "watch": ("seeing/config.json", "seeing/processor_config.json"),
     "eval": ("results/results.json", "results/samples/shapes.jsonl", "results/.pmod"),
     "diff": ("results/results.json", "results/samples/shapes.jsonl"),
@@ -184,9 +187,9 @@ _WRITES = {"--output", "-o", "--fix", "--plot", "--gif", "--html"}
 """Options that name what is written."""
 
 _WRITE_OPTIONS = (
-    ("convert", ""), ("finetune", "--output"), ("calibrate", "--output"), ("eval", "--output"), ("demo", "--output"),
-    ("visualize", "-o"), ("visualize", "--gif"), ("visualize", "--html"), ("report", "-o"), ("fix", "--fix"),
-    ("profile", "--plot"),
+    ("convert", ""), ("merge", ""), ("finetune", "--output"), ("calibrate", "--output"), ("eval", "--output"),
+    ("demo", "--output"), ("visualize", "-o"), ("visualize", "--gif"), ("visualize", "--html"), ("report", "-o"),
+    ("fix", "--fix"), ("profile", "--plot"),
 )  # fmt: skip
 _PLACES = (
     ".",
@@ -279,6 +282,7 @@ def _formats(good: Path) -> Iterator[Case]:
             ("check", "train/images/00000.png"), ("finetune", "train/images/00000.png"), ("report", "kept.png"),
             ("generate", "pmod/chat_template.jinja"), ("convert", "dense/model.safetensors"),
             ("inspect", "pmod/model-routers.safetensors"), ("generate", "pmod/model-routers.safetensors"),
+            ("merge", "lora/adapter_model.safetensors"),
             ("eval", "tasks/shapes.yaml"), ("report", "kept.html"), ("report", "results/report.md"),
         ):  # fmt: skip
             yield _case(name, f"{path} is a {kind}", partial(files.replace, path, kind), codes=(0, 1, 2))
@@ -286,10 +290,42 @@ def _formats(good: Path) -> Iterator[Case]:
         ("convert", "dense/model.safetensors"), ("profile", "dense/model.safetensors"),
         ("inspect", "pmod/model-routers.safetensors"), ("convert back", "pmod/model-routers.safetensors"),
         ("generate", "pmod/model-routers.safetensors"), ("latency", "pmod/model-routers.safetensors"),
-        ("resume", "stopped.training/checkpoint-1/model.safetensors"),
+        ("merge", "lora/adapter_model.safetensors"), ("resume", "stopped.training/checkpoint-1/model.safetensors"),
     ):  # fmt: skip
         for kind, content in files.weights((good / path).read_bytes()).items():
             yield _case(name, f"{path} {kind}", partial(files.write, path, content), codes=(0, 2))
+
+    for value in ("../dense/model.safetensors", "/etc/passwd", "w.bin", "gone.safetensors", 3):
+        for name in ("inspect", "convert back", "generate", "latency", "visualize", "finetune", "calibrate"):
+            path = "pmod/model.safetensors.index.json"
+            spoil = partial(_rename_shard, path, value)
+            yield _case(name, f"safetensors index names {value}", spoil)
+    for kind, content in files.PICKLES.items():
+        spoil = partial(_pickle, "dense/model.safetensors", "dense/pytorch_model.bin", content)
+        for dry in ((), ("--dry-run",)):
+            yield _case("convert", f"pickle {kind}", spoil, more=("--allow-pickle", *dry))
+        spoil = partial(_pickle, "lora/adapter_model.safetensors", "lora/adapter_model.bin", content)
+        yield _case("merge", f"pickle {kind}", spoil, more=("--allow-pickle",))
+        yield _case("merge", f"pickle {kind}, not allowed", spoil, says="--allow-pickle")
+    for key, value in files.ADAPTER.items():
+        spoil = partial(files.set_value, "lora/adapter_config.json", (key,), value)
+        yield _case("merge", f"{key} {value!a:.40}", spoil, codes=(0,) if key == "target_modules" else (2,))
+    for name in ("generate", "finetune", "calibrate", "visualize"):
+        for keys in (("attn_implementation",), ("vision_config", "_attn_implementation")):
+            spoil = partial(files.set_value, "pmod/config.json", keys, "evil/evil")
+            yield _case(name, f"{'.'.join(keys)} of the hub", spoil, says="code from the hub")
+
+
+def _rename_shard(path: str, value: object) -> None:
+    """Have an index say that its tensors are in another file."""
+    index = json.loads(Path(path).read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], value)
+    files.write(path, json.dumps(index).encode())
+
+
+def _pickle(old: str, new: str, content: bytes) -> None:
+    Path(old).unlink()
+    Path(new).write_bytes(content)
 
 
 def _options() -> Iterator[Case]:
@@ -319,7 +355,11 @@ def _places() -> Iterator[Case]:
     for name, option in _WRITE_OPTIONS:
         for place in _PLACES:
             for force in ((),) if name == "demo" else ((), ("--force",)):
-                given = (*COMMANDS[name], option, place) if option else (*COMMANDS[name][:-1], place)
+                given = (
+                    (*COMMANDS[name], option, place)
+                    if option
+                    else (*COMMANDS[name][:2], place, *COMMANDS[name][3:])
+                )
                 given += force
                 what = " ".join(("onto", ascii(place), option, *force))
                 yield _case(name, what, _users_things, words=given, output=())

@@ -197,6 +197,34 @@ def weights(good: bytes) -> dict[str, bytes]:
     }
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+PICKLES = {
+    "empty": b"",
+    "text": b"hello",
+    "memo": b"\x80\x02h\x05.",
+    "a call": b"\x80\x02cos\nsystem\n(S'touch hit'\ntR.",
+    "a number for a tensor": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nK\x01\x85R.",
+    "a number for pairs": b"\x80\x02ccollections\nOrderedDict\nK\x01\x85R.",
+    "persistent": b"\x80\x02K\x01Q.",
+    "pointer": POINTER,
+    "page": b"<!DOCTYPE html><html>",
+}
+"""By kind, what may stand in a ``.bin`` file in the place of weights."""
+_ENDLESS = "(([a-z_.0-9]+)+)+!"
+ADAPTER: dict[str, Any] = {
+    "target_modules": _ENDLESS,  # which the weights name
+    "rank_pattern": {_ENDLESS: 4},
+    "alpha_pattern": {_ENDLESS: 4},
+    "modules_to_save": [_ENDLESS],
+    "init_lora_weights": "pissa_niter_100000000",
+    "r": 10_000_000,
+    "base_model_name_or_path": ["pmod"],
+    "alora_invocation_tokens": [1],
+    "layer_replication": [[0, 10**8]],
+    "peft_type": "XLORA",
+}
+"""By key, values with which PEFT would search, compute or allocate without end, or do what cannot be merged."""
+
 KINDS = ("pipe", "loop", "device", "folder", "gone")
 
 

@@ -25,6 +25,7 @@ FINETUNE = (
     "finetune", "pmod", "--data", "train/train.json", "--images", "train/images", "--recipe", "demo",
     *(word for limit in LIMITS for word in ("--set", limit)),
 )  # fmt: skip
+LORA = ("--set", "train.max_steps=1", "--set", "train.lora={r: 4, alpha: 8}")
 EVAL = ("eval", "pmod", "--tasks", "shapes", "--include-path", "tasks", "--batch-size", "4")
 
 
@@ -57,8 +58,8 @@ def make_good(folder: Path) -> None:
     """Make, in a child, a folder with one of everything.
 
     ``dense`` and ``pmod`` are checkpoints, ``seeing`` one that takes videos, ``train`` and ``tasks`` data, ``tuned`` is
-    fine-tuned, ``stopped.training`` a run that a kill stopped, ``results`` an evaluation; files beside them are of the
-    commands that write files.
+    fine-tuned, ``lora`` an adapter, ``stopped.training`` a run that a kill stopped, ``results`` an evaluation; files
+    beside them are of the commands that write files.
     """
     code, _ = in_child(lambda: _make(folder), folder / "log")
     if code:
@@ -120,6 +121,7 @@ def _make(folder: Path) -> None:
     for part in family_models.qwen2_5_vl():
         part.save_pretrained("seeing")
     _run(*FINETUNE, "--output", "tuned")
+    _run(*FINETUNE, *LORA, "--output", "lora")
     with mock.patch("pmod_cli.training.finetune.save_result", side_effect=KeyboardInterrupt):
         _run(*FINETUNE, "--output", "stopped", code=130)
     _run(*EVAL, "--output", "results")
