@@ -119,11 +119,12 @@ def report_error(error: BaseException, debug: bool = False) -> int:
         return 2
     _flush_stdout()
     what = f"{type(error).__name__}: {plain(str(error))[:_LONGEST]}" if str(error) else type(error).__name__
-    _line(f"{what} (unforeseen; {'see above' if debug else _keep_traceback(error)})")
+    _line(f"{what} (unforeseen; {'see above' if debug else keep_traceback(error)})")
     return 2
 
 
-def _keep_traceback(error: BaseException) -> str:
+def keep_traceback(error: BaseException) -> str:
+    """Write an error's traceback to a temporary file; returns a hint that says where it is."""
     try:
         number, path = tempfile.mkstemp(prefix="pmod-error-", suffix=".txt")
         with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -21,7 +21,7 @@ LARGEST = 32 * 2**20
 """Bytes of a request's body."""
 
 MOST_PIXELS = 2**26
-"""Of all pictures of a request: decoding them and the processor take about 20 bytes each."""
+"""Of all pictures of a request: decoding them and the processor take about 25 bytes each."""
 
 _MOST_PICTURES = 32
 _MOST_TURNS = 1000
