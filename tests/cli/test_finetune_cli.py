@@ -149,12 +149,16 @@ def test_fsdp_on_the_cpu_is_refused_not_pretended(pmod, tmp_path, demo_data, mon
         "ACCELERATE_DYNAMO_BACKEND=x",
     ],
 )
-@pytest.mark.parametrize("command", ["finetune", "eval"])
+@pytest.mark.parametrize("command", ["finetune", "eval", "demo"])
 def test_a_launchers_variable_that_means_nothing(pmod, demo_data, tmp_path, monkeypatch, command, wrong):
     path, images = demo_data
-    given = ["--data", path, "--images", images] if command == "finetune" else ["--tasks", "pope"]
+    given = {
+        "finetune": [BASELINE, "--data", path, "--images", images],
+        "eval": [BASELINE, "--tasks", "pope"],
+        "demo": ["--steps", 1],
+    }
     monkeypatch.setenv(*wrong.split("=", 1))
-    code, out, error = pmod(command, BASELINE, *given, "--output", tmp_path / "out")
+    code, out, error = pmod(command, *given[command], "--output", tmp_path / "out")
     assert (code, out, error.count("\n")) == (2, "", 1), error
     assert error.startswith(f"error: {wrong.split('=')[0]}")
     assert not any(tmp_path.iterdir())
