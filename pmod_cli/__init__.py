@@ -6,10 +6,16 @@ transformers is imported for that, and no model's code until a checkpoint of its
 
 import importlib
 import importlib.machinery
+import os
+import signal
 import sys
 import warnings
 from types import ModuleType
 from typing import Any
+
+if sys.argv[:1] == ["-m"] and "pmod_cli" in sys.orig_argv:
+    # ``python -m pmod_cli``: Ctrl-C before `pmod_cli.__main__` sees to it; what follows takes a while.
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import wrapt
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import PmodError, first_line, told_as
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +61,47 @@ def check_dtype(dtype: str) -> None:
         raise PmodError(f"no dtype {dtype}", f"one of {', '.join(DTYPES)}")
 
 
+_LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1}
+_SWITCHES = re.compile(r"ACCELERATE_(DYNAMO_)?USE_\w+|ACCELERATE_DEBUG_MODE|ACCELERATE_CPU_AFFINITY")
+_SWITCHED = (
+    "y",
+    "yes",
+    "t",
+    "true",
+    "on",
+    "1",
+    "n",
+    "no",
+    "f",
+    "false",
+    "off",
+    "0",
+)  # as accelerate reads them
+
+
+def check_launch() -> None:
+    """Refuse variables of torchrun and accelerate launch that mean nothing, before any work."""
+    hint = "torchrun and accelerate launch set it; unset it to start one process"
+    for name, least in _LEAST.items():
+        value = os.environ.get(name, str(least))
+        try:
+            meant = int(value) >= least
+        except ValueError:
+            meant = False
+        if not meant:
+            raise PmodError(f"{name}={value} in the environment is no number of {least} or more", hint)
+    if rank() >= world_size():
+        raise PmodError(f"RANK={rank()} in the environment is not below WORLD_SIZE, {world_size()}", hint)
+    for name, value in os.environ.items():
+        if _SWITCHES.fullmatch(name) and value.lower() not in _SWITCHED:
+            raise PmodError(f"{name}={value} in the environment is neither true nor false", "unset it")
+    if "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        from accelerate.utils import TorchDynamoPlugin
+
+        with told_as("ACCELERATE_DYNAMO_BACKEND in the environment", "unset it"):
+            TorchDynamoPlugin()
+
+
 def rank() -> int:
     """This process's rank, as torchrun or accelerate launch say; 0 if it is alone."""
     return int(os.environ.get("RANK", "0"))
@@ -92,7 +134,8 @@ def join(device: str | None) -> None:
 
         on_cpu = device == "cpu" or not torch.accelerator.is_available()
         # One may wait for another's download, or for much longer answers.
-        PartialState(cpu=on_cpu, timeout=timedelta(hours=3))
+        with told_as("cannot join the other processes", "start them with torchrun or accelerate launch"):
+            PartialState(cpu=on_cpu, timeout=timedelta(hours=3))
 
 
 def own_device(device: str | None) -> str | None:

@@ -48,23 +48,27 @@ class PictureError(PmodError):
         self.reason = reason
 
 
-def open_image(source: str | Path | bytes, name: object = None) -> Image.Image:
+def open_image(source: str | Path | bytes, name: object = None, most: int | None = None) -> Image.Image:
     """Read a picture, from a file or from a file's bytes, as `as_rgb` gives it.
 
-    Its ``info["notes"]`` say what was converted or is suspicious. A `PictureError` calls it ``name``.
+    Its ``info["notes"]`` say what was converted or is suspicious. A `PictureError` calls it ``name``. One that has more
+    than ``most`` pixels, as its header says, is refused before it is decoded.
     """
     name = source if name is None else name
     if not isinstance(source, bytes):
         if is_url(source):
             raise PictureError(name, "a URL, and pictures are read from files; download it first")
         try:
-            check_regular(Path(source), LARGEST)
+            check_regular(Path(source), LARGEST, name)
             source = Path(source).read_bytes()
         except FileNotFoundError:
             raise PmodError(f"no image file {name}", "check the path") from None
         except (OSError, ValueError) as error:
             raise PictureError(name, getattr(error, "strerror", None) or first_line(error)) from error
     with _errors_named(name), _EAR.listening() as heard, Image.open(io.BytesIO(_whole(source))) as image:
+        if most is not None and image.width * image.height > most:
+            size = f"{image.width} x {image.height}"
+            raise PictureError("", f"{size} pixels, and {most:,} are left to it; scale pictures down")
         picture = as_rgb(image)
     picture.info["notes"] += _sayings(heard)
     return picture

@@ -143,9 +143,9 @@ class TrainSettings(_Section):
     @model_validator(mode="before")
     @classmethod
     def _default_lora(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "lora" in (data.get("parts") or ()) and data.get("lora") is None:
-            return data | {"lora": {}}
-        return data
+        if not isinstance(data, dict) or not isinstance(parts := data.get("parts"), (list, tuple)):
+            return data
+        return data | {"lora": {}} if "lora" in parts and data.get("lora") is None else data
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
@@ -218,13 +218,12 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             raise PmodError(f"no recipe named {name!r}", suggestion(name, shipped_recipes()))
         path = shipped
     try:
-        data = _yaml(read_text(path, 2**20))
+        text = read_text(path, 2**20)
     except FileNotFoundError:
         raise PmodError(f"no recipe file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise PmodError(f"cannot read recipe {path}: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise PmodError(f"recipe {path} is not valid YAML: {error}") from error
+    data = _yaml(text, f"recipe {path} is not valid YAML")
     if not isinstance(data, dict):
         raise PmodError(f"recipe {path} is not a mapping of keys to values")
     data.setdefault("name", path.stem)
@@ -244,8 +243,12 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _yaml(text: str) -> Any:
-    return yaml.load(text, _Loader)
+def _yaml(text: str, wrong: str) -> Any:
+    """What YAML says; a `PmodError` that begins with ``wrong`` if it is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # PyYAML lets through whatever a tag's value leads its constructor into
+        raise PmodError(f"{wrong}: {' '.join(str(error).split())}") from error
 
 
 def default_recipe(overrides: Sequence[str] = ()) -> Recipe:
@@ -272,10 +275,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
             raise PmodError(f"--set {override}: {section} is not a section")
-    try:
-        data[last] = _yaml(value)
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
-        raise PmodError(f"--set {override}: {value!r} is not a YAML value") from error
+    data[last] = _yaml(value, f"--set {override}: {value!r} is not a YAML value")
 
 
 def check_recipe(recipe: Recipe, family: str) -> None:

@@ -18,7 +18,7 @@ from pmod_cli.pictures import is_url
 FRAMES = 32
 """How many frames of a video are seen, as LLaVA-OneVision's own evaluation has it."""
 
-_LARGEST = 4 << 30  # bytes of the frames of one video
+_LARGEST = 1 << 30  # bytes of the frames of one video
 
 _SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
 
@@ -66,7 +66,7 @@ def open_video(path: str | Path, frames: int = FRAMES) -> Video:
     that names files is no video: what it names is not opened.
 
     Raises:
-        PmodError: It cannot be read, or the frames would take more than 4 GiB.
+        PmodError: It cannot be read, or the frames would take more than 1 GiB.
         MissingExtraError: PyAV is not installed.
     """
     require("av")
@@ -85,23 +85,28 @@ def open_video(path: str | Path, frames: int = FRAMES) -> Video:
                 raise PmodError(f"cannot read video {path}: no decoder knows its format")
             total = sum(packet.dts is not None for packet in container.demux(video=0))
             rate = stream.average_rate
+            _check_size(path, frames, stream.codec_context.width, stream.codec_context.height)
         wanted = np.linspace(0, total - 1, frames, dtype=int).tolist()
-        seen: list[np.ndarray] = []
+        seen, shown = np.empty((0, 0, 0, 3), np.uint8), 0
         with _opened(file) as container:
             container.streams.video[0].thread_type = "AUTO"
             for number, frame in enumerate(container.decode(video=0)):
                 if count := wanted.count(number):
                     _check_size(path, frames, frame.width, frame.height)
                     turns = round(getattr(frame, "rotation", 0) / 90)
-                    seen += [np.rot90(frame.to_ndarray(format="rgb24"), turns)] * count
+                    picture = np.rot90(frame.to_ndarray(format="rgb24"), turns)
+                    if not shown:
+                        seen = np.empty((frames, *picture.shape), np.uint8)
+                    seen[shown : shown + count] = picture
+                    shown += count
     except PmodError:
         raise
     except Exception as error:  # FFmpeg raises whatever a broken file leads it into
         raise PmodError(f"cannot read video {path}: {first_line(error)}") from error
-    if not seen:
+    if not shown:
         raise PmodError(f"cannot read video {path}: there is no frame in it")
-    seen += [seen[-1]] * (frames - len(seen))
-    return Video(np.stack(seen), tuple(wanted), total, float(rate or Video.fps))
+    seen[shown:] = seen[shown - 1]
+    return Video(seen, tuple(wanted), total, float(rate or Video.fps))
 
 
 @contextmanager

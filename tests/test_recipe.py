@@ -24,6 +24,11 @@ from pmod_cli.recipe import default_recipe, load_recipe, mod_config, shipped_rec
         ("mod.floor", "expected key=value"),
         ("mod.ratios=[0.5, 0.5]", "goes with mod.schedule: explicit"),
         ("mod.floor=[", "is not a YAML value"),
+        ("mod.floor=!!bool x", "is not a YAML value"),
+        ("mod.floor=!!timestamp x", "is not a YAML value"),
+        ("mod.floor=!!int ''", "is not a YAML value"),
+        ("train.parts=5", "train.parts: "),
+        ("train.parts=lora", "train.parts: "),
         ("name.sub=1", "name is not a section"),
     ],
 )

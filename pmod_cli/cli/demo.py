@@ -12,6 +12,7 @@ import typer
 
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson
+from pmod_cli.devices import check_launch
 from pmod_cli.extras import starting
 from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
 from pmod_cli.output.errors import GateError
@@ -48,6 +49,7 @@ def demo_command(
 
     Exits 1 if a target of the example is missed. A second run reuses what is finished.
     """
+    check_launch()
     # Nothing is downloaded, and one progress bar is enough: the libraries' own would hide ours. They read this when
     # they are imported.
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):

@@ -9,6 +9,7 @@ import typer
 
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, CacheKind, Device, Dtype, Kernels, options_of
+from pmod_cli.devices import check_launch
 from pmod_cli.evaluation.options import EvalOptions
 from pmod_cli.extras import starting
 
@@ -51,6 +52,7 @@ def evaluate_command(options: EvalOptions) -> None:
 
     Exit code 1 if a sample failed or a limit was not met.
     """
+    check_launch()
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # before anything is imported
     os.environ.setdefault("TQDM_DISABLE", "1")  # one progress bar is enough

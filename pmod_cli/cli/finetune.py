@@ -9,6 +9,7 @@ import typer
 
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Images, Overrides, RecipeName
+from pmod_cli.devices import check_launch, is_main_process
 from pmod_cli.extras import require_if_installed, starting
 from pmod_cli.output.console import emit_json, show_lines, stderr, tell
 from pmod_cli.output.progress import late_progress
@@ -49,12 +50,12 @@ def finetune_command(
     """Fine-tune on LLaVA conversations: language model, projector and routers; the vision tower is frozen."""
     from pmod_cli.recipe import default_recipe, load_recipe
 
+    check_launch()
     chosen = load_recipe(recipe, settings or ()) if recipe else default_recipe(settings or ())
     with starting("finetune"):
         require_if_installed("peft")  # transformers' Trainer imports it wherever it is
         from transformers.utils import logging
 
-        from pmod_cli.devices import is_main_process
         from pmod_cli.training.finetune import finetune
         from pmod_cli.training.monitor import progress_text
 

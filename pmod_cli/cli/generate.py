@@ -38,7 +38,11 @@ def generate_command(
     frames: Annotated[
         int | None,
         typer.Option(
-            "--frames", min=1, max=1024, show_default="32", help="Seen of each video, evenly spaced."
+            "--frames",
+            min=2,
+            max=1024,
+            show_default="32",
+            help="Seen of each video, evenly spaced; 2 or more, as Qwen's models see them in pairs.",
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = 128,

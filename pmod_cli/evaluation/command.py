@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from pmod_cli.evaluation.options import EvalOptions
 from pmod_cli.evaluation.requirements import PreflightError
 from pmod_cli.evaluation.results import EvalResult
 from pmod_cli.evaluation.tables import changes_table, notes, tables
-from pmod_cli.output.console import OS_HINTS, emit_json, show_lines, stderr, stdout
+from pmod_cli.output.console import OS_HINTS, emit_json, keep_traceback, show_lines, stderr, stdout
 from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.output.options import refuse_ignored
 from pmod_cli.output.progress import late_progress
@@ -158,7 +157,7 @@ def _show_differences(first: Path, second: Path, include_path: list[Path] | None
 def _problems_shown(output: Path | None) -> Iterator[None]:
     """Show all that is missing as a table; print unexpected errors of the tasks' code as one line.
 
-    The traceback goes into the output folder, or where there is none into a temporary one.
+    The traceback goes into the output folder, or where there is none into a temporary file.
     """
     try:
         yield
@@ -171,11 +170,13 @@ def _problems_shown(output: Path | None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in OS_HINTS:
             raise
-        folder = output if output is not None and output.is_dir() else Path(tempfile.mkdtemp(prefix="pmod-"))
-        log = folder / "error.log"
-        log.write_text(traceback.format_exc(), encoding="utf-8")
+        if output is not None and output.is_dir():
+            log = output / "error.log"
+            log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+            where = f"the traceback is in {log}"
+        else:
+            where = keep_traceback(error)
+        if output is None or output.is_dir():  # else it had not begun
+            where += "; answers so far are kept, the same command goes on"
         what = " ".join(str(error).split())[:200]
-        raise PmodError(
-            f"the evaluation broke off: {type(error).__name__}: {what}",
-            f"the traceback is in {log}; answers so far are kept, the same command goes on",
-        ) from error
+        raise PmodError(f"the evaluation broke off: {type(error).__name__}: {what}", where) from error

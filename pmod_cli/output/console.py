@@ -117,13 +117,17 @@ def report_error(error: BaseException, debug: bool = False) -> int:
     if isinstance(error, MemoryError):
         _line("out of memory (end other programs, or ask for less)")
         return 2
+    if any(sign in str(error) for sign in _NO_PROCESS):
+        _line("no further thread or process can be started (raise the limit of processes, ulimit -u)")
+        return 2
     _flush_stdout()
     what = f"{type(error).__name__}: {plain(str(error))[:_LONGEST]}" if str(error) else type(error).__name__
-    _line(f"{what} (unforeseen; {'see above' if debug else _keep_traceback(error)})")
+    _line(f"{what} (unforeseen; {'see above' if debug else keep_traceback(error)})")
     return 2
 
 
-def _keep_traceback(error: BaseException) -> str:
+def keep_traceback(error: BaseException) -> str:
+    """Write an error's traceback to a temporary file; returns a hint that says where it is."""
     try:
         number, path = tempfile.mkstemp(prefix="pmod-error-", suffix=".txt")
         with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -143,6 +147,9 @@ def _flush_stdout() -> None:
 def _discard_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
+
+_NO_PROCESS = ("can't start new thread", os.strerror(errno.EAGAIN))
+"""What errors say, of whatever kind Python, Arrow and Rust make of it."""
 
 _LONGEST = 300
 """Characters of an unforeseen error's message that are shown."""

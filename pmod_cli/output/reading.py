@@ -22,16 +22,20 @@ def read_text(path: Path, largest: int = 64 * 2**20) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def check_regular(path: Path, largest: int | None = None) -> None:
-    """Refuse what is no regular file, or larger than so many bytes, before it is opened; errors as of `read_text`."""
+def check_regular(path: Path, largest: int | None = None, name: object = None) -> None:
+    """Refuse what is no regular file, or larger than so many bytes, before it is opened; errors as of `read_text`.
+
+    They call the file ``name``, by default the path.
+    """
+    name = path if name is None else name
     try:
         status = path.stat()
     except RuntimeError as error:  # Python's before 3.13 for a link to itself
-        raise PmodError(f"cannot read {path}: {first_line(error)}") from error
+        raise PmodError(f"cannot read {name}: {first_line(error)}") from error
     if not stat.S_ISREG(status.st_mode):
-        raise PmodError(f"{path} is not a regular file")
+        raise PmodError(f"{name} is not a regular file")
     if largest is not None and status.st_size > largest:
-        raise PmodError(f"{path} is larger than {largest >> 20} MiB", "it cannot be meant")
+        raise PmodError(f"{name} is larger than {largest >> 20} MiB", "it cannot be meant")
 
 
 def read_json(path: Path) -> dict[str, Any]:

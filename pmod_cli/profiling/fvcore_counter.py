@@ -28,6 +28,7 @@ from pmod_cli.modeling.cache import adopt_cache
 from pmod_cli.modeling.compat import CACHE_ARGUMENT
 from pmod_cli.modeling.plan import RoutingPlan
 from pmod_cli.modeling.twin import meta_model
+from pmod_cli.output.errors import PmodError
 from pmod_cli.profiling.closed_form import LayerCount, PhaseCount
 from pmod_cli.profiling.prompt import Workload
 from pmod_cli.profiling.subject import Variant
@@ -59,9 +60,14 @@ def distinct_layers(variant: Variant) -> tuple[Variant, list[int]]:
 def trace(variant: Variant, work: Workload) -> tuple[PhaseCount, PhaseCount]:
     """MACs of a prefill and of the first decode step; of layers that do the same work one is traced."""
     short, places = distinct_layers(variant)
+    try:
+        counted = count(meta_model(short.config, work.dtype), work)
+    except RuntimeError as error:
+        if "overflow" in str(error):  # a tensor of more than 2^63 bytes
+            raise PmodError("the prompt is too large for fvcore's count", "--counter formula") from error
+        raise
     prefill, step = (
-        dataclasses.replace(found, layers=tuple(found.layers[place] for place in places))
-        for found in count(meta_model(short.config, work.dtype), work)
+        dataclasses.replace(found, layers=tuple(found.layers[place] for place in places)) for found in counted
     )
     return prefill, step
 

@@ -20,6 +20,9 @@ _KNOWN = {
     "cache": ("dynamic", "static"),
 }
 
+_MOST = 10**6
+"""Samples, and tokens of each: more cannot be meant, and would overflow what counts them."""
+
 
 @dataclass(frozen=True)
 class ProfileOptions:
@@ -32,7 +35,7 @@ class ProfileOptions:
         compare: Two files that ``--json`` wrote; nothing is profiled.
 
     Raises:
-        PmodError: A value that is not known, or a number below 1.
+        PmodError: A value that is not known, or a number below 1 or beyond reason.
     """
 
     model: str | None = None
@@ -75,6 +78,8 @@ class ProfileOptions:
                 raise PmodError(f"unknown {name} {getattr(self, name)!r}", f"one of {', '.join(known)}")
         if min(self.batch, self.new_tokens, self.text_tokens or 1, self.repeats) < 1:
             raise PmodError("batch, text tokens, new tokens and repeats must be at least 1")
+        if max(self.batch, self.new_tokens, self.text_tokens or 1) > _MOST:
+            raise PmodError(f"batch, text tokens and new tokens may be at most {_MOST:,}")
 
     def workload(self, geometry: Geometry) -> Workload:
         """The prompt in a model's tokens.

@@ -19,7 +19,7 @@ from pmod_cli.families.processing import turn_of_parts
 from pmod_cli.generation import DEFAULT_MAX_NEW_TOKENS, VisionLanguageModel, generation_settings
 from pmod_cli.output.errors import PmodError
 from pmod_cli.serving.pictures import PictureSources
-from pmod_cli.serving.request import ChatRequest, Picture, read_request
+from pmod_cli.serving.request import MOST_PIXELS, ChatRequest, Picture, read_request
 
 
 class OneModel:
@@ -62,14 +62,15 @@ class ChatHandler(ChatCompletionHandler):
         return self._streaming(*given) if request.stream else await self._non_streaming(*given)
 
     def _encode(self, request: ChatRequest) -> Any:
-        images, turns = [], []
+        images, turns, left = [], [], MOST_PIXELS
         for turn in request.messages:
             parts: list[str | None] = []
             for part in turn.content:
                 if isinstance(part, Picture):
                     if turn.role != "user":
                         raise PmodError("only the user's messages may have pictures")
-                    images.append(self.sources.open(part.image_url.url))
+                    images.append(self.sources.open(part.image_url.url, left))
+                    left -= images[-1].width * images[-1].height
                 parts.append(None if isinstance(part, Picture) else part.text)
             turns.append(turn_of_parts(self.model.processor, turn.role, parts))
         return self.model.encode_chat(turns, images)

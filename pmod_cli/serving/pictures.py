@@ -30,28 +30,28 @@ class PictureSources:
     folder: Path | None = None
     fetch: bool = False
 
-    def open(self, url: str) -> Image.Image:
+    def open(self, url: str, most: int | None = None) -> Image.Image:
         """The picture at an ``image_url``, as `open_image` gives it; else a `PmodError`."""
         scheme = url.split(":", 1)[0].lower() if ":" in url else ""
         if scheme == "data":
-            return open_image(_of_data(url), "in the request")
+            return open_image(_of_data(url), "in the request", most)
         name = url[:200]
         if scheme in ("http", "https"):
             if not self.fetch:
                 raise PictureError(name, "this server fetches no URLs; send a data: URL (--fetch allows it)")
-            return open_image(_download(url, name), name)
+            return open_image(_download(url, name), name, most)
         if scheme not in ("", "file"):
             raise PictureError(name, "the URL is neither data:, file:, http: nor https:")
-        return open_image(self._inside(url, name), name)
+        return open_image(self._inside(url, name), name, most)
 
     def _inside(self, url: str, name: str) -> Path:
         if self.folder is None:
             raise PictureError(
                 name, "this server reads no files; send a data: URL (--images allows a folder)"
             )
-        path = unquote(urlsplit(url).path) if url.lower().startswith("file:") else url
         folder = self.folder.resolve()
         try:
+            path = unquote(urlsplit(url).path) if url.lower().startswith("file:") else url
             found = (folder / path).resolve()
         except (OSError, ValueError, RuntimeError) as error:
             raise PictureError(name, first_line(error)) from None

@@ -5,9 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from pmod_cli.output.errors import PmodError
+
+LARGEST = 32 * 2**20
+"""Bytes of a request's body."""
+
+MOST_PIXELS = 2**26
+"""Of all pictures of a request: decoding them and the processor take about 25 bytes each."""
+
+_MOST_PICTURES = 32
+_MOST_TURNS = 1000
+_LONGEST = 10**6
+"""Characters of all texts; no model reads as many, and tokenizers take seconds and gigabytes for more."""
+
+_GREEDY = 1e-5
+"""A temperature below it is greedy, as in vLLM: logits over a tiny one are infinite."""
 
 
 class _Part(BaseModel):
@@ -51,7 +73,10 @@ class Turn(_Part):
 
     role: Literal["system", "user", "assistant"]
     content: Annotated[
-        list[Annotated[Text | Picture, Field(discriminator="type")]], BeforeValidator(_as_parts)
+        list[Annotated[Text | Picture, Field(discriminator="type")]],
+        FailFast(),
+        Field(max_length=_MOST_TURNS),
+        BeforeValidator(_as_parts),
     ]
     name: str = ""
 
@@ -67,10 +92,10 @@ class ChatRequest(_Part):
     """
 
     model: str = ""
-    messages: list[Turn] = Field(min_length=1)
+    messages: Annotated[list[Turn], FailFast()] = Field(min_length=1, max_length=_MOST_TURNS)
     stream: bool = False
-    max_completion_tokens: int | None = Field(None, ge=1)
-    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -88,6 +113,16 @@ class ChatRequest(_Part):
     metadata: dict[str, Any] = {}
     store: bool = False
 
+    @model_validator(mode="after")
+    def _can_be_meant(self) -> ChatRequest:
+        parts = [part for turn in self.messages for part in turn.content]
+        texts = [len(part.text) for part in parts if isinstance(part, Text)]
+        if len(parts) - len(texts) > _MOST_PICTURES:
+            raise ValueError(f"it has {len(parts) - len(texts)} pictures, and may have {_MOST_PICTURES}")
+        if sum(texts) > _LONGEST:
+            raise ValueError(f"it has {sum(texts):,} characters of text, and may have {_LONGEST:,}")
+        return self
+
     @property
     def new_tokens(self) -> int | None:
         """The longest answer that is asked for."""
@@ -97,9 +132,10 @@ class ChatRequest(_Part):
     def sampling(self) -> dict[str, Any]:
         """Settings of `generate`: greedy, unless the request says how to sample."""
         asked = self.temperature is not None or self.top_p is not None
+        temperature = 1.0 if self.temperature is None else self.temperature
         return {
-            "do_sample": asked and self.temperature != 0,
-            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "do_sample": asked and temperature >= _GREEDY,
+            "temperature": temperature,
             "top_p": self.top_p,
         }
 
@@ -120,5 +156,5 @@ def read_request(body: Any) -> ChatRequest:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(step) for step in first["loc"] if step not in ("text", "image_url"))
         unknown = first["type"] == "extra_forbidden" or first["loc"][:1] in _WITHOUT_CHOICE
-        wrong = "not supported" if unknown else first["msg"]
+        wrong = "not supported" if unknown else first["msg"].removeprefix("Value error, ")
         raise PmodError(f"{where or 'the request'}: {wrong}") from None

@@ -307,7 +307,11 @@ def test_what_nobody_foresaw_is_one_line_too(place, tmp_path, monkeypatch, capsy
     assert code == 2
     assert "broke off: ZeroDivisionError: of all things" in err
     assert "Traceback" not in err
+    assert "answers so far are kept" in err
     assert "in burst" in (tmp_path / "out" / "error.log").read_text()
+    monkeypatch.setattr("pmod_cli.evaluation.command.evaluate", burst)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert run(*arguments[:-1], tmp_path / "never", capture=capsys)[0] == 2
 
 
 def test_ctrl_c_keeps_what_was_answered(place, tmp_path, monkeypatch, capsys):

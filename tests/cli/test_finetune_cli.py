@@ -137,6 +137,33 @@ def test_fsdp_on_the_cpu_is_refused_not_pretended(pmod, tmp_path, demo_data, mon
         assert "on the CPU the Trainer would silently run DDP" in error
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "RANK=x",
+        "RANK=1",
+        "WORLD_SIZE=0",
+        "LOCAL_RANK=",
+        "LOCAL_WORLD_SIZE=-3",
+        "ACCELERATE_USE_CPU=x",
+        "ACCELERATE_DYNAMO_BACKEND=x",
+    ],
+)
+@pytest.mark.parametrize("command", ["finetune", "eval", "demo"])
+def test_a_launchers_variable_that_means_nothing(pmod, demo_data, tmp_path, monkeypatch, command, wrong):
+    path, images = demo_data
+    given = {
+        "finetune": [BASELINE, "--data", path, "--images", images],
+        "eval": [BASELINE, "--tasks", "pope"],
+        "demo": ["--steps", 1],
+    }
+    monkeypatch.setenv(*wrong.split("=", 1))
+    code, out, error = pmod(command, *given[command], "--output", tmp_path / "out")
+    assert (code, out, error.count("\n")) == (2, "", 1), error
+    assert error.startswith(f"error: {wrong.split('=')[0]}")
+    assert not any(tmp_path.iterdir())
+
+
 def test_data_check(pmod, demo_data, tmp_path):
     path, images = demo_data
     code, _, _ = pmod("data", "check", path, "--images", images, "--model", BASELINE, "--recipe", "demo")

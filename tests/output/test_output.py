@@ -60,6 +60,8 @@ def test_half_of_a_result_is_no_success(tmp_path):
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (OSError(errno.ENOSPC, "x", "out"), 2, "error: No space left on device (out): free some space"),
         (OSError(errno.EACCES, "x", "out"), 2, "error: Permission denied (out): choose a place"),
+        (RuntimeError("can't start new thread"), 2, "error: no further thread or process can be started"),
+        (ValueError(f"Arrow: {os.strerror(errno.EAGAIN)}"), 2, "error: no further thread or process"),
         (PmodError("two\nlines"), 2, "error: two lines"),
     ],
 )

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from pmod_cli.output.console import report_error
 from pmod_cli.output.signals import held, listening
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -51,3 +56,11 @@ def test_one_that_arrives_in_a_finalizer_is_not_lost(capsys):
     with listening(), pytest.raises(KeyboardInterrupt):
         work()
     assert capsys.readouterr().err == ""
+
+
+def test_one_that_arrives_before_anything_has_begun_is_quiet(tmp_path):
+    (tmp_path / "wrapt.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "pmod_cli", "--version"]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")

@@ -115,10 +115,23 @@ def test_gates():
         check_gates(alone["ratios"], {"max_flops_ratio": 0.9})
 
 
-@pytest.mark.parametrize("bad", [{"convention": "x"}, {"counter": "x"}, {"dtype": "int8"}, {"batch": 0}])
+@pytest.mark.parametrize(
+    "bad", [{"convention": "x"}, {"counter": "x"}, {"dtype": "int8"}, {"batch": 0}, {"text_tokens": 10**9}]
+)
 def test_bad_settings(bad):
     with pytest.raises(PmodError):
         ProfileOptions(**bad)
+
+
+def test_more_than_tensors_hold_is_for_the_formula():
+    pytest.importorskip("fvcore")
+    from pmod_cli.profiling import fvcore_counter
+
+    most = {"batch": 10**6, "text_tokens": 10**6}
+    assert seven_b(**most)["counted_by"] == "formula"
+    dense = find_subject("llava-1.5-7b").dense
+    with pytest.raises(PmodError, match="--counter formula"):
+        fvcore_counter.trace(dense, ProfileOptions(**most).workload(dense.geometry))
 
 
 def test_sweep_of_ratios_rises():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
@@ -22,6 +24,7 @@ from pmod_cli.cli import main
 from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.pictures import open_image
 from pmod_cli.prompts import Prompt
+from pmod_cli.serving.handler import ChatHandler
 from pmod_cli.serving.pictures import PictureSources
 from pmod_cli.serving.server import bind, make_app, make_server
 from tests.common.eval_models import noise, save_llava, save_pmod
@@ -50,6 +53,7 @@ def pictures(tmp_path_factory):
     noise(rng, 30, 20).save(folder / "open" / "a.png")
     noise(rng, 20, 30).save(folder / "open" / "b.png")
     noise(rng, 20, 20).save(folder / "hidden.png")
+    os.mkfifo(folder / "open" / "pipe")
     (folder / "open" / "link.png").symlink_to(folder / "hidden.png")
     return folder
 
@@ -206,15 +210,70 @@ def test_bad_requests(client, pictures):
     assert "base64" in told(client, asked("x", "data:image/png,abc"))
     nothing = base64.b64encode(b"no picture").decode()
     assert "not an image" in told(client, asked("x", f"data:image/png;base64,{nothing}"))
-    for body in (b"{", b"[]", b"1"):
+    half = json.dumps({"messages": asked("x", "\ud800")}).encode()
+    for body, why in (
+        (b"{", "the body is no JSON object"),
+        (b"[]", "the body is no JSON object"),
+        (b"1", "the body is no JSON object"),
+        (half, r"cannot read image \ud800: "),
+    ):
         request = urllib.request.Request(
             f"{client.base_url}chat/completions", body, {"Content-Type": "application/json"}
         )
         with pytest.raises(urllib.request.HTTPError) as refused:
             urllib.request.urlopen(request, timeout=60)
         assert refused.value.code == 400
-        assert json.load(refused.value)["error"]["message"].startswith("the body is no JSON object")
+        assert json.load(refused.value)["error"]["message"].startswith(why)
     assert chat(client, good).choices[0].message.content
+
+
+def flat(width, height):
+    """A data URL of a large picture in few bytes."""
+    file = io.BytesIO()
+    Image.new("1", (width, height)).save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def test_more_than_can_be_meant(client, monkeypatch):
+    assert told(client, asked("x", flat(12000, 12000))).endswith(
+        "12000 x 12000 pixels, and 67,108,864 are left to it; scale pictures down"
+    )
+    assert "33 pictures" in told(client, asked("x", *[flat(1, 1)] * 33))
+    assert "1,000,001 characters" in told(client, [*asked("x"), *asked("x" * 10**6)])
+    assert "at most 1000" in told(client, asked("x") * 1001)
+    assert "at most 1000" in told(client, [{"role": "user", "content": asked("x")[0]["content"] * 1001}])
+    monkeypatch.setattr("pmod_cli.serving.handler.MOST_PIXELS", 1000)
+    assert "30 x 30 pixels, and 100 are left" in told(client, asked("x", flat(30, 30), flat(30, 30)))
+    tiny = chat(client, asked("x"), temperature=1e-40, top_p=1e-300)
+    assert tiny.choices[0].message.content == chat(client, asked("x")).choices[0].message.content
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_that_never_ends(client, chunked):
+    """Neither waited for nor kept."""
+    length = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 3000000000"
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=20) as line:
+        line.sendall(head + length + b"\r\n\r\n")
+        if chunked:
+            for size in (*[2**20] * 32, 1):
+                line.sendall(b"%x\r\n" % size + b" " * size + b"\r\n")
+        answer = b""
+        while got := line.recv(2**16):
+            answer += got
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"the body is larger than 32 MiB" in answer
+
+
+def test_what_nobody_foresaw(client, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(ChatHandler, "_generation_config", lambda *_: 1 / 0)
+    assert "its own log says why" in told(client, asked("x"), status=500)
+    [line] = capsys.readouterr().err.splitlines()
+    [kept] = tmp_path.iterdir()
+    assert line.startswith("error: ZeroDivisionError: division by zero (unforeseen; ")
+    assert str(kept) in line
+    assert "Traceback" in kept.read_text(encoding="utf-8")
 
 
 def test_only_what_is_allowed_is_read(client, serving, model, pictures):
@@ -224,6 +283,10 @@ def test_only_what_is_allowed_is_read(client, serving, model, pictures):
         assert chat(client, asked("x", url)).choices[0].message.content.strip() == expected
     for url in (str(hidden), hidden.as_uri(), "../hidden.png", "link.png", "/etc/passwd", "file:///none.png"):
         assert "not in the folder" in told(client, asked("x", url))
+    for url, name in (("pipe", "pipe"), (".", "."), ("file://[", "file://[")):
+        message = told(client, asked("x", url))
+        assert name in message
+        assert str(pictures) not in message
     # No one listens there: a fetch would fail in other words.
     assert "fetches no URLs" in told(client, asked("x", "http://127.0.0.1:9/a.png"))
     assert "neither" in told(client, asked("x", "ftp://127.0.0.1/a.png"))
