@@ -70,4 +70,4 @@ def test_errors_are_one_line_and_exit_code_2(llava, picture, tmp_path, capsys):
 
 def test_a_prompt_longer_than_the_context(llava, capsys):
     assert run(llava, "--prompt", "red " * 100_000) == 2
-    assert "tokens, and the model reads" in capsys.readouterr().err.splitlines()[-1]
+    assert "and the model reads 4,096 (shorten it)" in capsys.readouterr().err.splitlines()[-1]
