@@ -23,6 +23,7 @@ from pmod_cli.evaluation.results import EvalResult
 from pmod_cli.evaluation.tables import changes_table, notes, tables
 from pmod_cli.output.console import OS_HINTS, emit_json, show_lines, stderr, stdout
 from pmod_cli.output.errors import GateError, PmodError
+from pmod_cli.output.files import is_open, write_file
 from pmod_cli.output.options import refuse_ignored
 from pmod_cli.output.progress import late_progress
 from pmod_cli.output.tables import Table
@@ -158,7 +159,7 @@ def _show_differences(first: Path, second: Path, include_path: list[Path] | None
 def _problems_shown(output: Path | None) -> Iterator[None]:
     """Show all that is missing as a table; print unexpected errors of the tasks' code as one line.
 
-    The traceback goes into the output folder, or where there is none into a temporary one.
+    The traceback goes into the output folder, or into a temporary one where this process has none open.
     """
     try:
         yield
@@ -171,9 +172,9 @@ def _problems_shown(output: Path | None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in OS_HINTS:
             raise
-        folder = output if output is not None and output.is_dir() else Path(tempfile.mkdtemp(prefix="pmod-"))
-        log = folder / "error.log"
-        log.write_text(traceback.format_exc(), encoding="utf-8")
+        ours = output is not None and is_open(output)
+        log = (output if output and ours else Path(tempfile.mkdtemp(prefix="pmod-"))) / "error.log"
+        write_file(log, traceback.format_exc().encode(errors="backslashreplace"))
         what = " ".join(str(error).split())[:200]
         raise PmodError(
             f"the evaluation broke off: {type(error).__name__}: {what}",

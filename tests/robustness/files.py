@@ -197,6 +197,16 @@ def weights(good: bytes) -> dict[str, bytes]:
     }
 
 
+MARKS: dict[str, bytes] = {
+    "of all names": b'{"names": ["*"]}',
+    "of a name": b'{"names": ["thesis.*", "checkpoint-*"]}',
+    "of a file": b'{"files": ["thesis.txt", "thesis.md", "thesis.html"]}',
+    "with digests": b'{"files": {"thesis.txt": "", "thesis.md": null, "thesis.html": "00"}}',
+    "of a workspace": b'{"workspace": 1, "names": ["*"]}',
+    "of nothing": b"a user's",
+}
+"""By kind, markers that a stranger wrote."""
+
 KINDS = ("pipe", "loop", "device", "folder", "gone")
 
 
@@ -211,6 +221,17 @@ def replace(path: str, kind: str) -> None:
         Path(path).symlink_to("/dev/zero")
     elif kind == "folder":
         Path(path).mkdir()
+
+
+def plant(links: dict[str, str]) -> None:
+    """Put links, by place, to what is a user's."""
+    for place, target in links.items():
+        path = Path(place)
+        path.parent.mkdir(exist_ok=True)
+        if path.is_dir():
+            path.rename("aside")
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
 
 
 def write(path: str, content: bytes) -> None:
