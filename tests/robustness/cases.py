@@ -223,6 +223,7 @@ def cases(good: Path) -> Iterator[Case]:
     yield from _options()
     yield from _places()
     yield from _planted()
+    yield from _data()
     yield from _surroundings()
 
 
@@ -375,6 +376,27 @@ def _planted() -> Iterator[Case]:
     folder = partial(Path("pmod/sub").mkdir)
     words = ("convert", "dense", "pmod", "--force")
     yield _case("convert", "planted folder of the user's", folder, words=words, output=())
+
+
+def _data() -> Iterator[Case]:
+    """Folders of data that lead out of themselves, and records that take too much."""
+    for kind in files.TABLES:
+        for name, words in (
+            ("check", ("data", "check", "tab")),
+            ("finetune", (*FINETUNE, "--data", "tab", "--output", "out")),
+        ):
+            yield _case(name, f"table {kind}", partial(files.table, kind), words=words)
+    for kind, content in files.RECORDS.items():
+        for name, words in (
+            ("check", (*COMMANDS["check"], "--model", "pmod")),
+            ("finetune", COMMANDS["finetune"]),
+        ):
+            spoil = partial(files.write, "train/train.json", content)
+            yield _case(name, f"records {kind}", spoil, words=words, codes=(0, 2))
+    for path in ("x.parquet", "user/name"):
+        for kind in files.KINDS[:-1]:
+            spoil = partial(files.place, path, kind)
+            yield _case("check", f"{path} is a {kind}", spoil, words=("data", "check", path))
 
 
 def _downloaded(mark: bytes) -> None:
