@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,11 +24,14 @@ from pmod_cli.calibration.selection import Selection
 from pmod_cli.calibration.subject import Subject
 from pmod_cli.evaluation.stats import Difference, compare_means
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import MARKER, locked, open_folder, remove_folder, write_json
+from pmod_cli.output.files import MARKER, check_place, locked, open_folder, remove_folder, write_json
 from pmod_cli.output.reading import read_json, read_json_lines
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much of it is done, of how much."""
+
+_HOLDS = ("settings.json", "measured.jsonl", "answers-*.json", ".*.partial")
+"""What the folder of `Kept` holds."""
 
 
 class Kept:
@@ -53,13 +57,14 @@ class Kept:
         """
         folder = output.absolute().parent / f".{output.name}.calibrating"
         folder.parent.mkdir(parents=True, exist_ok=True)
-        open_folder(folder)
+        check_place(folder, True, names=_HOLDS)
+        open_folder(folder, _HOLDS)
         with locked(folder, output):
             mark = folder / "settings.json"
             if not mark.is_file() or _digest_of(mark) != digest:
                 for path in folder.iterdir():
                     if path.name != MARKER:
-                        path.unlink()
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
                 write_json(mark, {"digest": digest})
             yield Kept(folder)
             remove_folder(folder)

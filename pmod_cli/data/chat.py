@@ -20,6 +20,8 @@ from pmod_cli.families.processing import message, picture_ids
 from pmod_cli.output.errors import PmodError, first_line, told_as
 
 IGNORED = -100
+_FEW = 32
+"""Answers of a conversation up to which each is rendered after all that comes before it."""
 
 
 @dataclass(frozen=True)
@@ -126,22 +128,49 @@ class ChatEncoder:
         """The text and the (start, end) characters of each answer with its end-of-turn token."""
         messages = self._messages(turns)
         places = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
-        prompts = self._apply([messages[:place] for place in places], add_generation_prompt=True)
-        whole = self._apply([messages[: place + 1] for place in places], add_generation_prompt=False)
-        text, previous = "", ""  # ours, and the template's, which may lack end-of-turn tokens
+        text = ""
         spans: list[tuple[int, int]] = []
-        for asked, answered in zip(prompts, whole, strict=True):
+        for question, added in self._added(messages, places):
+            text += question
+            answer, rest = self._end_of_turn(added)
+            spans.append((len(text), len(text) + len(answer)))
+            text += answer + rest
+        return text, spans
+
+    def _added(self, messages: list[dict[str, Any]], places: list[int]) -> list[tuple[str, str]]:
+        """What the template writes up to each answer, and for it, the end-of-turn token not always included.
+
+        Many answers are rendered after the one before alone, which takes a time linear in their number. What that
+        gives must be what the template writes of the whole.
+        """
+        many = len(places) > _FEW
+        head = messages[: places[0] - 1]  # the system's turn
+        before = [
+            [*head, *messages[max(len(head), place - 3) if many else len(head) : place - 1]]
+            for place in places
+        ]
+        last = [[*start, messages[place - 1]] for start, place in zip(before, places, strict=True)]
+        prompts = self._apply(last, add_generation_prompt=True)
+        ends = [[*start, messages[place]] for start, place in zip(last, places, strict=True)]
+        whole = self._apply(ends, add_generation_prompt=False)
+        starts = self._apply(before[1:], add_generation_prompt=False) if many else whole[:-1]
+        added = []
+        for previous, asked, answered in zip(["", *starts], prompts, whole, strict=True):
             if not asked.startswith(previous) or not answered.startswith(asked):
                 raise PmodError(
                     "the processor's chat template rewrites earlier text as the conversation grows",
                     "set train.chat_template=vicuna_v1, or give the processor a template that only appends",
                 )
-            text += asked[len(previous) :]
-            answer, rest = self._end_of_turn(answered[len(asked) :])
-            spans.append((len(text), len(text) + len(answer)))
-            text += answer + rest
-            previous = answered
-        return text, spans
+            added.append((asked[len(previous) :], answered[len(asked) :]))
+        if (
+            many
+            and "".join(question + answer for question, answer in added)
+            != self._apply([messages[: places[-1] + 1]], add_generation_prompt=False)[0]
+        ):
+            raise BadSample(
+                "too many turns", f"{len(places)} answers, and the chat template takes no more than {_FEW}"
+            )
+        return added
 
     def text(self, turns: Sequence[Turn]) -> str:
         """The text of `render`. Of conversations of one form, only the first is rendered answer by answer.

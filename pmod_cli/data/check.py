@@ -137,7 +137,13 @@ class _Check:
                 self._facts[name] = self._decoders.submit(self._examine, name)
         token_ids = None
         if self.encoder is not None:
-            texts = [self.encoder.text(sample.turns) for sample in whole]
+            texts = []
+            for place, sample in enumerate(samples):
+                if isinstance(sample, Conversation):
+                    try:
+                        texts.append(self.encoder.text(sample.turns))
+                    except BadSample as error:
+                        samples[place] = error.with_traceback(None)
             token_ids = self._tokenizer.submit(self.encoder.token_ids, texts)
         return _Chunk(start, records, samples, token_ids)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -12,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.checkpoints.source import is_hub_id
+from pmod_cli.data.folder import check_folder
 from pmod_cli.data.pictures import ImageColumn, ImageFolder, Pictures
-from pmod_cli.data.records import BadSample, dump_records, is_lines, picture_names, read_records
+from pmod_cli.data.records import BadSample, dump_records, is_lines, picture_names, read_records, too_deep
 from pmod_cli.data.table import RecordTable, Samples, make_table
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError, first_line
@@ -22,6 +25,8 @@ from pmod_cli.output.reading import check_regular
 
 _KEPT_FROM = 16 << 20
 """Bytes of a file from which on its table is kept: smaller ones are read as fast as a table is opened."""
+_LONGEST = 300
+"""Characters of an error of `datasets`, which lists all suffixes that it knows."""
 _ROWS = 1000
 _LISTED_FROM = 1000
 """Pictures from which on their folders are listed."""
@@ -106,12 +111,15 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     Raises:
         PmodError: The data is missing, cannot be read, or has another form; or `datasets` is missing.
     """
-    path = Path(data)
-    if path.is_dir() or path.suffix.lower() == ".parquet":
-        return _open_table(str(data), path)
-    name = str(data)
+    path, name = Path(data), str(data)
+    if path.is_dir():
+        return _open_table(name, path)
     if is_hub_id(name) and not path.suffix:
         return _open_table(name, None)
+    with _one_line(path):
+        check_regular(path)
+    if path.suffix.lower() == ".parquet":
+        return _open_table(name, path)
     records = _table_of_file(path)
     if records.about["names_images"]:
         if images is None:
@@ -121,19 +129,23 @@ def open_data(data: str | Path, images: Path | None) -> DataSource:
     return DataSource(str(path), records, ImageFolder(images if images is not None else path.parent))
 
 
-def _table_of_file(path: Path) -> RecordTable:
-    """The records of a JSON file, by its SHA-256."""
-    digest = hashlib.sha256()
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
     try:
-        check_regular(path)
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-            before = os.fstat(file.fileno())
+        yield
     except FileNotFoundError:
         raise PmodError(f"no data file {path}") from None
     except (OSError, ValueError) as error:
         raise PmodError(f"cannot read {path}: {first_line(error)}") from error
+
+
+def _table_of_file(path: Path) -> RecordTable:
+    """The records of a JSON file, by its SHA-256."""
+    digest = hashlib.sha256()
+    with _one_line(path), path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        before = os.fstat(file.fileno())
 
     def records(about: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         named = False
@@ -164,13 +176,19 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
     kinds = ("state.json", "dataset_dict.json")
     saved = folder is not None and any((folder / kind).is_file() for kind in kinds)
     try:
-        if folder is not None and folder.is_file():
-            table = load_dataset("parquet", data_files=name, split="train")
+        if folder is None:
+            table = load_dataset(name)
+        elif folder.is_file():
+            table = load_dataset("parquet", data_files=glob.escape(str(folder.absolute())), split="train")
         else:
-            table = load_from_disk(name) if saved else load_dataset(name)
+            check_folder(folder)
+            # An absolute path is never taken for a hub id, or for the name of a format.
+            table = (load_from_disk if saved else load_dataset)(str(folder.absolute()))
+    except PmodError:
+        raise
     except Exception as error:  # of any kind, over a stranger's files
         raise PmodError(
-            f"cannot open data set {name}: {first_line(error)}",
+            f"cannot open data set {name}: {first_line(error)[:_LONGEST]}",
             "a LLaVA .json or .jsonl file, a datasets folder or a hub id is expected",
         ) from error
     if isinstance(table, dict):
@@ -232,9 +250,10 @@ def _turns(cell: Any) -> Any:
     """A row's conversation as a list of turns; some tables hold it as JSON, or as one list per key."""
     if isinstance(cell, str):
         try:
-            return json.loads(cell)
-        except ValueError:
+            turns = json.loads(cell)
+        except (ValueError, RecursionError):
             return cell  # `parse_record` says what is wrong
+        return cell if too_deep(turns) else turns
     if isinstance(cell, dict) and cell and all(isinstance(column, list) for column in cell.values()):
         return [dict(zip(cell, turn, strict=False)) for turn in zip(*cell.values(), strict=False)]
     return cell

@@ -16,6 +16,7 @@ from PIL import Image
 
 from pmod_cli.data.records import BadSample
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.paths import real_path
 from pmod_cli.output.reading import check_regular
 from pmod_cli.pictures import LARGEST, Facts, PictureError, examine_image, is_url, open_image
 
@@ -126,10 +127,13 @@ class ImageColumn(_Loader):
             cell = cell[int(place)]
         if cell["bytes"] is not None:
             return cell["bytes"], f"row {name}"
-        path = Path(cell["path"] or "")
-        if not path.resolve().is_relative_to(self.root.resolve()):
-            raise BadSample("path leaves the folder", f"row {name}: {path}")
-        return ImageFolder(self.root).read(str(path.resolve().relative_to(self.root.resolve())))
+        try:
+            path, root = real_path(cell["path"] or ""), real_path(self.root)
+        except ValueError:  # a zero byte
+            raise BadSample("missing image", f"row {name}") from None
+        if not path.is_relative_to(root):
+            raise BadSample("path leaves the folder", f"row {name}: {cell['path']}")
+        return ImageFolder(root).read(str(path.relative_to(root)))
 
 
 Pictures = ImageFolder | ImageColumn

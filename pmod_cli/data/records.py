@@ -16,6 +16,9 @@ _LONGEST = 10**6
 """Characters of a turn; no model reads as many, and tokenizers take seconds and gigabytes for more."""
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_DEEPEST = 100
+"""Lists and objects within each other in a record; Python itself gives up at some more."""
+
 READ = {"id", "image", "images", "conversations", "messages", "system"}
 """Keys of a record that `parse_record` looks at."""
 
@@ -84,8 +87,10 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         # Only line feeds end a line: strings in JSON may hold U+2028, which ends one for others.
         with path.open(encoding="utf-8-sig", newline="\n") as file:
-            for found in _lines(file) if is_lines(path) else _items(file):
-                yield found
+            for text, record in _lines(file) if is_lines(path) else _items(file):
+                if text.count("[") + text.count("{") > _DEEPEST and too_deep(record):
+                    raise ValueError(f"more than {_DEEPEST} lists within each other")
+                yield text, record
                 read += 1
     except FileNotFoundError:
         raise PmodError(f"no data file {path}") from None
@@ -105,6 +110,19 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         ) from error
     if not read:
         raise PmodError(f"{path} holds no records")
+
+
+def too_deep(value: Any) -> bool:
+    """Whether a value of JSON holds more lists within each other than any record does."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        within = [
+            each.values() if isinstance(each, dict) else each
+            for each in level
+            if isinstance(each, dict | list)
+        ]
+        level = [value for values in within for value in values]
+    return bool(level)
 
 
 class _NoListError(ValueError):
@@ -251,9 +269,14 @@ def _unread(record: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _names_media(value: Any) -> bool:
     """Whether a value is the name of a picture, a video or a sound, or a list of some."""
-    if isinstance(value, (list, tuple)):
-        return any(map(_names_media, value))
-    return isinstance(value, str) and bool(_MEDIA.search(value))
+    values = [value]
+    while values:
+        each = values.pop()
+        if isinstance(each, (list, tuple)):
+            values += each
+        elif isinstance(each, str) and _MEDIA.search(each):
+            return True
+    return False
 
 
 def _turns(record: dict[str, Any]) -> list[dict[str, Any]]:

@@ -214,7 +214,7 @@ def _open(path: Path) -> RecordTable | None:
 
 def _make_shared(path: Path, write: Callable[[Path], None]) -> RecordTable:
     """One process makes the table, and the others wait for it."""
-    open_folder(path.parent)
+    open_folder(path.parent, ["*"])
     with FileLock(path.with_suffix(".lock")):
         if (table := _open(path)) is not None:
             return table

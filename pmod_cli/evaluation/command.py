@@ -22,6 +22,7 @@ from pmod_cli.evaluation.results import EvalResult
 from pmod_cli.evaluation.tables import changes_table, notes, tables
 from pmod_cli.output.console import OS_HINTS, emit_json, keep_traceback, show_lines, stderr, stdout
 from pmod_cli.output.errors import GateError, PmodError
+from pmod_cli.output.files import is_open, write_file
 from pmod_cli.output.options import refuse_ignored
 from pmod_cli.output.progress import late_progress
 from pmod_cli.output.tables import Table
@@ -157,7 +158,7 @@ def _show_differences(first: Path, second: Path, include_path: list[Path] | None
 def _problems_shown(output: Path | None) -> Iterator[None]:
     """Show all that is missing as a table; print unexpected errors of the tasks' code as one line.
 
-    The traceback goes into the output folder, or where there is none into a temporary file.
+    The traceback goes into the output folder, or into a temporary file where this process has none open.
     """
     try:
         yield
@@ -170,13 +171,13 @@ def _problems_shown(output: Path | None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in OS_HINTS:
             raise
-        if output is not None and output.is_dir():
+        if output is not None and is_open(output):
             log = output / "error.log"
-            log.write_text(traceback.format_exc(), encoding="utf-8", errors="backslashreplace")
+            write_file(log, traceback.format_exc().encode(errors="backslashreplace"))
             where = f"the traceback is in {log}"
         else:
             where = keep_traceback(error)
-        if output is None or output.is_dir():  # else it had not begun
+        if output is None or is_open(output):  # else it had not begun
             where += "; answers so far are kept, the same command goes on"
         what = " ".join(str(error).split())[:200]
         raise PmodError(f"the evaluation broke off: {type(error).__name__}: {what}", where) from error

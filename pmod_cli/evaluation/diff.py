@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pmod_cli.evaluation.catalogue import Tasks
+from pmod_cli.evaluation.folder import PICTURES
 from pmod_cli.output.errors import PmodError, told_as
-from pmod_cli.output.files import open_folder, write_file
+from pmod_cli.output.files import check_links, open_folder, write_file
 from pmod_cli.output.paths import is_inside
 from pmod_cli.output.reading import read_json, read_json_lines
 
@@ -119,13 +120,14 @@ def differences(
     found = compare_answers(before, after)
     changed = [*found.worse, *found.better]
     pictures = pictures_of([(change.task, change.doc_id) for change in changed], include_path)
+    check_links(second, [PICTURES])
     entries = []
     for task, doc_id, old, new in changed:
         paths = []
         for index, picture in enumerate(pictures.get((task, doc_id), [])):
-            path = second / "pictures" / task / f"{doc_id}-{index}.png"
+            path = second / PICTURES / task / f"{doc_id}-{index}.png"
             path.parent.parent.mkdir(exist_ok=True)
-            open_folder(path.parent)
+            open_folder(path.parent, ["*.png"])
             buffer = io.BytesIO()
             picture.save(buffer, "PNG")
             write_file(path, buffer.getvalue())

@@ -22,6 +22,7 @@ from pmod_cli.evaluation.results import EvalResult, TaskResult
 from pmod_cli.evaluation.visuals import refuse_unseen
 from pmod_cli.families import find_family
 from pmod_cli.output.files import locked, open_folder
+from pmod_cli.output.paths import real_path
 
 if TYPE_CHECKING:
     from pmod_cli.evaluation.adapter import PmodLmms
@@ -76,7 +77,7 @@ def evaluate(
         join(settings.device)
         path = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
         if is_main_process():
-            open_folder(path, folder.HOLDS)
+            open_folder(real_path(path), folder.HOLDS)
             stack.enter_context(locked(path, path))
         path.mkdir(parents=True, exist_ok=True)
         with one_first():

@@ -25,7 +25,9 @@ from pmod_cli.output.files import TAG, tag, write_file, write_json
 from pmod_cli.output.paths import cache_folder
 from pmod_cli.output.reading import read_json, read_json_lines
 
-HOLDS = ("results.json", "report.md", "samples", "answers", "submissions", "pictures", "*.log")
+PICTURES = "pictures"
+"""What `pmod eval --diff` adds."""
+HOLDS = ("results.json", "report.md", "samples", "answers", "submissions", PICTURES, "*.log")
 
 
 def answers_cache() -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -28,6 +30,16 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where pmod keeps what it would otherwise make again: ``PMOD_CACHE``, or ``pmod`` in the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return user_path(os.environ.get("PMOD_CACHE") or Path(cache, "pmod"))
+    """Where pmod keeps what it would otherwise make again: ``PMOD_CACHE``, or ``pmod`` in the user's cache.
+
+    A user without a home has a folder that goes with the process.
+    """
+    if given := os.environ.get("PMOD_CACHE"):
+        return user_path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or user_path("~/.cache"))
+    return cache / "pmod" if cache.parts[:1] != ("~",) else Path(_temporary().name)
+
+
+@functools.cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="pmod-", ignore_cleanup_errors=True)

@@ -16,6 +16,9 @@ from pmod_cli.report.collect import Found, collect
 from pmod_cli.report.document import Document, to_html, to_markdown
 from pmod_cli.report.models import Model, gather, main_model, reference
 
+_TAG = f"a report of pmod's, {TAG}"
+"""At the end of pages and Markdown: what other commands wrote of those names is not replaced."""
+
 
 def write_report(
     paths: Sequence[str | Path],
@@ -44,6 +47,8 @@ def write_report(
     markdown, folder = page.with_suffix(".md"), page.with_name(f"{page.stem}_files")
     for path in (page, markdown, folder):
         check_place(path, force, paths)
+        if path != folder and path.exists() and _TAG.encode() not in path.read_bytes():
+            raise PmodError(f"{path} is not of pmod report", "choose another place")
     found = collect([Path(path) for path in paths])
     names = ", ".join(public_name(path) for path in paths)
     build = partial(_build, names=names, page=page, folder=folder.name, include_path=include_path)
@@ -59,8 +64,8 @@ def write_report(
         new_folder.mkdir()
         for name, data in pictures.items():
             (new_folder / name).write_bytes(data)
-        new_markdown.write_text(f"{text}\n<!-- {TAG} -->\n", encoding="utf-8")
-        new_page.write_text(f"{to_html(document)}\n<!-- {TAG} -->\n", encoding="utf-8")
+        new_markdown.write_text(f"{text}\n<!-- {_TAG} -->\n", encoding="utf-8")
+        new_page.write_text(f"{to_html(document)}\n<!-- {_TAG} -->\n", encoding="utf-8")
     counts = found.counts
     return {
         "files": {"html": str(page), "markdown": str(markdown), "pictures": str(folder)},

@@ -24,7 +24,7 @@ from pmod_cli.output.paths import public_name, user_path
 from pmod_cli.recipe import Recipe
 from pmod_cli.training import preflight
 from pmod_cli.training.callbacks import Preempted, RatioWarmup, StopAtSignal
-from pmod_cli.training.finish import EVENTS, METRICS, save_result
+from pmod_cli.training.finish import METRICS, save_result
 from pmod_cli.training.memory import describe, device_memory, estimate, frozen_bytes
 from pmod_cli.training.model import check_parts, count_parts, load_for_training
 from pmod_cli.training.monitor import BadSampleLog, Monitor, ProgressCallback, make_probe, read_metrics
@@ -40,9 +40,6 @@ from pmod_cli.training.trainer import (
 
 Announce = Callable[[list[dict[str, Any]], dict[str, Any]], None]
 """Called once before the first step, with what is trained (`count_parts`) and the memory it will take (`estimate`)."""
-
-_HOLDS = ("checkpoint-*", "*.jsonl", "run.json", STAGING, EVENTS, ".*.partial")
-"""What a training folder holds."""
 
 
 def finetune(
@@ -141,7 +138,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             try:
                 if self.main:
-                    open_folder(self.work, _HOLDS)
+                    open_folder(self.work, preflight.HOLDS)
                     stack.enter_context(locked(self.work, self.output))
                     for path in self.work.iterdir():
                         if path.name == STAGING or (

@@ -19,7 +19,11 @@ from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.files import check_place, write_json
 from pmod_cli.output.reading import read_json
 from pmod_cli.recipe import Recipe, TrainSettings, check_recipe
-from pmod_cli.training.trainer import KEPT_CHECKPOINTS, last_checkpoint
+from pmod_cli.training.finish import EVENTS
+from pmod_cli.training.trainer import KEPT_CHECKPOINTS, STAGING, last_checkpoint
+
+HOLDS = ("checkpoint-*", "*.jsonl", "run.json", STAGING, EVENTS, ".*.partial")
+"""What a training folder holds."""
 
 # What may be changed when a run is resumed: none of it decides what is learned from which sample.
 _FREE_TO_CHANGE = {
@@ -61,7 +65,7 @@ def check_output(
     if output.is_file():
         raise PmodError(f"{output} is a file, not a folder")
     check_place(output, force, inputs)
-    check_place(work, True, inputs)
+    check_place(work, True, inputs, HOLDS)
     if last_checkpoint(work) is not None and not (resume or force):
         raise PmodError(f"{work} holds an unfinished run", "--resume goes on with it, --force starts anew")
 

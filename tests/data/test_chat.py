@@ -164,3 +164,38 @@ def test_lengths_of_many_are_those_of_each(processor, template, limit):
                     encoder.length(talk, ids, images)
             else:
                 assert encoder.length(talk, ids, images) == expected
+
+
+@pytest.mark.parametrize(
+    "template", [None, LLAVA_HF, VICUNA_V1, CHATML], ids=["demo", "llava-hf", "vicuna", "chatml"]
+)
+@pytest.mark.parametrize("system", [(), (Turn("system", "Be brief."),)], ids=["", "system"])
+def test_many_turns_are_rendered_piece_by_piece_as_at_once(processor, template, system, monkeypatch):
+    encoder = ChatEncoder(processor if template is None else _with_template(processor, template), 2048)
+    pairs = [(Turn("user", f"What is {k}?"), Turn("assistant", f"It is {k}.")) for k in range(9)]
+    turns = [*system, *(turn for pair in pairs for turn in pair)]
+    whole = encoder.render(turns)
+    monkeypatch.setattr("pmod_cli.data.chat._FEW", 2)
+    assert encoder.render(turns) == whole
+
+
+def test_many_turns_take_a_time_that_grows_with_them(processor, monkeypatch):
+    encoder = ChatEncoder(processor, 2048)
+    rendered, seen = encoder._rendered, []
+
+    def counted(conversations, **options):
+        seen.extend(map(len, conversations))
+        return rendered(conversations, **options)
+
+    monkeypatch.setattr(encoder, "_rendered", counted)
+    encoder.render([Turn("user", "Why?"), Turn("assistant", "So.")] * 500)
+    assert sum(seen) < 20 * 500
+
+
+def test_a_template_that_counts_takes_few_turns_alone(processor):
+    counting = CHATML.replace("'</s>\n'", "'</s>' + loop.index | string + '\n'")
+    encoder = ChatEncoder(_with_template(processor, counting), 2048)
+    pair = [Turn("user", "Why?"), Turn("assistant", "So.")]
+    assert encoder.render(pair * 20)
+    with pytest.raises(BadSample, match="too many turns: 40 answers"):
+        encoder.render(pair * 40)

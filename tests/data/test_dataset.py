@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections import Counter
 
 import numpy as np
@@ -269,3 +270,90 @@ def test_pad_keeps_the_whole_picture(baseline):
     assert row[0] == row[-1] == row.min()
     # Above and below is the mean colour, which is zero once normalised.
     assert torch.all(pixels[0, :, 2].abs() < 0.02)
+
+
+def _readme(pattern):
+    return f"---\nconfigs:\n- config_name: default\n  data_files: {pattern}\n---\n"
+
+
+@pytest.fixture
+def secret(table, tmp_path):
+    """``secret`` has data, ``tab`` a stranger's folder of it, ``saved`` one of `save_to_disk`."""
+    for name in ("secret", "tab"):
+        (tmp_path / name).mkdir()
+        table.to_parquet(tmp_path / name / "d.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    table.save_to_disk(tmp_path / "secret" / "saved")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["../secret/d.parquet", "../secret/*", "{root}/secret/d.parquet", "hf://datasets/user/name/d.parquet",
+     "[{{split: train, path: [a/../../secret/d.parquet]}}]",
+     "file:{root}/secret/d.parquet", "'d::../secret/d.parquet'"],
+)  # fmt: skip
+def test_a_folder_of_data_names_nothing_outside(secret, pattern):
+    (secret / "tab" / "README.md").write_text(_readme(pattern.format(root=secret)))
+    with pytest.raises(PmodError, match="names data outside"):
+        open_data(secret / "tab", None)
+
+
+def test_a_folder_of_data_is_opened_as_its_readme_says(secret):
+    (secret / "tab" / "more").mkdir()
+    (secret / "tab" / "d.parquet").rename(secret / "tab" / "more" / "d.parquet")
+    (secret / "tab" / "other.parquet").write_bytes(b"none")
+    (secret / "tab" / "README.md").write_text(_readme("more/*.parquet"))
+    assert len(open_data(secret / "tab", None).records) == 4
+    (secret / "tab" / "README.md").write_text(_readme("nothing/*.nosuch"))
+    with pytest.raises(PmodError, match="cannot open data set") as error:
+        open_data(secret / "tab", None)
+    assert len(str(error.value)) < 600
+
+
+def test_a_folder_of_data_has_no_links_out_and_nothing_that_is_waited_for(secret):
+    for kind, why in (("link", "is a link out"), ("pipe", "is not a regular file")):
+        (secret / "tab" / "d.parquet").unlink()
+        if kind == "link":
+            (secret / "tab" / "d.parquet").symlink_to("../secret/d.parquet")
+        else:
+            os.mkfifo(secret / "tab" / "d.parquet")
+        with pytest.raises(PmodError, match=why):
+            open_data(secret / "tab", None)
+    with pytest.raises(PmodError, match="not a regular file"):
+        open_data(secret / "tab" / "d.parquet", None)
+    with pytest.raises(PmodError, match="no data file"):
+        open_data(secret / "nosuch.parquet", None)
+
+
+def test_a_snapshot_in_the_hub_s_cache_is_data(secret):
+    blobs, snapshot = secret / "hub" / "blobs", secret / "hub" / "snapshots" / "1" / "data"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (secret / "tab" / "d.parquet").rename(blobs / "abc")
+    (snapshot / "d.parquet").symlink_to("../../../blobs/abc")
+    assert len(open_data(snapshot.parent, None).records) == 4
+
+
+@pytest.mark.parametrize("name", ["../secret/saved/data-00000-of-00001.arrow", "{root}/secret/saved/x.arrow"])
+def test_a_saved_table_names_nothing_outside(secret, name):
+    state = secret / "saved" / "state.json"
+    data = json.loads(state.read_text()) | {"_data_files": [{"filename": name.format(root=secret)}]}
+    state.write_text(json.dumps(data))
+    with pytest.raises(PmodError, match="names data outside"):
+        open_data(secret / "saved", None)
+    (secret / "tab" / "dataset_dict.json").write_text('{"splits": ["../secret/saved"]}')
+    with pytest.raises(PmodError, match="names data outside"):
+        open_data(secret / "tab", None)
+
+
+def test_odd_cells_are_those_records_faults(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    whole = json.dumps([{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}])
+    talks = ["[" * 100_000, "[" * 900 + "]" * 900, whole]
+    images = [{"bytes": None, "path": "a\0b"}] * 3
+    parquet.write_table(pa.table({"conversations": talks, "image": images}), tmp_path / "x.parquet")
+    found = check_data(tmp_path / "x.parquet", None)
+    assert found["counts"] == {"no conversations": 2, "missing image": 1}

@@ -13,6 +13,7 @@ from pmod_cli.data.check import check_data
 from pmod_cli.data.dataset import open_data
 from pmod_cli.data.records import BadSample, Turn, parse_record
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.paths import cache_folder
 from pmod_cli.training.preflight import check_data_fits
 
 PLACES = "Before: <image>\nAfter: <image>\nWhich is red?"
@@ -174,3 +175,23 @@ def test_parquet_without_datasets_features(tmp_path, folder, layout):
     data = open_data(tmp_path / "data.parquet", None)
     [sample] = data.samples
     assert data.pictures.load(sample.images[0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("depth", [90, 900, 100_000])
+def test_lists_in_lists_are_one_line(tmp_path, depth):
+    path = tmp_path / "x.jsonl"
+    path.write_text(f'{{"extra": {"[" * depth}{"]" * depth}, "conversations": {json.dumps(turns("Why?"))}}}')
+    if depth < 100:
+        assert check_data(path, None)["good"] == 1
+    else:
+        with pytest.raises(PmodError, match="not valid JSON: record 0"):
+            check_data(path, None)
+
+
+def test_a_user_without_a_home_keeps_tables_for_the_process(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "PMOD_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 4_000_000_000)
+    assert cache_folder().is_dir()
+    monkeypatch.setenv("HOME", "/nowhere")
+    assert str(cache_folder()) == "/nowhere/.cache/pmod"

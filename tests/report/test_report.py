@@ -19,6 +19,7 @@ from pmod_cli.demo import tight
 from pmod_cli.evaluation.diff import read_answers
 from pmod_cli.evaluation.paper import TASKS, average
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.files import TAG
 from pmod_cli.output.tables import Table
 from pmod_cli.published import SCORES
 from pmod_cli.report import figures, write_report
@@ -388,3 +389,10 @@ def test_results_are_data(evaluations, tmp_path):
     assert not (tmp_path / "ran").exists()
     with pytest.raises(PmodError, match="no name of a task"):
         read_answers(strange, "../../secret")
+
+
+@pytest.mark.parametrize("name", ["kept.html", "kept.md"])
+def test_a_page_of_another_command_is_no_report_to_replace(tmp_path, name):
+    (tmp_path / name).write_text(f"<!-- {TAG} -->")
+    with pytest.raises(PmodError, match="is not of pmod report"):
+        write_report([tmp_path], tmp_path / "kept.html", force=True)

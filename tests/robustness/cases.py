@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -224,6 +225,8 @@ def cases(good: Path) -> Iterator[Case]:
     yield from _formats(good)
     yield from _options()
     yield from _places()
+    yield from _planted()
+    yield from _data()
     yield from _surroundings()
 
 
@@ -369,6 +372,80 @@ def _places() -> Iterator[Case]:
             words = (*COMMANDS[name], option, place, "--force")
             codes, output = ((0,), ("before",)) if place == "before" else ((2,), ())
             yield _case(name, f"onto its own {place}", words=words, codes=codes, output=output)
+
+
+def _planted() -> Iterator[Case]:
+    """Markers, links and folders that a stranger put where pmod works: nothing is lost, and nothing written through."""
+    for name, words in (
+        ("eval", (*EVAL, "--output", "run")),
+        ("demo", (*COMMANDS["demo"], "--output", "run")),
+    ):
+        spoil = partial(files.plant, {"run/.pmod": "../picture.png"})
+        yield _case(name, "planted marker, a link", spoil, words=words, output=())
+    for name, place in (("convert", ".out.partial"), ("report", ".page.html.partial"), ("fix", ".out.json.partial"),
+                        ("calibrate", ".out.calibrating"), ("finetune", "out.training")):  # fmt: skip
+        for target in ("pmod", "train", "results"):
+            yield _case(
+                name, f"planted {place}, a link to {target}", partial(files.plant, {place: target}), output=()
+            )
+        yield _case(name, f"planted {place}, a copy", partial(shutil.copytree, "tuned", place), output=())
+    for name, place in (
+        ("eval", "results/samples"), ("eval", "results/answers"), ("eval", "results/submissions"),
+        ("eval", "results/error.log"), ("eval", "results/lmms-eval.log"), ("eval", "results/.pmod"),
+        ("resume", "stopped.training/metrics.jsonl"), ("resume", "stopped.training/saving"),
+        ("resume", "stopped.training/runs"), ("resume", "stopped.training/.pmod"),
+    ):  # fmt: skip
+        target = "../train" if "." not in Path(place).name else "../picture.png"
+        yield _case(name, f"planted {place}, a link", partial(files.plant, {place: target}), output=())
+    yield _case("eval", "planted pipe", partial(files.replace, "results/lmms-eval.log", "pipe"), output=())
+    for kind, mark in files.MARKS.items():
+        for name, words in (
+            ("convert", ("convert", "dense", "dl", "--force")),
+            ("finetune", (*FINETUNE, "--output", "dl", "--force")),
+            ("finetune", (*FINETUNE, "--output", "work", "--force")),
+            ("convert", ("convert", "dense", "new")),
+            ("report", ("report", ".", "-o", "dl/thesis.html", "--force")),
+            ("visualize", (*COMMANDS["visualize"], "--html", "dl/thesis.md", "--force")),
+        ):
+            spoil = partial(_downloaded, mark)
+            yield _case(name, f"planted marker {kind} {words[-2]}", spoil, words=words, output=())
+    for page in ("results/report.html", "kept.html", "tuned/kept.html"):
+        words = ("report", "results" if page.startswith("results") else ".", "-o", page, "--force")
+        copy = partial(shutil.copy, "kept.html", "tuned/kept.html")
+        yield _case("report", f"planted page {page}", copy, words=words, output=())
+    folder = partial(Path("pmod/sub").mkdir)
+    words = ("convert", "dense", "pmod", "--force")
+    yield _case("convert", "planted folder of the user's", folder, words=words, output=())
+
+
+def _data() -> Iterator[Case]:
+    """Folders of data that lead out of themselves, and records that take too much."""
+    for kind in files.TABLES:
+        for name, words in (
+            ("check", ("data", "check", "tab")),
+            ("finetune", (*FINETUNE, "--data", "tab", "--output", "out")),
+        ):
+            yield _case(name, f"table {kind}", partial(files.table, kind), words=words)
+    for kind, content in files.RECORDS.items():
+        for name, words in (
+            ("check", (*COMMANDS["check"], "--model", "pmod")),
+            ("finetune", COMMANDS["finetune"]),
+        ):
+            spoil = partial(files.write, "train/train.json", content)
+            yield _case(name, f"records {kind}", spoil, words=words, codes=(0, 2))
+    for path in ("x.parquet", "user/name"):
+        for kind in files.KINDS[:-1]:
+            spoil = partial(files.place, path, kind)
+            yield _case("check", f"{path} is a {kind}", spoil, words=("data", "check", path))
+
+
+def _downloaded(mark: bytes) -> None:
+    """A folder with a marker of a stranger's, into which a user put their own."""
+    for folder in ("dl", "work.training", ".new.partial"):
+        Path(folder).mkdir()
+        Path(folder, ".pmod").write_bytes(mark)
+        for suffix in ("txt", "md", "html"):
+            Path(folder, f"thesis.{suffix}").write_bytes(b"a user's")
 
 
 def _users_things() -> None:

@@ -225,6 +225,45 @@ ADAPTER: dict[str, Any] = {
 }
 """By key, values with which PEFT would search, compute or allocate without end, or do what cannot be merged."""
 
+MARKS: dict[str, bytes] = {
+    "of all names": b'{"names": ["*"]}',
+    "of a name": b'{"names": ["thesis.*", "checkpoint-*"]}',
+    "of a file": b'{"files": ["thesis.txt", "thesis.md", "thesis.html"]}',
+    "with digests": b'{"files": {"thesis.txt": "", "thesis.md": null, "thesis.html": "00"}}',
+    "of a workspace": b'{"workspace": 1, "names": ["*"]}',
+    "of nothing": b"a user's",
+}
+"""By kind, markers that a stranger wrote."""
+
+TABLES: dict[str, dict[str, str]] = {
+    "by its README": {"README.md": "---\nconfigs:\n- config_name: default\n  data_files: ../secret/*\n---\n"},
+    "by an absolute name": {"README.md": "---\nconfigs:\n- config_name: a\n  data_files: /etc/passwd\n---\n"},
+    "by a URL": {
+        ".huggingface.yaml": "configs: [{config_name: a, data_files: 'hf://datasets/a/b/c.parquet'}]"
+    },
+    "with a README that is broken": {"README.md": "---\nconfigs: [\n---\n"},
+    "by a saved state": {
+        "state.json": '{"_data_files": [{"filename": "../secret/d.arrow"}]}',
+        "dataset_info.json": "{}",
+    },
+    "by splits": {"dataset_dict.json": '{"splits": ["../secret"]}'},
+    "with a deep state": {"state.json": "[" * 100_000},
+    "by a link": {"d.parquet": "../secret/d.parquet"},
+    "by a linked folder": {"data": "../secret"},
+    "with a pipe": {"d.parquet": ""},
+}
+"""By kind, the files of a folder of data that leads to ``secret``, a link's target, or a pipe."""
+RECORDS: dict[str, bytes] = {
+    "with many turns": json.dumps(
+        [{"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}] * 3000}]
+    ).encode(),
+    "with deep lists": b'[{"x": '
+    + b"[" * 900
+    + b"]" * 900
+    + b', "conversations": [{"from": "human", "value": "Why?"}, '
+    b'{"from": "gpt", "value": "So."}]}]',
+}
+
 KINDS = ("pipe", "loop", "device", "folder", "gone")
 
 
@@ -239,6 +278,43 @@ def replace(path: str, kind: str) -> None:
         Path(path).symlink_to("/dev/zero")
     elif kind == "folder":
         Path(path).mkdir()
+
+
+def plant(links: dict[str, str]) -> None:
+    """Put links, by place, to what is a user's."""
+    for place, target in links.items():
+        path = Path(place)
+        path.parent.mkdir(exist_ok=True)
+        if path.is_dir():
+            path.rename("aside")
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+
+
+def place(path: str, kind: str) -> None:
+    """`replace`, where nothing was."""
+    Path(path).parent.mkdir(exist_ok=True)
+    Path(path).touch()
+    replace(path, kind)
+
+
+def table(kind: str) -> None:
+    """Make a stranger's folder ``tab`` of `TABLES`, and a user's ``secret``."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    talk = json.dumps([{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}])
+    for name in ("tab", "secret"):
+        Path(name).mkdir()
+    images = pa.array([None], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    parquet.write_table(pa.table({"conversations": [talk], "image": images}), "secret/d.parquet")
+    for name, content in TABLES[kind].items():
+        if "pipe" in kind:
+            os.mkfifo(f"tab/{name}")
+        elif "link" in kind:
+            Path("tab", name).symlink_to(content)
+        else:
+            Path("tab", name).write_text(content)
 
 
 def write(path: str, content: bytes) -> None:
