@@ -101,7 +101,7 @@ def _check_attention(value: Any, name: str = "") -> None:
     """Look at each key of a config, of its parts too; an attention may be given for each part by name."""
     if isinstance(value, dict | list):
         for key, each in value.items() if isinstance(value, dict) else (("", each) for each in value):
-            _check_attention(each, name or (key if "attn_implementation" in key else ""))
+            _check_attention(each, name or (key if "attn_implementation" in str(key) else ""))
     elif name and isinstance(value, str) and "/" in value:
         raise PmodError(f"config.json: {name} is {value!r:.80}, code from the hub, which pmod does not run")
 
