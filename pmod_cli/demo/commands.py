@@ -136,7 +136,7 @@ def _profile(model: Path, baseline: Path, plot: Path | None) -> dict[str, Any]:
 def evaluate(model: Path, task: str, tasks: Path, output: Path, show: Show) -> Command:
     """``pmod eval`` on one task."""
     words = ["eval", model, "--tasks", task, "--include-path", tasks, "--batch-size", BATCH]
-    words += ["--output", output]
+    words += ["--output", output, "--force"]
     return _command(partial(_evaluate, model, task, tasks, output, show), *words)
 
 
@@ -150,6 +150,7 @@ def _evaluate(model: Path, task: str, tasks: Path, output: Path, show: Show) -> 
         [task],
         include_path=tasks,
         output=output,
+        force=True,  # of other settings before
         settings=settings,
         progress=lambda *at: show(*at[-2:]),
     )

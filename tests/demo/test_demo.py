@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from pmod_cli.cli import main
-from pmod_cli.demo import tight
+from pmod_cli.demo import commands, tight
 from pmod_cli.modeling.schedule import kept_tokens, shifted_cosine
 from tests.common.small_demo import ARGUMENTS
 
@@ -108,3 +108,12 @@ def test_a_missed_target_exits_1(demo_folder, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "missed  baseline with shuffled pictures" in out
     assert err.strip().splitlines()[-1].startswith("error: missed: baseline with shuffled pictures")
+
+
+def test_an_evaluation_of_another_model_takes_its_place(demo_folder, tmp_path):
+    """As after a run with other settings."""
+    place = shutil.copytree(demo_folder / "eval" / "eval-dense", tmp_path / "eval-dense")
+    evaluated = commands.evaluate(
+        demo_folder / "models" / "pmod", "pmod_demo", demo_folder / "tasks", place, lambda *_: None
+    )
+    assert evaluated.action()["model"]["source"].endswith("pmod")
