@@ -20,6 +20,12 @@ FRAMES = 32
 
 _LARGEST = 1 << 30  # bytes of the frames of one video
 
+_FORMATS = (
+    "matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,avi,flv,live_flv,asf,mpeg,mpegts,mpegvideo,m4v,ogg,h264,hevc,ivf,obu,"
+    "yuv4mpegpipe,gif,apng,nut,rm,wtv,dv,mxf,gxf"
+)
+"""FFmpeg's names of formats that hold a video; others name files, draw, or wait for a network."""
+
 _SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
 
 
@@ -114,8 +120,14 @@ def _opened(file: Path) -> Iterator[Any]:
     """A container of PyAV's; FFmpeg gets the open file and no way to open another, which playlists would have it do."""
     import av
 
-    with file.open("rb") as stream, av.open(stream, options={"protocol_whitelist": "none"}) as container:
-        yield container
+    options = {"protocol_whitelist": "none", "format_whitelist": _FORMATS}
+    with file.open("rb") as stream:
+        try:
+            container = av.open(stream, options=options)
+        except (ValueError, av.InvalidDataError):
+            raise PmodError(f"cannot read video {file}: it is none in a format that is read here") from None
+        with container:
+            yield container
 
 
 def _check_size(path: object, frames: int, width: int, height: int) -> None:

@@ -36,7 +36,7 @@ def test_frames_are_evenly_spaced_from_the_first_to_the_last(tmp_path, frames):
 
 def test_a_broken_video_is_one_line(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"no video")
-    with pytest.raises(PmodError, match=r"clip.mp4: .*Invalid data"):
+    with pytest.raises(PmodError, match=r"clip.mp4: it is none in a format"):
         open_video(tmp_path / "clip.mp4")
     with pytest.raises(PmodError, match=r"no video file .*other.mp4"):
         open_video(tmp_path / "other.mp4")
@@ -48,17 +48,19 @@ def test_a_broken_video_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "playlist",
-    ["ffconcat version 1.0\nfile {name}\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:8.0,\n{name}\n"],
+    ("name", "playlist"),
+    [
+        ("clip.mp4", "ffconcat version 1.0\nfile {name}\n"),
+        ("clip.m3u8", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:8.0,\n{name}\n"),
+    ],
 )
-def test_a_playlist_opens_no_other_file(tmp_path, playlist):
+def test_a_playlist_opens_no_other_file(tmp_path, name, playlist):
     """FFmpeg would show the video that it names."""
     named = write_video(tmp_path / "secret.mkv", 3).rename(tmp_path / "secret.ts")
-    for suffix in ("mp4", "m3u8"):
-        clip = tmp_path / f"clip.{suffix}"
-        clip.write_text(playlist.format(name=named.name))
-        with pytest.raises(PmodError, match=rf"clip.{suffix}: .*Invalid"):
-            open_video(clip)
+    clip = tmp_path / name
+    clip.write_text(playlist.format(name=named.name))
+    with pytest.raises(PmodError, match=rf"{name}: it is none in a format"):
+        open_video(clip)
 
 
 def test_frames_that_would_not_fit_in_memory_are_refused(tmp_path, monkeypatch):
