@@ -125,8 +125,8 @@ def _patterns(config: dict[str, Any]) -> Iterator[str]:
     """What PEFT would search names for."""
     for key, value in config.items():
         if key.endswith(("_modules", "_pattern", "_to_save")) and key not in (*_NAMED, *_SETTLED):
-            for each in [value] if isinstance(value, str) else value or ():
-                yield str(each)
+            many = value if isinstance(value, dict | list) else () if value is None else (value,)
+            yield from map(str, many)
 
 
 def _start(path: Path, config: dict[str, Any]) -> Any:

@@ -49,6 +49,9 @@ def agree(config: Any, processor: Any) -> Any:
         _same(f"id of the token {token}", processor.tokenizer.convert_tokens_to_ids(token), expected)
         if expected >= rows:
             raise PmodError(f"the token {token} has id {expected}, and the model's vocabulary {rows} entries")
+    last = max(processor.tokenizer.get_vocab().values(), default=0)
+    if last >= 2 * max(rows, len(processor.tokenizer)):  # saving it would take memory for all ids below
+        raise PmodError(f"the tokenizer has a token of id {last}, and the model's vocabulary {rows} entries")
     if len(processor.tokenizer) > rows:
         raise PmodError(
             f"the tokenizer has {len(processor.tokenizer)} tokens, and the model's vocabulary {rows} entries",

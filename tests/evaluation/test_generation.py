@@ -127,6 +127,17 @@ def test_an_unsupported_model_type_is_refused(llava, tmp_path):
         VisionLanguageModel.load(copy)
 
 
+def test_a_token_of_an_id_beyond_all_reason_is_refused(llava, tmp_path):
+    """Saving such a tokenizer would take gigabytes, and end the process."""
+    copy = shutil.copytree(llava, tmp_path / "copy")
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[next(iter(vocabulary))] = 10**9
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(PmodError, match="a token of id 1000000000"):
+        VisionLanguageModel.load(copy)
+
+
 def test_the_papers_release_has_to_be_converted_first(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "pmod_llava_llama"}')
     with pytest.raises(PmodError, match="pmod convert it first"):
