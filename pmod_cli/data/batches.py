@@ -19,7 +19,7 @@ from pmod_cli.data.pictures import Pictures
 from pmod_cli.data.records import BadSample, Conversation
 from pmod_cli.data.table import Shapes
 from pmod_cli.families.processing import picture_ids, picture_inputs
-from pmod_cli.output.errors import PmodError, told_as
+from pmod_cli.output.errors import PmodError
 
 _TEMPLATE_TOKENS = 64
 """Tokens, at most, that a chat template puts around a turn."""
@@ -85,10 +85,7 @@ def longest_sample(dataset: EncodedDataset) -> tuple[int, int]:
     A token is at least one character; a picture takes the most that any shape takes.
     """
     pinpoints = getattr(dataset.processor.image_processor, "image_grid_pinpoints", None) or _LARGE
-    with told_as("the checkpoint's processor fails"):
-        picture = max(
-            len(picture_ids(dataset.processor, [(width, height)])[0]) for height, width in pinpoints
-        )
+    picture = max(len(picture_ids(dataset.processor, [(width, height)])[0]) for height, width in pinpoints)
 
     shapes = Shapes.of(dataset.samples)
     vision = picture * shapes.images.astype(np.int64)
@@ -139,8 +136,7 @@ class Collator:
         }
         if self.logits_to_keep:
             batch["logits_to_keep"] = length - first
-        with told_as("the checkpoint's image processor fails"):
-            batch |= picture_inputs(self.processor, images)
+        batch |= picture_inputs(self.processor, images)
         if "mm_token_type_ids" in self.processor.model_input_names:
             image = self.processor.tokenizer.convert_tokens_to_ids(self.processor.image_token)
             batch["mm_token_type_ids"] = (batch["input_ids"] == image).long()

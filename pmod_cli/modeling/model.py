@@ -89,6 +89,7 @@ class MoDMultimodalModel:
         decoder = known[kind].from_dense(language_model, self.mod)
         width = self._tokens_across(dense.config)
         decoder.token_step = GOLDEN_STEP if width is None else grid_step(width)
+        # Both want the transformers model that this is mixed into.
         self.set_decoder(decoder)  # type: ignore[attr-defined]
         avoid_plans(self)  # type: ignore[arg-type]
 
