@@ -90,11 +90,11 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
             f"expected names that begin with {' or '.join(family.layer_prefixes)}",
         )
     layers = _count_layers(stacks[prefix])
-    text = _completed(text_part(config), (family.decoders or ("",))[0])
+    text = _completed(text_part(config), family.default_decoder)
     expected = text.get("num_hidden_layers", layers)
     if expected != layers:
         raise PmodError(f"the weights have {layers} decoder layers, and {_CONFIG} says {expected}")
-    for end in _LAYER if family.decoders else ():
+    for end in _LAYER if family.listed else ():
         stacks[prefix].setdefault(end, {})
     required = ["embed_tokens.weight", *family.projector]
     if config.get("tie_word_embeddings") is False:
@@ -127,15 +127,15 @@ def find_decoder(family: Family, config: dict[str, Any], tensors: Iterable[Store
         which = f": {other.name} is {other.dtype}" if other else ""
         raise PmodError(f"the weights are quantised{which}", "convert the unquantised checkpoint")
     # What another family's sides are is only known to its classes (`check_shapes`).
-    known = _sides_of(text, config) if family.decoders else {}
-    for name, tensor in by_name.items() if family.decoders else ():
+    known = _sides_of(text, config) if family.listed else {}
+    for name, tensor in by_name.items() if family.listed else ():
         if name.startswith(prefix):
             sides = _LAYER.get(name.removeprefix(prefix).partition(".")[2])
         else:
             sides = next((sides for end, sides in _OUTSIDE.items() if name.endswith(end)), None)
         _check_sides(tensor, sides, known)
     for stack, ends in stacks.items():
-        if not family.decoders and stack != prefix:
+        if not family.listed and stack != prefix:
             continue  # a tower whose layers need not be alike
         for present in ends.values():
             # Finds what is wrong in parts whose sides have no names here.

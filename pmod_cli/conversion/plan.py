@@ -137,7 +137,7 @@ def plan_conversion(
     family = find_family(str(translation.config.get("model_type", "")), options.any_family)
     check_decoder(family, translation.config)
     proof = None
-    if not family.decoders:
+    if not family.listed:
         from pmod_cli.conversion.proof import prove  # imports torch
 
         proof = prove(opened.folder, translation.config)

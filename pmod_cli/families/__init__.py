@@ -46,6 +46,16 @@ class Family:
         """``model_type`` of the p-MoD model."""
         return f"{_OURS}{self.base_type}"
 
+    @property
+    def listed(self) -> bool:
+        """Whether it stands in `FAMILIES`; of others we know what transformers' classes say, and no more."""
+        return bool(self.decoders)
+
+    @property
+    def default_decoder(self) -> str:
+        """``model_type`` of the language model where a config does not say it; empty if not `listed`."""
+        return self.decoders[0] if self.listed else ""
+
 
 def _qwen(
     name: str, classes: str, projector: tuple[str, ...] = ("merger.mlp.0.weight", "merger.mlp.2.weight")
@@ -185,7 +195,7 @@ def _architecture(base: str) -> str | None:
 def check_decoder(family: Family, config: dict[str, Any]) -> None:
     """Refuse a language model that cannot become p-MoD: of another architecture, or with a sliding window."""
     text = text_part(config)
-    kind = text.get("model_type") or (family.decoders or ("",))[0]
+    kind = text.get("model_type") or family.default_decoder
     if kind in REFUSED:
         raise PmodError(f"language model {kind!r} cannot become p-MoD: {REFUSED[kind]}")
     odd = set(text.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
@@ -193,7 +203,7 @@ def check_decoder(family: Family, config: dict[str, Any]) -> None:
         raise PmodError(
             f"the language model has layers with {', '.join(sorted(odd))}, which cannot leave tokens out"
         )
-    if family.decoders and kind not in family.decoders:
+    if family.listed and kind not in family.decoders:
         raise PmodError(
             f"language model {kind!r} is not supported in {family.name}",
             f"supported: {', '.join(family.decoders)}",

@@ -77,7 +77,7 @@ class Geometry:
             PmodError: The family is not listed, a size is none, or the vision tower is of another kind or has a
                 pooling head, which no feature goes through.
         """
-        if not find_family(config["model_type"], unlisted=True).decoders:
+        if not find_family(config["model_type"], unlisted=True).listed:
             raise PmodError(f"cannot count {config['model_type']}: only families that pmod lists are counted")
         config = complete(config)
         text = config["text_config"]
