@@ -63,7 +63,20 @@ def check_dtype(dtype: str) -> None:
 
 _LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1}
 _SWITCHES = re.compile(r"ACCELERATE_(DYNAMO_)?USE_\w+|ACCELERATE_DEBUG_MODE|ACCELERATE_CPU_AFFINITY")
-_SWITCHED = "y yes t true on 1 n no f false off 0".split()  # as accelerate reads them
+_SWITCHED = {
+    "y",
+    "yes",
+    "t",
+    "true",
+    "on",
+    "1",
+    "n",
+    "no",
+    "f",
+    "false",
+    "off",
+    "0",
+}  # as accelerate reads them
 
 
 def check_launch() -> None:
