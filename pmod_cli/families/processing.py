@@ -12,9 +12,10 @@ from weakref import WeakKeyDictionary
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor
 
-from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER
+from pmod_cli.families.chat_templates import PLACEHOLDER, VIDEO_PLACEHOLDER, check_length
 from pmod_cli.families.tiling import split_grid
-from pmod_cli.output.errors import told_as
+from pmod_cli.output.bounds import bounded
+from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.videos import Video
 
 IMAGE_BACKEND = "pil"
@@ -32,7 +33,22 @@ def load_processor(source: str | Path, backend: str = IMAGE_BACKEND) -> Any:
     processor.image_processor = AutoImageProcessor.from_pretrained(
         source, backend=backend, trust_remote_code=False
     )
+    _try_template(processor)
     return processor
+
+
+def _try_template(processor: Any) -> None:
+    """Refuse a chat template that takes minutes or gigabytes for one word; other faults are told where it is used."""
+    turn = {"role": "user", "content": [{"type": "image"}, _written("x")]}
+    try:
+        with bounded(seconds=5, gigabytes=1):
+            text = processor.apply_chat_template([turn], tokenize=False)
+    except (MemoryError, TimeoutError) as error:
+        raise PmodError("the checkpoint's chat template never ends", "it cannot be meant") from error
+    except Exception:
+        return
+    if isinstance(text, str):
+        check_length(text)
 
 
 def message(processor: Any, role: str, text: str, *, videos: bool = False) -> dict[str, Any]:

@@ -73,6 +73,8 @@ TEMPLATES: dict[str, bytes] = {
     "by zero": b"{{ 1 / 0 }}",
     "undefined": b"{{ a.b.c }}",
     "large": b"{{ 'x' * 100000000 }}",
+    "gigabytes": b"{{ 'x' * 10000000000 }}",
+    "loops in loops": b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "long loop": b"{% for a in range(100000000) %}x{% endfor %}",
     "raises": b"{{ raise_exception('\x1b[31m no [/q]') }}",
     "attribute": b"{{ ''.__class__.__mro__[1].__subclasses__() }}",
