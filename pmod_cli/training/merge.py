@@ -77,7 +77,7 @@ def merge_adapter(
             f"{source} does not fit {base}: {len(names)} tensors are on one side alone, e.g. {min(names)}"
         )
     with told_as(f"{source} cannot be merged"):
-        model = wrapped.merge_and_unload().to(getattr(torch, dtype))
+        model = wrapped.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     check_space(destination, size)
     with replacing(destination, force=force) as folder:

@@ -220,6 +220,7 @@ ADAPTER: dict[str, Any] = {
     "modules_to_save": [_ENDLESS],
     "init_lora_weights": "pissa_niter_100000000",
     "r": 10_000_000,
+    "lora_alpha": float("nan"),
     "base_model_name_or_path": ["pmod"],
     "alora_invocation_tokens": [1],
     "layer_replication": [[0, 10**8]],
