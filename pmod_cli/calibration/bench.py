@@ -24,7 +24,15 @@ from pmod_cli.calibration.selection import Selection
 from pmod_cli.calibration.subject import Subject
 from pmod_cli.evaluation.stats import Difference, compare_means
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import MARKER, check_place, locked, open_folder, remove_folder, write_json
+from pmod_cli.output.files import (
+    MARKER,
+    check_place,
+    folders_above,
+    locked,
+    open_folder,
+    remove_folder,
+    write_json,
+)
 from pmod_cli.output.reading import read_json, read_json_lines
 
 Progress = Callable[[str, int, int], None]
@@ -56,10 +64,11 @@ class Kept:
             PmodError: Another process calibrates into the same output.
         """
         folder = output.absolute().parent / f".{output.name}.calibrating"
-        folder.parent.mkdir(parents=True, exist_ok=True)
         check_place(folder, True, names=_HOLDS)
-        open_folder(folder, _HOLDS)
-        with locked(folder, output):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(folders_above(folder))
+            open_folder(folder, _HOLDS)
+            stack.enter_context(locked(folder, output))
             mark = folder / "settings.json"
             if not mark.is_file() or _digest_of(mark) != digest:
                 for path in folder.iterdir():

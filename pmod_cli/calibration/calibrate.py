@@ -33,6 +33,7 @@ from pmod_cli.modeling.schedule import Ratios, shifted_cosine
 from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import tag, to_json
+from pmod_cli.output.paths import public_name
 
 SCALE = 0.01
 """Standard deviation of the fitted logits: with TanhNorm's 0.2 weights stay within some 0.5 % of 1."""
@@ -107,10 +108,11 @@ def _written(
     except PmodError as error:
         notes.append(f"no {PLOT}: {error}")
     found |= {"notes": notes}
-    files[REPORT] = to_json({**tag("calibrate"), **found})
+    shared = {"model": public_name(base.source.name), "destination": options.output.name}
+    files[REPORT] = to_json({**tag("calibrate"), **found, **shared})
     summary = {
         "version": __version__,
-        "model": base.source.name,
+        "model": shared["model"],
         "replaced": found["replaced"],
         "schedule": found["schedule"],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -150,7 +151,17 @@ def check_weights(source: str | Path, allow_pickle: bool = False) -> None:
             f"{folder} has pickled weights alone, which could run code",
             "pmod convert --allow-pickle makes safetensors of .bin weights",
         )
-    Source(str(source), folder).weight_files(allow_pickle)
+    opened = Source(str(source), folder)
+    files = opened.weight_files(allow_pickle)
+    largest = max((tensor.nbytes for file in files for tensor in file.tensors.values()), default=0)
+    for part in (opened.config, opened.config.get("text_config"), opened.config.get("vision_config")):
+        for key in ("intermediate_size", "vocab_size", "num_channels"):
+            sizes = [(part or {}).get(each) or 1 for each in ("hidden_size", key)]
+            # Of 4 bits each at the least. transformers makes a matrix of that size before it looks.
+            if math.prod(sizes) > 2 * largest:
+                raise PmodError(
+                    f"{source}: no tensor is as large as config.json's {key}, {sizes[1]}, makes it"
+                )
 
 
 def _without_weights(folder: Path) -> bool:

@@ -13,8 +13,8 @@ from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header, 
 from pmod_cli.families import refuse_unfit
 from pmod_cli.families.defaults import check_config
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.paths import user_path
-from pmod_cli.output.reading import read_json
+from pmod_cli.output.paths import is_file_name, user_path
+from pmod_cli.output.reading import check_inside, read_json
 
 _PICKLED_INDEX, _PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
 WHOLE = (SINGLE, INDEX, _PICKLED, _PICKLED_INDEX)
@@ -115,21 +115,24 @@ class Source:
         if not isinstance(weight_map, dict) or not weight_map:
             raise PmodError(f"{self.folder / index} has no weight_map")
         for name in weight_map.values():
-            if not isinstance(name, str) or Path(name).name != name:
+            if not is_file_name(name):
                 raise PmodError(f"{index} names {name!r}, which is not a file of its own folder")
             if index == INDEX and not name.endswith(".safetensors"):
                 raise PmodError(f"{index} names {name!r}, which is no safetensors file")
         return weight_map
 
     def sidecars(self) -> dict[str, Path]:
-        """Every other file at its top level (config, tokenizer, processor, licence ...), by name."""
-        return {
+        """Every other file at its top level (config, tokenizer, processor, licence ...), by name; no link out of it."""
+        files = {
             path.name: path
             for path in sorted(self.folder.iterdir())
             if path.is_file()
             and not path.name.startswith(".")
             and not path.name.endswith((*_WEIGHT_SUFFIXES, ".index.json"))
         }
+        for path in files.values():
+            check_inside(path, self.folder)
+        return files
 
 
 def is_hub_id(name: str | Path) -> bool:

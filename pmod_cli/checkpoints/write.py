@@ -11,6 +11,7 @@ from pathlib import Path
 from pmod_cli.checkpoints.shards import CHUNK, StoredTensor, write_shard
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import check_place, replacing
+from pmod_cli.output.paths import existing_parent
 from pmod_cli.output.units import size
 
 Progress = Callable[[int], None]
@@ -35,16 +36,6 @@ def check_destination(
     if destination.is_file():
         raise PmodError(f"{destination} exists and is not a folder")
     check_place(destination, force, [each for each in inputs if each is not None])
-    above = existing_parent(destination)
-    if not above.is_dir():
-        raise PmodError(f"{above} is a file, so {destination} cannot be made")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise PmodError(f"{above} is not writable", "choose a place you may write")
-
-
-def existing_parent(path: Path) -> Path:
-    """The nearest folder above a path that exists."""
-    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 def free_space(destination: Path) -> int:
@@ -85,7 +76,6 @@ def write_checkpoint(
         How many weight files are a ``hard link``, a ``copy`` or ``written``.
     """
     destination = destination.absolute()
-    destination.parent.mkdir(parents=True, exist_ok=True)
     progress = progress or (lambda count: None)
     methods: Counter[str] = Counter()
     with replacing(destination, force=force) as folder:

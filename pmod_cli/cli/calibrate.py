@@ -10,7 +10,7 @@ from pmod_cli.calibration.options import CalibrateOptions
 from pmod_cli.cli.app import app, examples
 from pmod_cli.cli.options import AsJson, Device, Dtype, Images, MaxNewTokens, options_of
 from pmod_cli.extras import starting
-from pmod_cli.output.console import emit_json, show_lines, stderr, stdout
+from pmod_cli.output.console import emit_json, show_lines, stdout, tell
 from pmod_cli.output.errors import GateError
 from pmod_cli.output.progress import late_progress
 from pmod_cli.output.tables import Table
@@ -97,7 +97,7 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['destination']}: {result['seconds']:.0f} s",
     )
     for note in result["notes"]:
-        stderr.print(f"note: {note}", markup=False, soft_wrap=True)
+        tell(f"note: {note}")
 
 
 def _kl(value: dict[str, float]) -> str:

@@ -18,6 +18,7 @@ from pmod_cli.conversion.restore import FOLDER, plan_baseline
 from pmod_cli.families import find_family
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError
+from pmod_cli.output.paths import existing_parent
 
 
 def convert(
@@ -149,11 +150,11 @@ def expected_savings(plan: Plan) -> dict[str, Any]:
 
 def bytes_needed(checkpoint: Translation, destination: Path, copy: bool = False) -> int:
     """Disk space that writing takes, as far as it can be known before: links take none."""
-    device = write.existing_parent(destination).stat().st_dev
+    device = existing_parent(destination).stat().st_dev
     total = sum(
         shard_bytes(shard.tensors)
         for shard in checkpoint.shards
-        if copy or shard.linked is None or write.existing_parent(shard.linked).stat().st_dev != device
+        if copy or shard.linked is None or existing_parent(shard.linked).stat().st_dev != device
     )
     for file in checkpoint.files.values():
         total += len(file) if isinstance(file, bytes) else file.stat().st_size

@@ -7,7 +7,7 @@ folder; its routers are then taken out of its shards and its config.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from pmod_cli.families import find_family
 from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import to_json
+from pmod_cli.output.paths import is_file_name
+from pmod_cli.output.reading import check_inside
 
 FOLDER = "baseline"
 _MANIFEST = "manifest.json"
@@ -62,7 +64,7 @@ def plan_baseline(source: Source) -> Translation:
     }
     manifest = source.json(f"{FOLDER}/{_MANIFEST}")
     if manifest is not None:
-        files = _check_manifest(source, manifest)
+        files = _check_manifest(source, manifest, weights)
         shards = [
             Shard(original, list(weights[name].tensors.values()), weights[name].path.resolve())
             for original, name in files.items()
@@ -91,14 +93,17 @@ def plan_baseline(source: Source) -> Translation:
     return Translation(config, shards, others, notes=notes)
 
 
-def _check_manifest(source: Source, manifest: dict[str, Any]) -> dict[str, str]:
+def _check_manifest(source: Source, manifest: dict[str, Any], weights: Container[str]) -> dict[str, str]:
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise PmodError(f"{source.name}/{FOLDER}/{_MANIFEST} names no files")
     for original, name in files.items():
-        inside = Path(name).parts
-        if Path(original).name != original or len(inside) > 2 or inside[:-1] not in ((), (FOLDER,)):
-            raise PmodError(f"{FOLDER}/{_MANIFEST} names {name!r}, which is not a file of the checkpoint")
+        if wrong := [each for each in (original, name.removeprefix(f"{FOLDER}/")) if not is_file_name(each)]:
+            raise PmodError(
+                f"{FOLDER}/{_MANIFEST} names {wrong[0]!r:.80}, which is not a file of the checkpoint"
+            )
         if not (source.folder / name).is_file():
             raise PmodError(f"{source.name} lacks {name}, which belongs to its baseline")
+        if name not in weights:
+            check_inside(source.folder / name, source.folder)
     return files

@@ -60,7 +60,7 @@ def check_data(
         check_place(fix, force)
     source = open_data(data, images)
     if fix is not None:
-        source.check_writable(fix)
+        source.check_kind(fix)
         check_place(fix, force, [data, *([images] if images else [])])
     check = _Check(source, processor, max_length, image_position)
     for done in check.run():

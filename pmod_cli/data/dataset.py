@@ -78,16 +78,10 @@ class DataSource:
                 missing[self.records.sample(row).id] = str(error)
         return missing
 
-    def check_writable(self, path: Path) -> None:
-        """Refuse a path that `write` cannot write to, before hours are spent on what it writes."""
+    def check_kind(self, path: Path) -> None:
+        """Refuse a folder where `write` would put a file, or the reverse."""
         if path.exists() and path.is_dir() != (self.table is not None):
             raise PmodError(f"{path} is a {'folder' if path.is_dir() else 'file'}", "give another name")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise PmodError(f"cannot write {path}: {error.strerror}") from error
-        if not os.access(path.parent, os.W_OK):
-            raise PmodError(f"cannot write {path}: {path.parent} is not writable")
 
     def write(self, indices: Sequence[int], path: Path, *, force: bool = False) -> None:
         """Write some records as they are: a JSON (or JSONL) file, or a table's folder. Complete or absent."""

@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.paths import is_inside
-from pmod_cli.output.reading import check_regular, read_json, read_text
+from pmod_cli.output.reading import check_inside, check_regular, read_json, read_text
 
 
 def check_folder(folder: Path) -> None:
@@ -23,15 +22,10 @@ def check_folder(folder: Path) -> None:
         PmodError: See above.
         Exception: What parsers raise over its README.md.
     """
-    # The hub's cache holds links into a folder beside its snapshots.
-    blobs = next(
-        (each.parent / "blobs" for each in folder.absolute().parents if each.name == "snapshots"), folder
-    )
-    homes = [folder] if blobs.is_symlink() else [folder, blobs]
     for here, folders, files in os.walk(folder):
         for path in (Path(here, name) for name in (*folders, *files)):
-            if path.is_symlink() and not any(is_inside(path, home) for home in homes):
-                raise PmodError(f"{path} is a link out of {folder}", "copy there what it leads to")
+            if path.is_symlink():
+                check_inside(path, folder)
             if not path.is_dir() and path.exists():
                 check_regular(path)
             if "::" in path.name:  # `datasets` takes what follows for another path

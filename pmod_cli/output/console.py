@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -17,6 +18,12 @@ from pmod_cli.output import signals
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import tag
 from pmod_cli.output.text import plain
+
+
+class _Plain(logging.LogRecord):
+    def getMessage(self) -> str:
+        """What any library logs may quote a stranger's file."""
+        return plain(super().getMessage())
 
 
 class _PipeConsole(Console):
@@ -44,6 +51,7 @@ def prepare_streams() -> None:
     Raises:
         PmodError: stdout is closed.
     """
+    logging.setLogRecordFactory(_Plain)
     closed = sys.stdout is None
     for number in range(3):
         try:
@@ -164,6 +172,7 @@ OS_HINTS = {
     errno.EROFS: "choose a writable place",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
+    errno.EEXIST: "something is there, maybe a link that leads nowhere; choose another place",
     errno.EISDIR: "give a file, not a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "a link leads to itself; check the path",

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.paths import real_path
+from pmod_cli.output.paths import existing_parent, real_path, user_path
 from pmod_cli.output.signals import held
 
 SCHEMA_VERSION = 1
@@ -63,16 +63,28 @@ def is_ours(path: Path) -> bool:
 def check_place(
     path: Path, force: bool, inputs: Sequence[str | Path] = (), names: Sequence[str] = ()
 ) -> None:
-    """Refuse a place that may not be written: with ``force`` what pmod wrote is replaced, nothing else ever.
+    """Refuse a place that cannot or may not be written: with ``force`` what pmod wrote is replaced, nothing else ever.
 
     ``inputs`` are what the command reads; the place may be none of them, nor hold one. ``names`` are those of
     `open_folder`, for the place of a folder to work in.
     """
+    if path.name in ("..", MARKER):
+        raise PmodError(f"{path}: {path.name} is no name for it", "choose another")
+    if user_path(path) != path:
+        raise PmodError(
+            f"{path}: the shell left ~ as it is", "it does so in --output=~/x; write the path in full"
+        )
     if path.is_symlink():
         raise PmodError(f"{path} is a symbolic link", "name the place itself")
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise PmodError(f"{path} is neither a file nor a folder", "choose another place")
     if not path.exists():
+        above = existing_parent(path)
+        if not above.is_dir():
+            what = "a link that leads nowhere" if above.is_symlink() else "a file"
+            raise PmodError(f"{above} is {what}, so {path} cannot be made", "choose another place")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PmodError(f"{above} is not writable", "choose a place you may write")
         return
     if not force:
         raise PmodError(f"{path} exists", "--force replaces it")
@@ -113,15 +125,34 @@ def is_open(folder: Path) -> bool:
 
 
 def check_links(folder: Path, names: Sequence[str]) -> None:
-    """Refuse links, pipes and devices among what pmod puts into a folder, however deep: it would write through them."""
+    """Refuse links, pipes and devices among what pmod puts into a folder, however deep: it would write through them.
+
+    So it would through hard links, with which backups are made, of files that it appends to.
+    """
     for here, folders, files in os.walk(folder):
         if Path(here) == folder:
             folders[:], files = ([each for each in kind if _fits(each, names)] for kind in (folders, files))
         for path in (Path(here, name) for name in (*folders, *files)):
-            if stat.S_IFMT(path.lstat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            status = path.lstat()
+            shared = path.suffix in (".jsonl", ".log") and status.st_nlink > 1
+            if shared or stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
                 raise PmodError(
                     f"{path} is a link, a pipe or a device", "pmod did not make it; move it yourself"
                 )
+
+
+@contextlib.contextmanager
+def folders_above(path: Path) -> Iterator[None]:
+    """Make the folders above a path; if the block ends in an error, those that it made and are empty go again."""
+    missing = [parent for parent in path.absolute().parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -142,18 +173,17 @@ def locked(folder: Path, what: Path) -> Iterator[None]:
 def replacing_all(paths: Sequence[Path], *, force: bool = True) -> Iterator[list[Path]]:
     """Yields paths to make files or folders at; they take these places if the block ends without an error.
 
-    All of them or none; each place, whose folder must exist, has what it had or the whole of the new at every moment.
+    All of them or none; each place has what it had or the whole of the new at every moment. Folders above are made.
     What stands there is replaced with ``force`` alone, and only if pmod wrote it, as it is at that very moment. What
     killed processes left beside the places is removed first.
 
     Raises:
-        PmodError: See `check_place`; no such folder; another process writes there.
+        PmodError: See `check_place`; another process writes there.
     """
-    for path in paths:
-        if not path.parent.is_dir():
-            raise PmodError(f"no folder {path.parent}")
-        check_place(path, force)
     with contextlib.ExitStack() as stack:
+        for path in paths:
+            check_place(path, force)
+            stack.enter_context(folders_above(path))
         fresh = [stack.enter_context(_workspace(path)) / path.name for path in paths]
         yield fresh
         for new in fresh:

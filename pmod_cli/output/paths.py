@@ -24,6 +24,16 @@ def public_name(name: str | Path) -> str:
     return real_path(path).name if path.exists() or path.is_absolute() else str(name)
 
 
+def existing_parent(path: Path) -> Path:
+    """The nearest thing above a path that is there: a folder, where the path can be made."""
+    return next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+
+
+def is_file_name(name: object) -> bool:
+    """Whether what a stranger's file says is the name of a file in one folder."""
+    return isinstance(name, str) and name.isprintable() and Path(name).name == name not in ("", "..")
+
+
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path stays in a folder, links followed: a stranger's folder may hold links to what is not theirs."""
     return real_path(path).is_relative_to(real_path(folder))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.paths import is_inside
 
 
 def read_text(path: Path, largest: int = 64 * 2**20) -> str:
@@ -36,6 +37,16 @@ def check_regular(path: Path, largest: int | None = None, name: object = None) -
         raise PmodError(f"{name} is not a regular file")
     if largest is not None and status.st_size > largest:
         raise PmodError(f"{name} is larger than {largest >> 20} MiB", "it cannot be meant")
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Refuse what a link takes out of a folder, which may be a stranger's: it would be read, copied and shared."""
+    # The hub's cache holds links into a folder beside its snapshots.
+    blobs = next(
+        (each.parent / "blobs" for each in folder.absolute().parents if each.name == "snapshots"), folder
+    )
+    if not is_inside(path, folder) and (blobs.is_symlink() or not is_inside(path, blobs)):
+        raise PmodError(f"{path} is a link out of {folder}", "copy there what it leads to")
 
 
 def read_json(path: Path) -> dict[str, Any]:

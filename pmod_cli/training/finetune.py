@@ -19,7 +19,7 @@ from pmod_cli.data.batches import Collator, EncodedDataset, OrderedSampler, long
 from pmod_cli.data.dataset import open_data
 from pmod_cli.devices import world_size
 from pmod_cli.output.errors import GateError, PmodError, first_line
-from pmod_cli.output.files import MARKER, locked, open_folder, remove_folder
+from pmod_cli.output.files import MARKER, folders_above, locked, open_folder, remove_folder
 from pmod_cli.output.paths import public_name, user_path
 from pmod_cli.recipe import Recipe
 from pmod_cli.training import preflight
@@ -138,6 +138,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             try:
                 if self.main:
+                    stack.enter_context(folders_above(self.work))
                     open_folder(self.work, preflight.HOLDS)
                     stack.enter_context(locked(self.work, self.output))
                     for path in self.work.iterdir():

@@ -53,6 +53,9 @@ def save_result(
         with replacing(output, force=force) as folder:
             folder.mkdir()
             network.save_pretrained(folder)
+            if (card := folder / "README.md").is_file():  # PEFT's names the base by its path
+                base = str(network.peft_config["default"].base_model_name_or_path)
+                card.write_text(card.read_text().replace(base, summary["model"]))
             processor.save_pretrained(folder)
             shutil.copy(work / METRICS, folder / METRICS)
             if (work / EVENTS).is_dir():

@@ -201,6 +201,7 @@ _PLACES = (
     "photos/",
     "link",
     "photos/2020/..",
+    "pmod/baseline/..",
     "pipe",
     "dense",
     "pmod",
@@ -318,6 +319,21 @@ def _formats(good: Path) -> Iterator[Case]:
             spoil = partial(files.set_value, "pmod/config.json", keys, "evil/evil")
             yield _case(name, f"{'.'.join(keys)} of the hub", spoil, says="code from the hub")
 
+    for name in ("convert", "convert back", "calibrate"):
+        path = f"{'dense' if name == 'convert' else 'pmod'}/chat_template.jinja"
+        spoil = partial(files.plant, {path: "../seeing/chat_template.jinja"})
+        yield _case(name, f"{path}, a link out", spoil, says="link out")
+    for value in ("\0", "\ud800", "..", ""):
+        spoil = partial(files.set_value, "pmod/baseline/manifest.json", ("files", value), "config.json")
+        yield _case("convert back", f"manifest names {value!a}", spoil, says="not a file")
+    for keys, size in (
+        (("vision_config", "num_channels"), 10**5), (("vision_config", "intermediate_size"), 10**6),
+        (("text_config", "vocab_size"), 10**8),
+    ):  # fmt: skip
+        for name in ("generate", "finetune", "calibrate", "merge"):
+            spoil = partial(files.set_value, "pmod/config.json", keys, size)
+            yield _case(name, f"{keys[1]} {size}", spoil)
+
 
 def _rename_shard(path: str, value: object) -> None:
     """Have an index say that its tensors are in another file."""
@@ -397,6 +413,8 @@ def _planted() -> Iterator[Case]:
     ):  # fmt: skip
         target = "../train" if "." not in Path(place).name else "../picture.png"
         yield _case(name, f"planted {place}, a link", partial(files.plant, {place: target}), output=())
+    twice = partial(os.link, "stopped.training/metrics.jsonl", "backup.jsonl")
+    yield _case("resume", "a hard link to its metrics", twice, output=())
     yield _case("eval", "planted pipe", partial(files.replace, "results/lmms-eval.log", "pipe"), output=())
     for kind, mark in files.MARKS.items():
         for name, words in (
@@ -433,6 +451,9 @@ def _data() -> Iterator[Case]:
         ):
             spoil = partial(files.write, "train/train.json", content)
             yield _case(name, f"records {kind}", spoil, words=words, codes=(0, 2))
+    spoil = partial(files.set_value, "train/train.json", (0, "image"), "\x1b[31m.png")
+    words = (*COMMANDS["finetune"], "--set", "train.max_bad_samples=1")
+    yield _case("finetune", "a missing picture with codes", spoil, words=words, codes=(0,))
     for path in ("x.parquet", "user/name"):
         for kind in files.KINDS[:-1]:
             spoil = partial(files.place, path, kind)
@@ -476,6 +497,20 @@ def _surroundings() -> Iterator[Case]:
             limit = partial(_largest_file, size)
             kept = (".out.calibrating",) if name == "calibrate" else ()  # with it the same command goes on
             yield _case(name, f"files of {size} bytes", prepare=limit, codes=(0, 1, 2), writes=kept)
+    for name, words in (
+        ("convert", ("convert", "dense", "new/er/out")),
+        ("finetune", (*COMMANDS["finetune"], "--output", "new/er/out")),
+    ):
+        yield _case(
+            name,
+            "a full disk below new folders",
+            words=words,
+            prepare=partial(_largest_file, 2000),
+            output=(),
+        )
+    dangling = partial(files.plant, {"dangling": "nowhere"})
+    for place in ("~/x", ".pmod", "dangling/x"):
+        yield _case("convert", f"onto {place}", dangling, words=("convert", "dense", place), output=())
     for name in ("convert", "finetune", "visualize", "report", "fix"):
         yield _case(name, "in a folder that is gone", _leave, codes=(0, 2))
     for name in COMMANDS:
