@@ -69,6 +69,10 @@ class ModSettings(_Section):
         for ratio in self.ratios or ():
             if ratio is not None and not 0 < ratio <= 1:
                 raise ValueError(f"mod.ratios: {ratio} is outside (0, 1]")
+        used = inspect.signature(SCHEDULES[self.schedule]).parameters
+        for name in ("shift", "ceiling", "floor", "ratio", "first_layer", "last_layer"):
+            if name not in used and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"mod.{name} is nothing that the schedule {self.schedule} looks at")
         if self.floor > self.ceiling:
             raise ValueError("mod.floor is above mod.ceiling")
         return self

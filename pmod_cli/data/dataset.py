@@ -182,7 +182,7 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
         raise
     except Exception as error:  # of any kind, over a stranger's files
         raise PmodError(
-            f"cannot open data set {name}: {first_line(error)[:_LONGEST]}",
+            f"cannot open data set {name}: {first_line(error.__cause__ or error)[:_LONGEST]}",
             "a LLaVA .json or .jsonl file, a datasets folder or a hub id is expected",
         ) from error
     if isinstance(table, dict):

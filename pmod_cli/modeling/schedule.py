@@ -51,6 +51,8 @@ def constant(
     ``last_layer`` counts from the end, as an index does.
     """
     _check_layers(num_layers)
+    if last_layer is not None and not -num_layers <= last_layer < num_layers:
+        raise ValueError(f"there is no layer {last_layer} among {num_layers}")
     last = num_layers - 2 if last_layer is None else last_layer % num_layers
     return [ratio if first_layer <= layer <= last else None for layer in range(num_layers)]
 

@@ -130,6 +130,7 @@ _SETTINGS = (
     "mod.ratios=[1]", "mod.schedule=x", "mod", "=", "mod.floor.x=1", "mod={}}", "train.epochs=.inf",
     "train.max_steps=0", "train.learning_rate=1e999", "train.learning_rate=.nan", "mod.floor=[[[[", "\x1b=1",
     "mod.floor=2020-99-99", "mod.weight_norm=[/q]", "train.seed=-1", "train.seed=1e30", f"train.seed={10**30}",
+    "mod.first_layer=90", "mod.ratio=0.2",
     "train.router_learning_rate=-1", "train.attn_implementation=[/q]", "train.max_steps=1e30", "\udcff=1",
 )  # fmt: skip
 _NAMES = (
