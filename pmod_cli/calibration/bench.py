@@ -23,6 +23,7 @@ from pmod_cli.calibration.routable import Ratios
 from pmod_cli.calibration.selection import Selection
 from pmod_cli.calibration.subject import Subject
 from pmod_cli.evaluation.stats import Difference, compare_means
+from pmod_cli.generation import fitting
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import (
     MARKER,
@@ -75,7 +76,12 @@ class Kept:
                     if path.name != MARKER:
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 write_json(mark, {"digest": digest})
-            yield Kept(folder)
+            try:
+                yield Kept(folder)
+            except BaseException:
+                if {each.name for each in folder.iterdir()} <= {MARKER, mark.name}:
+                    remove_folder(folder)
+                raise
             remove_folder(folder)
 
     @property
@@ -143,13 +149,14 @@ class Bench:
                 prompts = [question.prompt for question in ordered[start : start + batch_size]]
                 path = kept.answers(part, start)
                 known = torch.tensor(read_json(path)["ids"]) if path.is_file() else None
-                batch = answered(
-                    subject.routable,
-                    dict(loaded.encode(prompts)),
-                    loaded.processor.tokenizer.pad_token_id,
-                    max_new_tokens,
-                    known,
-                )
+                with fitting():
+                    batch = answered(
+                        subject.routable,
+                        dict(loaded.encode(prompts)),
+                        loaded.processor.tokenizer.pad_token_id,
+                        max_new_tokens,
+                        known,
+                    )
                 write_json(path, {"ids": batch.answer.tolist()})
                 parts[part].append(batch)
                 done += 1

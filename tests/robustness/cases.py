@@ -324,6 +324,8 @@ def _formats(good: Path) -> Iterator[Case]:
         path = f"{'dense' if name == 'convert' else 'pmod'}/chat_template.jinja"
         spoil = partial(files.plant, {path: "../seeing/chat_template.jinja"})
         yield _case(name, f"{path}, a link out", spoil, says="link out")
+    spoil = partial(files.set_value, "pmod/processor_config.json", ("image_processor", "crop_size"), [1, 2])
+    yield _case("calibrate", "crop_size [1, 2]", spoil, says="do not fit")
     for value in ("\0", "\ud800", "..", ""):
         spoil = partial(files.set_value, "pmod/baseline/manifest.json", ("files", value), "config.json")
         yield _case("convert back", f"manifest names {value!a}", spoil, says="not a file")
