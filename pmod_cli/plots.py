@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pmod_cli.extras import require
 from pmod_cli.output.files import TAG, check_output, write_file
+from pmod_cli.output.text import plain
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,7 +102,7 @@ def retention_bars(axis: Any, ratios: Sequence[float | None], shares: Sequence[f
     return bars
 
 
-def check_target(path: Path, force: bool = False) -> None:
+def check_target(path: Path, force: bool = False, inputs: Sequence[str | Path] = ()) -> None:
     """Refuse a place where no picture can be written.
 
     Raises:
@@ -109,7 +110,7 @@ def check_target(path: Path, force: bool = False) -> None:
         PmodError: See `check_output`.
     """
     require("matplotlib")
-    check_output(path, "a picture", (".png", ".pdf", ".svg"), force)
+    check_output(path, "a picture", (".png", ".pdf", ".svg"), force, inputs)
 
 
 def save(drawn: Any, path: Path, *, force: bool = True, **how: Any) -> None:
@@ -173,6 +174,7 @@ def inline_svg(drawn: Any, label: str) -> str:
         drawn: The figure.
         label: What a screen reader says.
     """
+    label = plain(label)
     with look():
         import matplotlib
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
+
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.evaluation.folder import PICTURES
 from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.output.files import check_links, open_folder, write_file
 from pmod_cli.output.paths import is_inside
-from pmod_cli.output.reading import read_json, read_json_lines
+from pmod_cli.output.reading import is_number, read_json, read_json_lines
+from pmod_cli.pictures import as_rgb
 
 Answers = dict[int, dict[str, Any]]
 """One model's answers to a task. By document: ``prompt``, ``target``, ``answer``, ``score`` and more."""
@@ -52,7 +54,7 @@ class Comparison:
 
 def check_task_name(task: Any) -> str:
     """Refuse a task's name that leads out of the folder of its evaluation, which may be a stranger's."""
-    if not isinstance(task, str) or not re.fullmatch(r"[^./\\\0][^/\\\0]*", task):
+    if not isinstance(task, str) or not re.fullmatch(r"[^./\\\0][^/\\\0]{,200}", task):
         raise PmodError(f"{task!r} is no name of a task", "these results were not written by pmod eval")
     return task
 
@@ -77,8 +79,7 @@ def _is_sample(row: Any, role: str) -> bool:
     side = row.get(role, {"answer": "", "score": None})
     if type(row["doc_id"]) is not int or not isinstance(side, dict) or not {"answer", "score"} <= side.keys():
         return False
-    score = side["score"]
-    return score is None or (isinstance(score, int | float) and math.isfinite(score))
+    return side["score"] is None or is_number(side["score"])
 
 
 def compare_answers(before: Mapping[str, Answers], after: Mapping[str, Answers]) -> Comparison:
@@ -160,13 +161,14 @@ def _all_answers(folder: Path) -> dict[str, Answers]:
     if not finished:
         raise PmodError(f"{folder} holds no evaluation", "give the --output folder of a finished `pmod eval`")
     with told_as(f"{results} is not what pmod eval writes"):
-        return {leaf: read_answers(folder, leaf) for task in finished for leaf in task["tasks"]}
+        leaves = dict.fromkeys(leaf for task in finished for leaf in task["tasks"])
+        return {leaf: read_answers(folder, leaf) for leaf in leaves}
 
 
 def pictures_of(
     wanted: Sequence[tuple[str, int]], include_path: str | Path | Sequence[str | Path] | None
-) -> dict[tuple[str, int], list[Any]]:
-    """PIL images of documents, by task and number, from the tasks' data; none where these are gone."""
+) -> dict[tuple[str, int], list[Image.Image]]:
+    """Pictures of documents in RGB, by task and number, from the tasks' data; none where these are gone or changed."""
     if not wanted:
         return {}
     names = sorted({task for task, _ in wanted})
@@ -175,8 +177,12 @@ def pictures_of(
     for name in names:
         with contextlib.suppress(PmodError):
             loaded[name] = catalogue.load(name)
-    return {
-        (name, doc_id): list(loaded[name].doc_to_visual(loaded[name].eval_docs[doc_id]) or [])
-        for name, doc_id in wanted
-        if name in loaded
-    }
+    found = {}
+    for name, doc_id in wanted:
+        if name in loaded and 0 <= doc_id < len(loaded[name].eval_docs):
+            with contextlib.suppress(
+                Exception
+            ):  # data of other days, or broken: the answers are shown without
+                visuals = loaded[name].doc_to_visual(loaded[name].eval_docs[doc_id]) or []
+                found[name, doc_id] = [as_rgb(each) for each in visuals if isinstance(each, Image.Image)]
+    return found

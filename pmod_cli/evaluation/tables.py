@@ -82,10 +82,9 @@ def changes_table(changes: list[dict[str, Any]]) -> Table:
     rows = []
     for change in changes:
         answers = [
-            f"{_cut(str(side['answer']))} ({side['score']:.2g})"
-            for side in (change["before"], change["after"])
+            f"{_cut(side['answer'])} ({side['score']:.2g})" for side in (change["before"], change["after"])
         ]
-        asked = [_cut(str(change["target"])), _cut(change["prompt"], 40), " ".join(change["pictures"])]
+        asked = [_cut(change["target"]), _cut(change["prompt"], 40), " ".join(change["pictures"])]
         rows.append([change["task"], str(change["doc_id"]), *answers, *asked])
     return Table("Samples whose score changed", header, rows, left=len(header))
 
@@ -123,6 +122,6 @@ def _difference(task: TaskResult) -> str:
     return f"{task.model.value - task.baseline.value:+.1f}"
 
 
-def _cut(text: str, length: int = 24) -> str:
-    text = " ".join(text.split())
+def _cut(value: object, length: int = 24) -> str:
+    text = " ".join(str(value).split())
     return text if len(text) <= length else text[: length - 1] + "…"

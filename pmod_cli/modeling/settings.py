@@ -13,6 +13,8 @@ from pmod_cli.modeling.weight_norm import WEIGHT_NORMS
 
 TARGET_TOKENS = ("vision", "vision_hr", "all")
 CHOICES = ("router", "random")
+MOST_LAYERS = 1000
+"""Of a decoder; no more can be meant."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class MoDConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.retention_ratios, list | tuple):
             raise ValueError("retention_ratios is no list")
+        if len(self.retention_ratios) > MOST_LAYERS:
+            raise ValueError(f"retention_ratios has more than {MOST_LAYERS} layers")
         for ratio in self.retention_ratios:
             if ratio is not None and not (isinstance(ratio, int | float) and 0 <= ratio <= 1):
                 raise ValueError(f"retention ratio {ratio!r} is outside [0, 1]")

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -86,13 +87,25 @@ def tell(*lines: str) -> None:
 
 
 def emit_json(command: str, result: Any) -> None:
-    """Print the one JSON object that ``--json`` promises (see ``docs/json.md``)."""
+    """Print the one JSON object that ``--json`` promises (see ``docs/json.md``), null for what is not finite."""
     document = tag(command) | {"result": result}
     try:
-        sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
+        try:
+            text = json.dumps(document, indent=2, allow_nan=False)
+        except ValueError:  # what was read or measured is not finite, for which JSON has no number
+            text = json.dumps(_finite(document), indent=2, allow_nan=False)
+        sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
         raise BrokenPipeError from None  # without its number, on which typer would exit with code 1
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def report_error(error: BaseException, debug: bool = False) -> int:

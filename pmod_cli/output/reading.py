@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import stat
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,24 @@ def read_json_lines(path: Path) -> list[Any]:
     """The values of a JSON Lines file that is written to as work goes on; none where there is no file.
 
     A line that a kill cut off is left out.
+
+    Raises:
+        PmodError: It is larger than 512 MiB.
     """
     rows: list[Any] = []
     if not path.is_file():
         return rows
-    check_regular(path)
+    check_regular(path, 2**29)
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             with contextlib.suppress(ValueError, RecursionError):
                 rows.append(json.loads(line))
     return rows
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON can be computed with: no NaN, and nothing that a float cannot hold."""
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:
+        return False

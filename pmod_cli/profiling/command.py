@@ -12,7 +12,7 @@ from pmod_cli.output.console import emit_json, show_lines, stdout
 from pmod_cli.output.errors import GateError, PmodError
 from pmod_cli.output.options import refuse_ignored
 from pmod_cli.output.progress import working
-from pmod_cli.output.reading import read_json
+from pmod_cli.output.reading import is_number, read_json
 from pmod_cli.output.tables import Table
 from pmod_cli.plots import check_target
 from pmod_cli.profiling.options import ProfileOptions
@@ -79,7 +79,8 @@ def _check(options: ProfileOptions, limits: dict[str, float]) -> None:
     if options.sweep and options.schedules:
         raise PmodError("--sweep and --schedules are two tables", "one at a time")
     if options.plot is not None:
-        check_target(options.plot, options.force)
+        given = (options.model, options.recipe, options.baseline, options.image)
+        check_target(options.plot, options.force, [name for name in given if name])
     if options.latency:
         find_device(options.device)
 
@@ -146,7 +147,7 @@ def compare_files(before: Path, after: Path) -> dict[str, Any]:
     changes = []
     for key in figures[0] | figures[1]:
         old, new = (side.get(key) for side in figures)
-        numbers = {type(old), type(new)} <= {int, float}
+        numbers = {type(old), type(new)} <= {int, float} and is_number(old) and is_number(new)
         if old != new:
             ratio = new / old if numbers and old else None
             changes.append({"key": key, "before": old, "after": new, "ratio": ratio})

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from pmod_cli import plots
 from pmod_cli.evaluation.diff import Change, Comparison, compare_answers, pictures_of
 from pmod_cli.evaluation.paper import JUDGED, TABLES, average
@@ -203,8 +201,6 @@ def _pictures(
     except (PmodError, OSError):
         return {}
     return {
-        key: [
-            plots.encode(picture, 480, 200 * 200) for picture in pictures if isinstance(picture, Image.Image)
-        ]
+        key: [plots.encode(picture, 480, 200 * 200) for picture in pictures]
         for key, pictures in found.items()
     }

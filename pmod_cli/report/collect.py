@@ -16,9 +16,10 @@ from typing import Any
 
 from PIL import Image
 
+from pmod_cli.modeling.settings import MoDConfig
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.paths import is_inside
-from pmod_cli.output.reading import read_json_lines, read_text
+from pmod_cli.output.reading import check_regular, read_json_lines, read_text
 
 _DEPTH = 5
 _LARGEST = 32 * 2**20
@@ -170,8 +171,12 @@ def collect(paths: Sequence[Path]) -> Found:
 
 
 def _read_folder(folder: Path, files: list[str], found: Found) -> None:
-    with _unread(folder / "training.json", found):
-        _read_training(folder, files, found)
+    if "metrics.jsonl" in files or "training.json" in files:
+        with _unread(folder / "metrics.jsonl", found):
+            _read_training(folder, files, found)
+    if "config.json" in files:
+        with _unread(folder / "config.json", found):
+            _read_conversion(folder, found)
     if sum(name.endswith((".png", ".jpg", ".json")) for name in files) > _CROWD:
         return
     for path in (folder / name for name in files if name not in ("training.json", "config.json")):
@@ -190,22 +195,25 @@ def _unread(path: Path, found: Found) -> Iterator[None]:
 
 
 def _read_training(folder: Path, files: list[str], found: Found) -> None:
-    if "metrics.jsonl" in files or "training.json" in files:
-        summary = _load(folder / "training.json", found) if "training.json" in files else None
-        if summary is not None and not _holds(summary, _TRAINING):
-            found.unread[folder / "training.json"] = "it is not what pmod finetune writes"
-            summary = None
-        rows = [row for row in read_json_lines(folder / "metrics.jsonl") if isinstance(row, dict)]
-        found.trainings.append(Training(folder, summary or {}, rows))
-    if "config.json" in files:
-        config = _load(folder / "config.json", found) or {}
-        if isinstance(config.get("mod"), dict) and isinstance(config.get("pmod") or {}, dict):
-            found.conversions[folder] = {"mod": config["mod"], **(config.get("pmod") or {})}
+    summary = _load(folder / "training.json", found) if "training.json" in files else None
+    if summary is not None and not _holds(summary, _TRAINING):
+        found.unread[folder / "training.json"] = "it is not what pmod finetune writes"
+        summary = None
+    rows = [row for row in read_json_lines(folder / "metrics.jsonl") if isinstance(row, dict)]
+    found.trainings.append(Training(folder, summary or {}, rows))
+
+
+def _read_conversion(folder: Path, found: Found) -> None:
+    config = _load(folder / "config.json", found) or {}
+    if isinstance(config.get("mod"), dict) and isinstance(config.get("pmod") or {}, dict):
+        MoDConfig.from_dict(config["mod"])
+        found.conversions[folder] = {"mod": config["mod"], **(config.get("pmod") or {})}
 
 
 def _read_file(path: Path, found: Found) -> None:
-    if not path.is_file():  # a pipe would wait
+    if not path.is_file() or path.suffix not in (".json", ".png", ".html"):  # a pipe would wait
         return
+    check_regular(path, 4 * _LARGEST)
     if path.suffix == ".json":
         _read_result(path, found)
     elif path.suffix == ".png":

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmod_cli import plots
+from pmod_cli.output.text import plain
 from pmod_cli.output.units import prefix
 from pmod_cli.report.collect import Training
 from pmod_cli.report.document import Figure
+
+_LONGEST = 60
+"""Characters of a name in a legend."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +58,12 @@ def accuracy_figure(
                 ecolor=colour,
                 elinewidth=1.2,
                 capsize=3,
-                label=point.label,
+                label=_label(point.label),
                 linestyle="none",
             )
-        axis.set(xlabel=f"prefill {unit}FLOPs per sample", ylabel="mean of 14 tasks" if number else what)
+        axis.set(
+            xlabel=f"prefill {unit}FLOPs per sample", ylabel="mean of 14 tasks" if number else _label(what)
+        )
         axis.set_xlim(0, 1.12 * max(point.flops for point in points) / factor)
         low = min(point.accuracy - (point.error or 0) for point in points)
         high = max(point.accuracy + (point.error or 0) for point in points)
@@ -88,7 +94,7 @@ def training_figure(trainings: Sequence[tuple[str, Training]], caption: str) -> 
         colour = plots.SERIES[1 + (index - 1) % (len(plots.SERIES) - 2)]
         if kinds.count(kinds[-1]) == 1:
             colour = plots.PMOD if kinds[-1] else plots.DENSE
-        look = {"color": colour, "label": label, "linestyle": ("-", "--", "-.", ":")[index % 4]}
+        look = {"color": colour, "label": _label(label), "linestyle": ("-", "--", "-.", ":")[index % 4]}
         for axis, key in zip(axes[0], curves, strict=True):
             if points := _points(training, key):
                 marker = plots.MARKERS[index % len(plots.MARKERS)] if key == "fate" else None
@@ -125,6 +131,12 @@ def retention_figure(ratios: Sequence[float | None], caption: str) -> Figure:
     drawn, [[axis]] = plots.figure(1, 1, (6.4, 2.1))
     plots.retention_bars(axis, ratios, [1 if ratio is None else ratio for ratio in ratios])
     return _finish(drawn, "retention", caption)
+
+
+def _label(name: str) -> str:
+    """A name in a legend, cut where it is long; after a space, since matplotlib leaves out what begins with ``_``."""
+    shown = " ".join(plain(name).split())
+    return f" {shown}" if len(shown) <= _LONGEST else f" {shown[: _LONGEST - 1]}…"
 
 
 def _finish(drawn: Any, name: str, caption: str) -> Figure:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pmod_cli.evaluation.diff import Answers, read_answers
 from pmod_cli.evaluation.stats import Difference, Stratum, difference
+from pmod_cli.output.errors import PmodError
 from pmod_cli.report.collect import Evaluation, Found
+
+_MOST_POINTS = 1e9
 
 
 @dataclass
@@ -61,24 +64,39 @@ def gather(found: Found) -> list[Model]:
             )
             for task in evaluation.result["tasks"]:
                 if task.get(role):
+                    _check_score(task[role])
                     model.scores[task["name"]] = task[role] | {"scale": task["scale"], "tasks": task["tasks"]}
                     model.samples |= dict.fromkeys(task["tasks"], (evaluation, role))
     gathered = sorted(models.values(), key=lambda model: model.is_pmod)
+    costs = [cost for profile in found.profiles for cost in _costs(profile)]
     labels = short_names([model.source for model in gathered], found.names)
     for model, label in zip(gathered, labels, strict=True):
         model.label = label
-        model.flops = _flops(model, found.profiles)
+        model.flops = _flops(model, costs)
     return gathered
 
 
-def _flops(model: Model, profiles: Sequence[dict[str, Any]]) -> float | None:
+def _check_score(score: dict[str, Any]) -> None:
+    """Refuse a score that no figure can show."""
+    for number in (score["value"], score["stderr"]):
+        if number is not None and not abs(number) < _MOST_POINTS:
+            raise PmodError(f"a score of {number}")
+
+
+def _costs(profile: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], float]]:
+    """Of a profile's models: ``dense`` or ``pmod``, what it says of it, and prefill FLOPs of one sample."""
+    for role in ("dense", "pmod"):
+        if side := profile.get(role):
+            flops = side["prefill"]["flops"] / profile["workload"]["batch"]
+            if math.isfinite(flops):  # 1e400, which no figure can show
+                yield role, side, flops
+
+
+def _flops(model: Model, costs: Sequence[tuple[str, dict[str, Any], float]]) -> float | None:
     """Prefill FLOPs of one sample, from the profile of this very model, else of one with the same ratios."""
-    role, alike = "pmod" if model.is_pmod else "dense", None
-    for profile in profiles:
-        if not (side := profile.get(role)):
-            continue
-        flops = side["prefill"]["flops"] / profile["workload"]["batch"]
-        if not math.isfinite(flops):  # 1e400, which no figure can show
+    alike = None
+    for role, side, flops in costs:
+        if role != ("pmod" if model.is_pmod else "dense"):
             continue
         if side["name"] == model.source:
             return flops

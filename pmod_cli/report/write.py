@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pmod_cli import __version__
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import PmodError, first_line, told_as
 from pmod_cli.output.files import TAG, check_output, check_place, replacing_all
 from pmod_cli.output.paths import public_name
 from pmod_cli.report import accuracy, sections
@@ -58,7 +58,8 @@ def write_report(
         found = found.without_broken(build)
         if not sum(found.counts.values()):
             raise PmodError(f"nothing that was found can be used: {first_line(error)}") from error
-        built = build(found)
+        with told_as("what was found does not go together", "give fewer folders or files"):
+            built = build(found)
     document, models, text, pictures = built
     with replacing_all([folder, markdown, page], force=force) as [new_folder, new_markdown, new_page]:
         new_folder.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -119,6 +120,8 @@ class ChatRequest(_Part):
         texts = [len(part.text) for part in parts if isinstance(part, Text)]
         if len(parts) - len(texts) > _MOST_PICTURES:
             raise ValueError(f"it has {len(parts) - len(texts)} pictures, and may have {_MOST_PICTURES}")
+        if any(re.search("[\ud800-\udfff]", part.text) for part in parts if isinstance(part, Text)):
+            raise ValueError("a text in it has half of a surrogate pair, which is no character")
         if sum(texts) > _LONGEST:
             raise ValueError(f"it has {sum(texts):,} characters of text, and may have {_LONGEST:,}")
         return self

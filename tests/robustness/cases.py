@@ -229,6 +229,7 @@ def cases(good: Path) -> Iterator[Case]:
     yield from _places()
     yield from _planted()
     yield from _data()
+    yield from _results()
     yield from _surroundings()
 
 
@@ -461,6 +462,34 @@ def _data() -> Iterator[Case]:
         for kind in files.KINDS[:-1]:
             spoil = partial(files.place, path, kind)
             yield _case("check", f"{path} is a {kind}", spoil, words=("data", "check", path))
+
+
+def _results() -> Iterator[Case]:
+    """Results whose parts are each well, and not together; and such that would take gigabytes or all day."""
+    for kind, (path, keys, value) in files.RESULTS.items():
+        spoil = partial(files.set_value, path, keys, value)
+        yield _case("report", f"results with {kind}", spoil, codes=(0,))
+    for key, value in (("doc_id", 10**30), ("doc_id", -1), ("prompt", [1]), ("prompt", None)):
+        for name in ("diff", "report"):
+            spoil = partial(files.change_answer, key, value)
+            more = ("--include-path", "tasks")
+            yield _case(name, f"changed answer, {key} = {value!a:.40}", spoil, more=more, codes=(0,))
+    for name, path in (
+        ("report", "tuned/metrics.jsonl"), ("report", "results/samples/shapes.jsonl"), ("report", "kept.png"),
+        ("diff", "results/samples/shapes.jsonl"),
+    ):  # fmt: skip
+        yield _case(name, f"{path} of 20 GB", partial(files.inflate, path), codes=(0, 2))
+    for kind, value in (("NaN", float("nan")), ("a number beyond floats", 10**400)):
+        spoil = partial(files.set_value, "profile.json", ("result", "ratios", "prefill_flops"), value)
+        words = ("profile", "--compare", "profile.json", "before/profile.json")
+        copy = partial(_both, partial(shutil.copy, "profile.json", "before/profile.json"), spoil)
+        yield _case("compare", kind, copy, words=words, codes=(0,))
+        yield _case("compare", f"{kind} --json", copy, words=(*words, "--json"), codes=(0,))
+
+
+def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
+    first()
+    second()
 
 
 def _downloaded(mark: bytes) -> None:

@@ -267,6 +267,18 @@ RECORDS: dict[str, bytes] = {
     b'{"from": "gpt", "value": "So."}]}]',
 }
 
+RESULTS: dict[str, tuple[str, tuple[str | int, ...], Any]] = {
+    "a batch of none": ("profile.json", ("result", "workload", "batch"), 0),
+    "a batch of text": ("profile.json", ("result", "workload", "batch"), "<b>"),
+    "a score that is NaN": ("results/results.json", ("tasks", 0, "model", "value"), float("nan")),
+    "a score beyond reason": ("results/results.json", ("tasks", 0, "model", "value"), 1e308),
+    "an error beyond reason": ("results/results.json", ("tasks", 0, "model", "stderr"), 1e308),
+    "a surrogate for a task": ("results/results.json", ("tasks", 0, "name"), "\ud800"),
+    "100,000 layers": ("tuned/config.json", ("mod", "retention_ratios"), [0.5] * 100_000),
+    "ratios beyond 1": ("tuned/config.json", ("mod", "retention_ratios"), [-5, 7]),
+}
+"""By kind, a value of a results folder that only a figure, or other results beside it, would fail over."""
+
 KINDS = ("pipe", "loop", "device", "folder", "gone")
 
 
@@ -335,6 +347,20 @@ def set_value(path: str, keys: tuple[str | int, ...], value: Any) -> None:
         inner = inner[key]
     inner[keys[-1]] = value
     write(path, json.dumps(data).encode() + (b"\n" + rest.encode() if path.endswith(".jsonl") else b""))
+
+
+def change_answer(key: str, value: Any) -> None:
+    """Set a key of two evaluations' first samples, whose scores then differ."""
+    for folder, score in (("before", 0.0), ("results", 1.0)):
+        path = f"{folder}/samples/shapes.jsonl"
+        set_value(path, (key,), value)
+        set_value(path, ("model", "score"), score)
+
+
+def inflate(path: str) -> None:
+    """A file of 20 GB that takes no place on the disk."""
+    write(path, b"")
+    os.truncate(path, 20 * 2**30)
 
 
 def keys_of(path: Path) -> list[tuple[str | int, ...]]:
