@@ -17,6 +17,7 @@ from pmod_cli.output.reading import check_regular
 
 _BUILDERS = ("csv", "json", "parquet", "text", "pandas", "arrow", "imagefolder", "webdataset")
 """Data set paths that name a kind of file."""
+_MOST_REPEATS = 1000
 
 
 def import_lmms_eval() -> None:
@@ -88,8 +89,10 @@ class Tasks:
     def config(self, name: str) -> dict[str, Any]:
         """A task's YAML, includes resolved; a `PmodError` if it, or code that it names, cannot be loaded."""
         try:
-            return self.manager._get_config(name)
-        except Exception as error:
+            config = self.manager._get_config(name)
+            _check_shapes(config)
+            return config
+        except (Exception, SystemExit) as error:
             # Some tasks make their judge's client, or read a variable, as soon as they are imported.
             variable = "OPENAI_API_KEY" if type(error).__name__ == "OpenAIError" else str(error).strip("'")
             known = re.fullmatch("[A-Z]+_[A-Z_]+", variable)
@@ -108,7 +111,7 @@ class Tasks:
         except RetryError as error:
             cause: BaseException = error.last_attempt.exception() or error
             raise PmodError(f"the data of task {name} cannot be had: {reason(cause)}") from cause
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             config = self.config(name)
             splits = [key for key in config if key.endswith("_split") and [config[key]] == [*error.args]]
             if isinstance(error, KeyError) and splits:
@@ -132,6 +135,15 @@ class Tasks:
         """The YAML file of a task."""
         entry = self.manager.task_index.get(name, {})
         return str(entry.get("yaml_path", f"the file of task {name}"))
+
+
+def _check_shapes(config: dict[str, Any]) -> None:
+    """Refuse values of another kind than what reads them takes them for."""
+    metrics, repeats = config.get("metric_list") or [], config.get("repeats", 1)
+    if not isinstance(metrics, list) or not all(isinstance(metric, dict) for metric in metrics):
+        raise ValueError("metric_list is no list of mappings")
+    if not isinstance(repeats, int) or not 1 <= repeats <= _MOST_REPEATS:
+        raise ValueError(f"repeats is {repeats!r}, not a number from 1 to {_MOST_REPEATS}")
 
 
 def _located(config: dict[str, Any], file: str | int) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _problems_shown(output: Path | None) -> Iterator[None]:
         raise
     except (PmodError, BrokenPipeError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # tasks' code may end the program
         if isinstance(error, OSError) and error.errno in OS_HINTS:
             raise
         if output is not None and is_open(output):
@@ -179,5 +179,6 @@ def _problems_shown(output: Path | None) -> Iterator[None]:
             where = keep_traceback(error)
         if output is None or is_open(output):  # else it had not begun
             where += "; answers so far are kept, the same command goes on"
+        traceback.clear_frames(error.__traceback__)  # which ends progress bars before the error's line
         what = " ".join(str(error).split())[:200]
         raise PmodError(f"the evaluation broke off: {type(error).__name__}: {what}", where) from error

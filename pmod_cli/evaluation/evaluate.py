@@ -21,7 +21,7 @@ from pmod_cli.evaluation.options import EvalSettings, Progress, document_limit
 from pmod_cli.evaluation.results import EvalResult, TaskResult
 from pmod_cli.evaluation.visuals import refuse_unseen
 from pmod_cli.families import find_family
-from pmod_cli.output.files import locked, open_folder
+from pmod_cli.output.files import locked, open_folder, remove_unused
 from pmod_cli.output.paths import real_path
 
 if TYPE_CHECKING:
@@ -77,8 +77,11 @@ def evaluate(
         join(settings.device)
         path = Path(output or stack.enter_context(tempfile.TemporaryDirectory()))
         if is_main_process():
+            new = not path.exists()
             open_folder(real_path(path), folder.HOLDS)
             stack.enter_context(locked(path, path))
+            if new:
+                stack.callback(remove_unused, path)
         path.mkdir(parents=True, exist_ok=True)
         with one_first():
             # Before a model is loaded: gqa's code starts processes for it, and data may turn out to be broken.

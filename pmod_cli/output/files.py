@@ -232,6 +232,13 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def remove_unused(folder: Path) -> None:
+    """Remove a folder of `open_folder` in which nothing came to be."""
+    if [each.name for each in folder.iterdir()] == [MARKER]:
+        remove_folder(folder)
+        _OPENED.pop(real_path(folder), None)
+
+
 def to_json(data: Any) -> bytes:
     """JSON as it is written to files."""
     return (json.dumps(data, indent=2) + "\n").encode()

@@ -267,6 +267,10 @@ def _formats(good: Path) -> Iterator[Case]:
     for kind, content in files.TASKS.items():
         spoil = partial(files.write, "tasks/shapes.yaml", content)
         yield _case("eval", f"task {kind}", spoil, codes=(0, 2))
+    for kind, (line, code) in files.TASK_LINES.items():
+        written = ("out",) if "score" in kind else ()
+        spoil = partial(files.add_to_task, line, code)
+        yield _case("eval", f"task with {kind}", spoil, words=(*EVAL, "--output", "out"), output=written)
     for kind, content in files.TEMPLATES.items():
         for name in ("generate", "finetune", "visualize"):
             path = "pmod/chat_template.jinja"

@@ -65,6 +65,13 @@ TASKS: dict[str, bytes] = {
     "a name that leads out": b"task: ../shapes\ndataset_path: parquet\n",
     "markup": b"task: '[/q]'\n",
 }
+TASK_LINES: dict[str, tuple[str, str]] = {
+    "metrics that are text": ("metric_list: x", ""),
+    "repeats beyond reason": ("repeats: 1000000", ""),
+    "code that ends the program": ("doc_to_text: !function u.f", "import sys\ndef f(doc): sys.exit(0)\n"),
+    "code that gives no score": ("process_results: !function u.f", "def f(doc, results): return None\n"),
+}
+"""By kind, a line for the good task, and code that it names."""
 TEMPLATES: dict[str, bytes] = {
     "empty": b"",
     "open": b"{{",
@@ -347,6 +354,13 @@ def set_value(path: str, keys: tuple[str | int, ...], value: Any) -> None:
         inner = inner[key]
     inner[keys[-1]] = value
     write(path, json.dumps(data).encode() + (b"\n" + rest.encode() if path.endswith(".jsonl") else b""))
+
+
+def add_to_task(line: str, code: str) -> None:
+    """Add a line to the task, which may name a function in ``u.py``."""
+    task = Path("tasks/shapes.yaml")
+    write(str(task), f"{task.read_text()}\n{line}\n".encode())
+    write("tasks/u.py", code.encode())
 
 
 def change_answer(key: str, value: Any) -> None:
