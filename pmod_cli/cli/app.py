@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pmod_cli import __version__
 from pmod_cli.output.console import prepare_streams, report_error
+from pmod_cli.output.errors import PmodError
 from pmod_cli.output.signals import listening
 
 app = typer.Typer(
@@ -42,7 +44,10 @@ def _root(
         bool, typer.Option("--debug", help="Show the traceback of an error too; anywhere in the line.")
     ] = False,
 ) -> None:
-    pass
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # libraries end the program over it, with words of their own
+        raise PmodError("the working folder is gone", "cd to one that is there") from None
 
 
 @listening()

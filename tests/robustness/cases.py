@@ -548,7 +548,7 @@ def _surroundings() -> Iterator[Case]:
     for place in ("~/x", ".pmod", "dangling/x"):
         yield _case("convert", f"onto {place}", dangling, words=("convert", "dense", place), output=())
     for name in ("convert", "finetune", "visualize", "report", "fix"):
-        yield _case(name, "in a folder that is gone", _leave, codes=(0, 2))
+        yield _case(name, "in a folder that is gone", _leave, says="the working folder is gone")
     for name in COMMANDS:
         if name not in ("demo", "doctor", "serve"):
             yield _case(name, "among names with codes", _odd_names, codes=(0, 1))
