@@ -21,8 +21,10 @@ def html_text(value: object) -> object:
 
 
 def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is, in one line."""
-    return re.sub(r"([\\`*_{}\[\]<>|&#~!$])", r"\\\1", plain(" ".join(text.split())))
+    """Text that Markdown shows as it is, in one line; an address in it is no link."""
+    return re.sub(
+        r"([\\`*_{}\[\]<>|&#~!$]|:(?=//)|(?<=www)\.)", r"\\\1", plain(" ".join(text.split())), flags=re.I
+    )
 
 
 def relative_link(path: str) -> str:

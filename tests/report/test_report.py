@@ -346,7 +346,7 @@ def test_names_tell_models_apart():
 
 
 def test_text_is_text_in_both_forms():
-    nasty = "<script>alert(1)</script> | *a* `b` [c](d)"
+    nasty = "<script>alert(1)</script> | *a* `b` [c](d) https://e.f www.g.h"
     document = Document(
         nasty, nasty, [Section("S", [Text(nasty), Table(nasty, ["", nasty], [["x", nasty]])])]
     )
@@ -357,6 +357,9 @@ def test_text_is_text_in_both_forms():
     row = next(line for line in markdown.splitlines() if line.startswith("| x"))
     assert row.count("|") - row.count("\\|") == 3
     assert "<script>" not in markdown.replace("\\<", "")
+    # Sites make links of these.
+    assert "://" not in markdown.replace("\\:", "")
+    assert "www." not in markdown
 
 
 def test_nothing_is_half_written(demo_folder, tmp_path, monkeypatch):
