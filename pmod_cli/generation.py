@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,7 @@ from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
     GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
@@ -47,6 +44,7 @@ from pmod_cli.families.processing import (
 from pmod_cli.kernels import use_kernels
 from pmod_cli.output.errors import PmodError, first_line, told_as
 from pmod_cli.prompts import Prompt
+from pmod_cli.stopping import Numbers, StopStrings
 from pmod_cli.videos import Video
 
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -298,7 +296,7 @@ class VisionLanguageModel:
         strings = [string for string in ([until] if isinstance(until, str) else until) if string]
         # Beams change places, so that a row that stopped need not be the answer's.
         stops = strings and settings.get("num_beams") in (None, 1)
-        stop = _StopStrings(self.processor.tokenizer, strings, inputs["input_ids"].shape)
+        stop = StopStrings(self.processor.tokenizer, strings, inputs["input_ids"].shape)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             kept = {"cache_implementation": "static"} if self.cache == "static" else {}
@@ -308,7 +306,7 @@ class VisionLanguageModel:
                     **generation_settings(settings),
                     **kept,
                     stopping_criteria=StoppingCriteriaList([stop] if stops else []),
-                    logits_processor=LogitsProcessorList([_Numbers()]),
+                    logits_processor=LogitsProcessorList([Numbers()]),
                 )
         new_ids = output[:, inputs["input_ids"].shape[1] :]
         ends = [stop.ends.get(row, new_ids.shape[1]) for row in range(len(new_ids))]
@@ -323,46 +321,3 @@ class VisionLanguageModel:
             Answer(text.strip(), length, min(new, end))
             for text, length, new, end in zip(texts, prompt_tokens, new_tokens, ends, strict=True)
         ]
-
-
-class _Numbers(LogitsProcessor):
-    """Refuses an answer's first logits if they are not numbers: an empty answer, or any, could come of them."""
-
-    checked = False
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        if not self.checked and bool(scores.isnan().any()):
-            raise PmodError(
-                "the model computes what is not a number (NaN)",
-                "its weights are damaged, or too large for the dtype",
-            )
-        self.checked = True
-        return scores
-
-
-class _StopStrings(StoppingCriteria):
-    """Ends each row of a batch at the first stop string after the white space that its answer begins with.
-
-    ``shape`` is that of the prompts' tokens. ``ends`` is the number of new tokens by row, of rows that have ended.
-    """
-
-    def __init__(self, tokenizer: Any, strings: Sequence[str], shape: Sequence[int]) -> None:
-        self.tokenizer, self.strings = tokenizer, strings
-        self.start = shape[1]
-        # A token is a byte at least, but for special ones; white space at its beginning can be lost in decoding.
-        self.tail = max((len(string.encode()) for string in strings), default=0) + 4
-        self.ends: dict[int, int] = {}
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> Any:
-        new = input_ids[:, self.start :].cpu()
-        decode = partial(self.tokenizer.decode, skip_special_tokens=True)
-        for row, ids in enumerate(new):
-            # The whole answer is decoded only where its end has a stop string.
-            if row in self.ends or not self._in(decode(ids[-self.tail :])):
-                continue
-            if self._in(decode(ids).lstrip()):
-                self.ends[row] = new.shape[1]
-        return torch.tensor([row in self.ends for row in range(len(new))], device=input_ids.device)
-
-    def _in(self, text: str) -> bool:
-        return any(string in text for string in self.strings)

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pmod_cli.extras import require
-from pmod_cli.output.files import TAG, check_output, write_file
+from pmod_cli.output.files import check_output, write_file
+from pmod_cli.output.marks import TAG
 from pmod_cli.output.text import plain
 
 if TYPE_CHECKING:

@@ -25,15 +25,8 @@ from pmod_cli.calibration.subject import Subject
 from pmod_cli.evaluation.stats import Difference, compare_means
 from pmod_cli.generation import fitting
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import (
-    MARKER,
-    check_place,
-    folders_above,
-    locked,
-    open_folder,
-    remove_folder,
-    write_json,
-)
+from pmod_cli.output.files import check_place, folders_above, locked, open_folder, remove_folder, write_json
+from pmod_cli.output.marks import MARKER
 from pmod_cli.output.reading import read_json, read_json_lines
 
 Progress = Callable[[str, int, int], None]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, StoredTensor, WeightFile
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import MARKER
+from pmod_cli.output.marks import MARKER
 from pmod_cli.output.reading import read_json
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*", "NOTICE*")

@@ -20,7 +20,8 @@ from pmod_cli.data.records import BadSample, dump_records, is_lines, picture_nam
 from pmod_cli.data.table import RecordTable, Samples, make_table
 from pmod_cli.extras import require
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import BLANK_TAG, replacing
+from pmod_cli.output.files import replacing
+from pmod_cli.output.marks import BLANK_TAG
 from pmod_cli.output.reading import check_regular
 
 _KEPT_FROM = 16 << 20

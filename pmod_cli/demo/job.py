@@ -26,7 +26,8 @@ from pmod_cli.demo import commands, data, tight, world
 from pmod_cli.demo.commands import BATCH, Command
 from pmod_cli.extras import require, require_if_installed
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import TAG, locked, open_folder, replacing, tag, write_json
+from pmod_cli.output.files import locked, open_folder, replacing, tag, write_json
+from pmod_cli.output.marks import TAG
 from pmod_cli.output.reading import read_json, read_json_lines
 from pmod_cli.output.text import plain
 

@@ -21,7 +21,8 @@ from pmod_cli.evaluation.results import EvalResult
 from pmod_cli.evaluation.tables import markdown
 from pmod_cli.generation import Answer
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import TAG, tag, write_file, write_json
+from pmod_cli.output.files import tag, write_file, write_json
+from pmod_cli.output.marks import TAG
 from pmod_cli.output.paths import cache_folder
 from pmod_cli.output.reading import read_json, read_json_lines
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from pmod_cli import __version__
 from pmod_cli.output.errors import PmodError, first_line, told_as
-from pmod_cli.output.files import TAG, check_output, check_place, replacing_all
+from pmod_cli.output.files import check_output, check_place, replacing_all
+from pmod_cli.output.marks import TAG
 from pmod_cli.output.paths import public_name
 from pmod_cli.report import accuracy, sections
 from pmod_cli.report.collect import Found, collect

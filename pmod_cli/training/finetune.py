@@ -19,7 +19,8 @@ from pmod_cli.data.batches import Collator, EncodedDataset, OrderedSampler, long
 from pmod_cli.data.dataset import open_data
 from pmod_cli.devices import world_size
 from pmod_cli.output.errors import GateError, PmodError, first_line
-from pmod_cli.output.files import MARKER, folders_above, locked, open_folder, remove_folder
+from pmod_cli.output.files import folders_above, locked, open_folder, remove_folder
+from pmod_cli.output.marks import MARKER
 from pmod_cli.output.paths import public_name, user_path
 from pmod_cli.recipe import Recipe
 from pmod_cli.training import preflight

@@ -13,7 +13,8 @@ import yaml
 
 from pmod_cli import __version__, plots
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import is_ours, remove_folder, replacing, tag, to_json
+from pmod_cli.output.files import remove_folder, replacing, tag, to_json
+from pmod_cli.output.marks import is_ours
 from pmod_cli.output.versions import versions
 from pmod_cli.recipe import Recipe
 from pmod_cli.training.monitor import read_metrics

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pmod_cli import plots
-from pmod_cli.output.files import TAG
+from pmod_cli.output.marks import TAG
 from pmod_cli.visualize.layout import Layout, View
 from pmod_cli.visualize.trace import Trace
 

@@ -11,7 +11,8 @@ from pmod_cli.checkpoints.load import read_config
 from pmod_cli.extras import require
 from pmod_cli.generation import VisionLanguageModel
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import TAG, check_output, replacing_all
+from pmod_cli.output.files import check_output, replacing_all
+from pmod_cli.output.marks import TAG
 from pmod_cli.output.paths import public_name
 from pmod_cli.pictures import open_image
 from pmod_cli.prompts import Prompt

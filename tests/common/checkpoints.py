@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pmod_cli.checkpoints.shards import StoredTensor, read_header, write_shard
 from pmod_cli.demo.job import BASELINE
-from pmod_cli.output.files import MARKER
+from pmod_cli.output.marks import MARKER
 
 LAYERS = 8
 HIDDEN = 96

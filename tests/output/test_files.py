@@ -10,10 +10,7 @@ import pytest
 
 from pmod_cli.output.errors import PmodError
 from pmod_cli.output.files import (
-    MARKER,
-    TAG,
     check_place,
-    is_ours,
     locked,
     open_folder,
     remove_folder,
@@ -21,6 +18,7 @@ from pmod_cli.output.files import (
     replacing_all,
     write_file,
 )
+from pmod_cli.output.marks import MARKER, TAG, is_ours
 
 
 def make(folder, text="new"):

@@ -19,7 +19,7 @@ from pmod_cli.demo import tight
 from pmod_cli.evaluation.diff import read_answers
 from pmod_cli.evaluation.paper import TASKS, average
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import TAG
+from pmod_cli.output.marks import TAG
 from pmod_cli.output.tables import Table
 from pmod_cli.published import SCORES
 from pmod_cli.report import figures, write_report

@@ -67,7 +67,7 @@ def places(name: str, output: Path) -> list[Path]:
 
 def wrongs(name: str, output: Path, number: int | None, code: int, text: str) -> Iterator[str]:
     """What should not be, after a signal or (None) after a run to the end."""
-    from pmod_cli.output.files import is_ours
+    from pmod_cli.output.marks import is_ours
 
     room = output.parent
     if {key: (room / key).read_text() for key in USERS} != USERS:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from pmod_cli.output.files import TAG, write_file
+from pmod_cli.output.files import write_file
+from pmod_cli.output.marks import TAG
 
 _TEMPLATE = Path(__file__).parent / "_short_answer_yaml"
 
