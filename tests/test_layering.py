@@ -19,7 +19,7 @@ LAYERS = (
     {"report", "doctor", "calibration"},
     {"visualize", "evaluation", "training", "conversion", "profiling", "serving"},
     {"generation", "data"},
-    {"prompts"},
+    {"prompts", "stopping"},
     {"plots", "kernels"},
     {"recipe", "checkpoints", "devices", "published"},
     {"families"},
