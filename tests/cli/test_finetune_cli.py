@@ -109,7 +109,7 @@ def bad_inputs(tmp_path):
         ({**good, "data": wide}, [], "names image files (--images says which folder"),
         ({**good, "data": wide}, ["--images", tmp_path / "none"], "no image folder"),
         ({**good, "data": tmp_path / "empty"}, [], "cannot open data set"),
-        ({**good, "output": tmp_path / "file" / "out"}, [], "file/out.training: Not a directory"),
+        ({**good, "output": tmp_path / "file" / "out"}, [], "file is a file, so"),
         ({**good, "output": tmp_path / "file"}, ["--force"], "is a file, not a folder"),
         ({**good, "output": tmp_path}, [], "exists (--force replaces it)"),
     ]
