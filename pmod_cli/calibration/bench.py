@@ -64,12 +64,12 @@ class Kept:
             open_folder(folder, _HOLDS)
             stack.enter_context(locked(folder, output))
             mark = folder / "settings.json"
-            if not mark.is_file() or _digest_of(mark) != digest:
-                for path in folder.iterdir():
-                    if path.name != MARKER:
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-                write_json(mark, {"digest": digest})
             try:
+                if not mark.is_file() or _digest_of(mark) != digest:
+                    for path in folder.iterdir():
+                        if path.name != MARKER:
+                            shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    write_json(mark, {"digest": digest})
                 yield Kept(folder)
             except BaseException:
                 if {each.name for each in folder.iterdir()} <= {MARKER, mark.name}:

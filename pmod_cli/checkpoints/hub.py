@@ -89,10 +89,17 @@ def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:
     )
 
 
-def check_login() -> None:
-    """Refuse to push before anything is done if nobody is logged in."""
-    from huggingface_hub import get_token
+def check_push(repo: str) -> None:
+    """Refuse a push that cannot be before anything is done: no name of a repository, no network wanted, no login."""
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise PmodError(f"--push-to-hub {repo[:100]}: {first_line(error)}", "user/name is meant") from None
+    if constants.HF_HUB_OFFLINE:
+        raise PmodError("--push-to-hub needs the hub, and HF_HUB_OFFLINE is set", "unset it, or push later")
     if get_token() is None:
         raise PmodError("--push-to-hub needs a login", "run hf auth login, or set HF_TOKEN")
 

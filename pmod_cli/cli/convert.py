@@ -89,8 +89,10 @@ def convert_command(
 
     if destination is None and not dry_run:
         raise PmodError("no DESTINATION", "pmod convert SOURCE DESTINATION, or --dry-run")
-    if push_to_hub and not dry_run:
-        hub.check_login()
+    if private and push_to_hub is None:
+        raise PmodError("--private is of the repository that --push-to-hub names", "leave it out")
+    if push_to_hub is not None and not dry_run:
+        hub.check_push(push_to_hub)
     if merge:
         given: dict[str, Any] = {
             "--to": to == "baseline",
@@ -98,6 +100,7 @@ def convert_command(
             "--set": settings,
             "--dry-run": dry_run,
             "--any": any_family,
+            "--copy": copy,
         }
         given |= {"--vision-tower": vision_tower, "--projector": projector, "--tokenizer": tokenizer}
         if unused := ", ".join(name for name, value in (given | {"--revision": revision}).items() if value):
@@ -109,6 +112,7 @@ def convert_command(
     elif to == "baseline":
         given = {"--recipe": recipe, "--set": settings, "--dry-run": dry_run, "--vision-tower": vision_tower}
         given |= {"--projector": projector, "--tokenizer": tokenizer, "--allow-pickle": allow_pickle}
+        given |= {"--any": any_family}
         if unused := ", ".join(name for name, value in given.items() if value):
             raise PmodError(f"{unused}: nothing that --to baseline looks at", "leave them out")
         assert destination is not None

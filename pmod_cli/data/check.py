@@ -54,7 +54,7 @@ def check_data(
         What ``docs/json.md`` lists for ``pmod data check --json``.
 
     Raises:
-        PmodError: The data cannot be read, or ``fix`` exists or cannot be written.
+        PmodError: The data cannot be read, or ``fix`` exists, cannot be written, or would be empty.
     """
     if fix is not None and not force:
         check_place(fix, force)
@@ -68,6 +68,8 @@ def check_data(
             progress(done, len(source.records))
     good, problems = check.good, check.problems
     if fix is not None:
+        if not good:
+            raise source.none_usable(problems[0]["detail"])
         source.write(good, fix, force=force)
     return {
         "records": len(source.records),

@@ -58,9 +58,12 @@ class DataSource:
         """The usable records; `PmodError` if there are none."""
         samples = Samples(self.records)
         if not len(samples):
-            first = next(iter(self.bad.values()))
-            raise PmodError(f"{self.name}: no usable record; the first: {first}", "see pmod data check")
+            raise self.none_usable(next(iter(self.bad.values())))
         return samples
+
+    def none_usable(self, first: str) -> PmodError:
+        """The error to raise where all records are bad; ``first`` is what is wrong with the first."""
+        return PmodError(f"{self.name}: no usable record; the first: {first}", "see pmod data check")
 
     @cached_property
     def bad(self) -> dict[str, str]:
@@ -201,11 +204,11 @@ def _open_table(name: str, folder: Path | None) -> DataSource:
         raise PmodError(f"data set {name} holds no records")
     feature = table.features[column]
     if not isinstance(getattr(feature, "feature", feature), ImageFeature):
-        # Written without `datasets`: the bytes themselves, or a struct of bytes and path.
+        # Written without `datasets`: the bytes themselves, a struct of bytes and path, or no row has any.
         listed = hasattr(feature, "feature")
         one = feature.feature if listed else feature
         plain = isinstance(one, dict) and one.keys() <= {"bytes", "path"}
-        if not plain and getattr(one, "dtype", None) not in ("binary", "large_binary"):
+        if not plain and getattr(one, "dtype", None) not in ("binary", "large_binary", "null"):
             raise PmodError(
                 f"column {column} of data set {name} holds no images but {feature}",
                 "a LLaVA file whose records name image files goes with --images",

@@ -193,7 +193,7 @@ def dump_records(records: Iterable[Any], path: Path) -> Iterator[str]:
         yield gap + text
         gap = "\n" if lines else ",\n"
     if not lines:
-        yield "[]" if gap == "[\n" else "\n]"
+        yield "\n]"
 
 
 def _escape(character: re.Match[str]) -> str:

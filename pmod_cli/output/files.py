@@ -96,10 +96,10 @@ def open_folder(folder: Path, names: Sequence[str]) -> None:
         raise PmodError(f"{folder} holds files that pmod did not write", "choose another folder")
     if mark is not None and not is_for(mark, names):
         raise PmodError(f"{folder} holds what another command of pmod's wrote", "choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    check_links(folder, names)
-    if mark is None:
-        write_mark(folder, {"names": list(names)})
+    with folders_above(folder / MARKER):
+        check_links(folder, names)
+        if mark is None:
+            write_mark(folder, {"names": list(names)})
     OPENED[real_path(folder)] = tuple(names)
 
 

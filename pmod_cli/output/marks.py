@@ -7,6 +7,7 @@ whose it is: what pmod puts there its code says.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -78,9 +79,14 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
 
 
 def write_mark(folder: Path, mark: dict[str, Any]) -> None:
-    """Write a folder's marker, through no link."""
-    with open(folder / MARKER, "wb", opener=unfollowed) as file:
-        file.write(json.dumps(mark, indent=2).encode())
+    """Write a folder's marker, through no link; none is left where the disk is full."""
+    try:
+        with open(folder / MARKER, "wb", opener=unfollowed) as file:
+            file.write(json.dumps(mark, indent=2).encode())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            (folder / MARKER).unlink()
+        raise
 
 
 def mark_finished(folder: Path) -> None:

@@ -142,6 +142,7 @@ class _Run:
                     stack.enter_context(folders_above(self.work))
                     open_folder(self.work, preflight.HOLDS)
                     stack.enter_context(locked(self.work, self.output))
+                    stack.enter_context(self._unused())
                     for path in self.work.iterdir():
                         if path.name == STAGING or (
                             anew and path.name != MARKER
@@ -155,13 +156,17 @@ class _Run:
                 ) from error
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.barrier()
-            try:
-                yield
-            except BaseException as error:
-                if self.main and not isinstance(error, GateError) and last_checkpoint(self.work) is None:
-                    with contextlib.suppress(PmodError):
-                        remove_folder(self.work)
-                raise
+            yield
+
+    @contextlib.contextmanager
+    def _unused(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            if not isinstance(error, GateError) and last_checkpoint(self.work) is None:
+                with contextlib.suppress(PmodError):
+                    remove_folder(self.work)
+            raise
 
     def load(self) -> None:
         """Load model and processor; check that the disk takes the checkpoints; estimate the memory."""

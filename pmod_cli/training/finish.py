@@ -54,9 +54,7 @@ def save_result(
         with replacing(output, force=force) as folder:
             folder.mkdir()
             network.save_pretrained(folder)
-            if (card := folder / "README.md").is_file():  # PEFT's names the base by its path
-                base = str(network.peft_config["default"].base_model_name_or_path)
-                card.write_text(card.read_text().replace(base, summary["model"]))
+            _name_base(folder / "README.md", summary["model"])
             processor.save_pretrained(folder)
             shutil.copy(work / METRICS, folder / METRICS)
             if (work / EVENTS).is_dir():
@@ -86,6 +84,18 @@ def save_result(
         remove_folder(work)
     else:
         _log.warning("%s holds files that pmod did not write, so it stays", work)
+
+
+def _name_base(path: Path, name: str) -> None:
+    """In the card that PEFT wrote, if there is one, call the base what others may know it by: it has the path."""
+    if not path.is_file():
+        return
+    from huggingface_hub import ModelCard
+
+    card, tag = ModelCard.load(path), "base_model:adapter:"
+    card.data.base_model = name
+    card.data.tags = [tag + name if each.startswith(tag) else each for each in card.data.tags]
+    card.save(path)
 
 
 @plots.look()

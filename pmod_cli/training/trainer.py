@@ -243,8 +243,13 @@ def unwritable(error: BaseException) -> str | None:
     """Why a file could not be written, if that is what the error says; torch and safetensors have their own."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
-    writers = ("PytorchStreamWriter", "inline_container", "I/O error", "IoError", "No space left")
-    return first_line(error) if any(word in str(error) for word in writers) else None
+    if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
+        return "the disk took only a part of it"
+    return (
+        first_line(error)
+        if any(word in str(error) for word in ("I/O error", "IoError", "No space left"))
+        else None
+    )
 
 
 def _layer_classes(network: nn.Module) -> list[str]:
