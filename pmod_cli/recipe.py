@@ -33,6 +33,13 @@ from pmod_cli.output.reading import read_text
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"{str(value).lower()} is none of its values")  # pydantic takes it for a number
+        return value
+
 
 class ModSettings(_Section):
     """The Mixture-of-Depths part of a recipe; the defaults are the paper's."""
@@ -98,7 +105,7 @@ class LoraSettings(_Section):
 class TrainSettings(_Section):
     """How to fine-tune; the defaults are the paper's (section 4.1) unless the field says otherwise."""
 
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, le=10**6)
     max_steps: int = Field(
         -1, ge=-1, lt=2**31, description="Stop after so many optimizer steps; -1 for whole epochs."
     )

@@ -174,6 +174,17 @@ def test_a_list_of_pictures_in_a_table_and_a_path_out_of_it(tmp_path):
         data.pictures.load("1:0")
 
 
+@pytest.mark.parametrize("column", [{"image": None}, {"images": []}])
+def test_a_table_in_which_no_row_has_a_picture(tmp_path, column):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    talk = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    pq.write_table(pa.Table.from_pylist([{"conversations": talk} | column] * 2), tmp_path / "d.parquet")
+    data = open_data(tmp_path / "d.parquet", None)
+    assert [sample.images for sample in data.samples] == [(), ()]
+
+
 def test_tables_that_are_none(tmp_path):
     from datasets import Dataset
 

@@ -131,7 +131,8 @@ _SETTINGS = (
     "train.max_steps=0", "train.learning_rate=1e999", "train.learning_rate=.nan", "mod.floor=[[[[", "\x1b=1",
     "mod.floor=2020-99-99", "mod.weight_norm=[/q]", "train.seed=-1", "train.seed=1e30", f"train.seed={10**30}",
     "mod.first_layer=90", "mod.ratio=0.2",
-    "train.router_learning_rate=-1", "train.attn_implementation=[/q]", "train.max_steps=1e30", "\udcff=1",
+    "train.router_learning_rate=-1", "train.learning_rate=yes",
+    "train.epochs=1e300", "train.attn_implementation=[/q]", "train.max_steps=1e30", "\udcff=1",
 )  # fmt: skip
 _NAMES = (
     "x" * 5000,
@@ -210,14 +211,17 @@ _PLACES = (
 )
 """Outputs that are a user's, an input, above one, or no files."""
 
-_IGNORED = {
-    "visualize": ("--baseline", "pmod"),
-    "convert": ("--vision-tower", "dense"),
-    "convert back": ("--tokenizer", "dense"),
-    "diff": ("--min", "shapes=1"),
-    "generate": ("--frames", "4"),
-    "compare": ("--latency",),
-}
+_IGNORED = (
+    ("visualize", ("--baseline", "pmod")),
+    ("convert", ("--vision-tower", "dense")),
+    ("convert", ("--private",)),
+    ("convert back", ("--tokenizer", "dense")),
+    ("convert back", ("--any",)),
+    ("merge", ("--copy",)),
+    ("diff", ("--min", "shapes=1")),
+    ("generate", ("--frames", "4")),
+    ("compare", ("--latency",)),
+)
 
 
 def cases(good: Path) -> Iterator[Case]:
@@ -370,7 +374,7 @@ def _options() -> Iterator[Case]:
             words = COMMANDS[name]
             given = (*words[:place], value, *words[place + 1 :])
             yield _case(name, f"of {value!a:.40}", words=given, codes=(0, 1, 2))
-    for name, words in _IGNORED.items():
+    for name, words in _IGNORED:
         yield _case(name, f"{words[0]}, which it would ignore", more=words)
     for name in COMMANDS:
         yield _case(name, "an option that is not there", more=("--nosuch",))
@@ -462,6 +466,14 @@ def _data() -> Iterator[Case]:
     spoil = partial(files.set_value, "train/train.json", (0, "image"), "\x1b[31m.png")
     words = (*COMMANDS["finetune"], "--set", "train.max_bad_samples=1")
     yield _case("finetune", "a missing picture with codes", spoil, words=words, codes=(0,))
+    for suffix in ("json", "jsonl"):
+        spoil, words = (
+            partial(files.set_all, "train/train.json", "image", 3),
+            (*COMMANDS["check"], "--fix", f"out.{suffix}"),
+        )
+        yield _case(
+            "fix", f"no good record, {suffix}", spoil, words=words, says="no usable record", output=()
+        )
     for path in ("x.parquet", "user/name"):
         for kind in files.KINDS[:-1]:
             spoil = partial(files.place, path, kind)
@@ -544,6 +556,13 @@ def _surroundings() -> Iterator[Case]:
             prepare=partial(_largest_file, 2000),
             output=(),
         )
+    for name in ("finetune", "calibrate", "eval", "demo"):
+        words = (*EVAL, "--output", "out") if name == "eval" else COMMANDS[name]
+        yield _case(name, "a full disk at once", words=words, prepare=partial(_largest_file, 50), output=())
+    for name in ("convert", "convert back", "merge"):
+        for repository in ("", "a/b/c", "\x1b[31m", "\udcff", "user/name"):
+            words = (*COMMANDS[name], "--push-to-hub", repository)
+            yield _case(name, f"a push to {repository!a}", words=words, says="--push-to-hub", output=())
     dangling = partial(files.plant, {"dangling": "nowhere"})
     for place in ("~/x", ".pmod", "dangling/x"):
         yield _case("convert", f"onto {place}", dangling, words=("convert", "dense", place), output=())

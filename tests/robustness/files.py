@@ -345,6 +345,11 @@ def write(path: str, content: bytes) -> None:
     Path(path).write_bytes(content)
 
 
+def set_all(path: str, key: str, value: Any) -> None:
+    """Change a value in each record of a JSON list."""
+    write(path, json.dumps([record | {key: value} for record in json.loads(Path(path).read_text())]).encode())
+
+
 def set_value(path: str, keys: tuple[str | int, ...], value: Any) -> None:
     """Change one value of a JSON file, or of the first line of JSON Lines."""
     text = Path(path).read_text()
