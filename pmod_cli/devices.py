@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pmod_cli.output.errors import PmodError, first_line, told_as
+from pmod_cli.output.errors import PmodError, first_line, is_out_of_memory, told_as
 
 if TYPE_CHECKING:
     import torch
@@ -37,15 +37,6 @@ def find_device(device: str | torch.device | None) -> torch.device:
             f"no device {device} here: {first_line(error)}", "auto, cpu, cuda, cuda:0 ...; or leave it out"
         ) from error
     return found
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether it says that the device or the machine has no more memory."""
-    import torch
-
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
 
 
 def is_of_the_device(error: BaseException) -> bool:

@@ -97,7 +97,7 @@ class ModSettings(_Section):
 class LoraSettings(_Section):
     """LoRA on the decoder's linear layers; routers are trained in full beside it."""
 
-    r: int = Field(128, gt=0, lt=2**31)
+    r: int = Field(128, gt=0, le=8192)
     alpha: int = Field(256, gt=0, lt=2**31)
     dropout: float = Field(0.05, ge=0, lt=1)
 

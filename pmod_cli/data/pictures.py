@@ -125,10 +125,12 @@ class ImageColumn(_Loader):
         cell = self.table[int(row)][self.column]
         if place:
             cell = cell[int(place)]
+        if cell is None or not (cell["bytes"] is not None or cell["path"]):
+            raise BadSample("missing image", f"row {name}")
         if cell["bytes"] is not None:
             return cell["bytes"], f"row {name}"
         try:
-            path, root = real_path(cell["path"] or ""), real_path(self.root)
+            path, root = real_path(cell["path"]), real_path(self.root)
         except ValueError:  # a zero byte
             raise BadSample("missing image", f"row {name}") from None
         if not path.is_relative_to(root):

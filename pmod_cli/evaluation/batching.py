@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pmod_cli.devices import is_out_of_memory
 from pmod_cli.generation import Answer, VisionLanguageModel
+from pmod_cli.output.errors import is_out_of_memory
 from pmod_cli.prompts import Prompt
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from pmod_cli.output import signals
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, is_out_of_memory
 from pmod_cli.output.files import tag
 from pmod_cli.output.text import plain
 
@@ -135,7 +135,7 @@ def report_error(error: BaseException, debug: bool = False) -> int:
         where = f" ({error.filename})" if error.filename else ""
         _line(f"{os.strerror(error.errno)}{where}: {OS_HINTS[error.errno]}")
         return 2
-    if isinstance(error, MemoryError):
+    if is_out_of_memory(error):
         _line("out of memory (end other programs, or ask for less)")
         return 2
     if any(sign in str(error) for sign in _NO_PROCESS):

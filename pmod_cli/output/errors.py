@@ -58,6 +58,13 @@ def told_as(message: str, hint: str | None = None) -> Iterator[None]:
         raise PmodError(f"{message}: {first_line(error)}", hint) from error
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that the device or the machine has no more memory; torch, which has its own, is not imported."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's CPU allocator
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; the name of its kind if it says nothing."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -185,6 +185,16 @@ def test_a_table_in_which_no_row_has_a_picture(tmp_path, column):
     assert [sample.images for sample in data.samples] == [(), ()]
 
 
+def test_a_list_in_which_a_picture_is_missing(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pictures = pa.array([[None]], pa.list_(pa.binary()))
+    talk = [[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "So."}]]
+    pq.write_table(pa.table({"conversations": talk, "images": pictures}), tmp_path / "d.parquet")
+    assert check_data(tmp_path / "d.parquet", None)["counts"] == {"missing image": 1}
+
+
 def test_tables_that_are_none(tmp_path):
     from datasets import Dataset
 

@@ -132,7 +132,8 @@ _SETTINGS = (
     "mod.floor=2020-99-99", "mod.weight_norm=[/q]", "train.seed=-1", "train.seed=1e30", f"train.seed={10**30}",
     "mod.first_layer=90", "mod.ratio=0.2",
     "train.router_learning_rate=-1", "train.learning_rate=yes",
-    "train.epochs=1e300", "train.attn_implementation=[/q]", "train.max_steps=1e30", "\udcff=1",
+    "train.epochs=1e300", "train.lora={r: 100000}",
+    "train.attn_implementation=[/q]", "train.max_steps=1e30", "\udcff=1",
 )  # fmt: skip
 _NAMES = (
     "x" * 5000,
