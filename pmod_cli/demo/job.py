@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from pmod_cli.demo import commands, data, tight, world
 from pmod_cli.demo.commands import BATCH, Command
 from pmod_cli.extras import require, require_if_installed
 from pmod_cli.output.errors import PmodError
-from pmod_cli.output.files import locked, open_folder, replacing, tag, write_json
+from pmod_cli.output.files import copy_folder, locked, open_folder, replacing, tag, write_json
 from pmod_cli.output.marks import TAG
 from pmod_cli.output.reading import read_json, read_json_lines
 from pmod_cli.output.text import plain
@@ -239,7 +238,7 @@ def _scores(output: Path) -> dict[str, float]:
 
 def _copy_baseline(destination: Path) -> dict[str, str]:
     with data.replacing_folder(destination) as partial:
-        shutil.copytree(BASELINE, partial, dirs_exist_ok=True)
+        copy_folder(BASELINE, partial)
     return {"model": str(destination)}
 
 

@@ -207,6 +207,15 @@ def check_output(
     check_place(path, force, inputs)
 
 
+def copy_folder(old: Path, new: Path) -> None:
+    """Copy a folder with its files; of a full disk the error is the system's, not `shutil.copytree`'s list of all."""
+    for folder, _, names in os.walk(old):
+        here = new / Path(folder).relative_to(old)
+        here.mkdir(exist_ok=True)
+        for name in names:
+            shutil.copy2(Path(folder, name), here)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder with all that is in it, if pmod wrote it all; else a `PmodError`."""
     if not is_ours(folder):

@@ -13,7 +13,7 @@ import yaml
 
 from pmod_cli import __version__, plots
 from pmod_cli.output.errors import PmodError, first_line
-from pmod_cli.output.files import remove_folder, replacing, tag, to_json
+from pmod_cli.output.files import copy_folder, remove_folder, replacing, tag, to_json
 from pmod_cli.output.marks import is_ours
 from pmod_cli.output.versions import versions
 from pmod_cli.recipe import Recipe
@@ -58,7 +58,7 @@ def save_result(
             processor.save_pretrained(folder)
             shutil.copy(work / METRICS, folder / METRICS)
             if (work / EVENTS).is_dir():
-                shutil.copytree(work / EVENTS, folder / EVENTS)
+                copy_folder(work / EVENTS, folder / EVENTS)
             made_with = {"pmod": __version__, **versions("torch", "transformers", "accelerate")}
             (folder / "training.json").write_bytes(
                 to_json({**tag("finetune"), **summary, "versions": made_with})
@@ -78,7 +78,7 @@ def save_result(
         if reason is None:
             raise
         raise PmodError(
-            f"cannot write {output}: {reason}", "the last checkpoint is kept: free some space and --resume"
+            f"cannot write {output}: {reason}", "the last checkpoint is kept: make room there and --resume"
         ) from error
     if is_ours(work):
         remove_folder(work)
