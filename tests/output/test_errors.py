@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers import Tokenizer, models
 
-from pmod_cli.output.errors import PmodError, told_as
+from pmod_cli.output.errors import PmodError, first_line, told_as
 
 
 def test_a_panic_of_the_tokenizers_library():
@@ -20,3 +20,11 @@ def test_a_panic_of_the_tokenizers_library():
 def test_what_stops_a_program_goes_through(error):
     with pytest.raises(error), told_as("cannot load it"):
         raise error
+
+
+def test_a_first_line_that_ends_in_a_colon_says_nothing_yet():
+    assert first_line(ValueError("Validation error for 'a':\n  int expected\nmore")) == (
+        "Validation error for 'a': int expected"
+    )
+    assert first_line(ValueError("\n no\nmore")) == "no"
+    assert first_line(ValueError()) == "ValueError"
