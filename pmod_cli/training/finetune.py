@@ -33,6 +33,7 @@ from pmod_cli.training.trainer import (
     KEPT_CHECKPOINTS,
     STAGING,
     PmodTrainer,
+    check_complete,
     checkpoint_bytes,
     checkpoint_step,
     last_checkpoint,
@@ -116,6 +117,8 @@ class _Run:
         self.work = self.output.with_name(self.output.name + ".training")
         self.checkpoint = last_checkpoint(self.work) if resume else None
         self.shards = preflight.sharding()
+        if self.checkpoint is not None and not self.shards:
+            check_complete(self.checkpoint)
         # LoRA adapters and shards are no ordinary checkpoints: the Trainer itself loads them into the wrapped model.
         self.loads_checkpoint = self.checkpoint is not None and recipe.train.lora is None and not self.shards
         preflight.check_model(model, recipe)

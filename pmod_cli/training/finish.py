@@ -12,13 +12,13 @@ import torch
 import yaml
 
 from pmod_cli import __version__, plots
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import first_line
 from pmod_cli.output.files import copy_folder, remove_folder, replacing, tag, to_json
 from pmod_cli.output.marks import is_ours
 from pmod_cli.output.versions import versions
 from pmod_cli.recipe import Recipe
 from pmod_cli.training.monitor import read_metrics
-from pmod_cli.training.trainer import unwritable
+from pmod_cli.training.trainer import writing
 
 METRICS = "metrics.jsonl"
 EVENTS = "runs"
@@ -50,36 +50,27 @@ def save_result(
     if merge_lora:
         network = network.merge_and_unload()
     network.to(getattr(torch, recipe.train.dtype))
-    try:
-        with replacing(output, force=force) as folder:
-            folder.mkdir()
-            network.save_pretrained(folder)
-            _name_base(folder / "README.md", summary["model"])
-            processor.save_pretrained(folder)
-            shutil.copy(work / METRICS, folder / METRICS)
-            if (work / EVENTS).is_dir():
-                copy_folder(work / EVENTS, folder / EVENTS)
-            made_with = {"pmod": __version__, **versions("torch", "transformers", "accelerate")}
-            (folder / "training.json").write_bytes(
-                to_json({**tag("finetune"), **summary, "versions": made_with})
-            )
-            text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
-            (folder / "recipe.yaml").write_text(text)
-            try:
-                _draw(read_metrics(folder / METRICS), folder / "training.png")
-            except OSError:
-                raise
-            except (
-                Exception
-            ) as error:  # matplotlib is not there, or a resumed run's metrics are not what they were
-                _log.warning("no training.png: %s", first_line(error))
-    except Exception as error:
-        reason = unwritable(error)
-        if reason is None:
+    hint = "the last checkpoint is kept: make room there and --resume"
+    with writing(f"cannot write {output}", hint), replacing(output, force=force) as folder:
+        folder.mkdir()
+        network.save_pretrained(folder)
+        _name_base(folder / "README.md", summary["model"])
+        processor.save_pretrained(folder)
+        shutil.copy(work / METRICS, folder / METRICS)
+        if (work / EVENTS).is_dir():
+            copy_folder(work / EVENTS, folder / EVENTS)
+        made_with = {"pmod": __version__, **versions("torch", "transformers", "accelerate")}
+        (folder / "training.json").write_bytes(to_json({**tag("finetune"), **summary, "versions": made_with}))
+        text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+        (folder / "recipe.yaml").write_text(text)
+        try:
+            _draw(read_metrics(folder / METRICS), folder / "training.png")
+        except OSError:
             raise
-        raise PmodError(
-            f"cannot write {output}: {reason}", "the last checkpoint is kept: make room there and --resume"
-        ) from error
+        except (
+            Exception
+        ) as error:  # matplotlib is not there, or a resumed run's metrics are not what they were
+            _log.warning("no training.png: %s", first_line(error))
     if is_ours(work):
         remove_folder(work)
     else:

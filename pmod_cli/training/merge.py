@@ -20,6 +20,7 @@ from pmod_cli.modeling.names import is_router
 from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.output.files import replacing
 from pmod_cli.recipe import load_recipe
+from pmod_cli.training.trainer import writing
 
 
 def merge_adapter(
@@ -80,7 +81,8 @@ def merge_adapter(
         model = wrapped.merge_and_unload(safe_merge=True).to(getattr(torch, dtype))
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     check_space(destination, size)
-    with replacing(destination, force=force) as folder:
+    room = "make room there, or choose another place"
+    with writing(f"cannot write {destination}", room), replacing(destination, force=force) as folder:
         folder.mkdir()
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -9,6 +9,7 @@ for transformers 5.17 to 5.x and accelerate 1.10 to 1.x; `tests/training/test_pa
   not reach the weights. ``on_pre_optimizer_step`` does not get the norm.
 - ``Trainer._load_from_checkpoint``: it takes the file's names as they are, with ``strict=False``. A LLaVA's file has
   other names than the model (``language_model.model...``), so it would silently go on from the initial weights.
+- ``Trainer._load_optimizer_and_scheduler`` and ``_load_rng_state``: what they raise over a damaged file is of any kind.
 - ``Trainer._get_output_dir`` and ``_save_checkpoint``: a checkpoint is written aside and renamed into place.
 - ``fsdp_plugin.transformer_cls_names_to_wrap``: a p-MoD model has decoder layers of two classes, and the launcher's
   config file cannot know which.
@@ -21,9 +22,11 @@ for transformers 5.17 to 5.x and accelerate 1.10 to 1.x; `tests/training/test_pa
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,13 +38,15 @@ from transformers.trainer_callback import PrinterCallback
 
 from pmod_cli.data.batches import OrderedSampler
 from pmod_cli.modeling.names import is_router
-from pmod_cli.output.errors import GateError, PmodError, first_line
+from pmod_cli.output.errors import GateError, PmodError, first_line, told_as
+from pmod_cli.output.reading import read_json
 from pmod_cli.training.distill import answer_logprobs, divergence, teacher_logprobs
 from pmod_cli.training.monitor import BadSampleLog
 
 STAGING = "saving"
 """Folder, beside the checkpoints, in which the next one is written before it is renamed into place."""
 KEPT_CHECKPOINTS = 2
+_REMOVE = "remove it, and --resume goes on from the one before"
 
 
 class PmodTrainer(Trainer):
@@ -169,6 +174,14 @@ class PmodTrainer(Trainer):
         if not self.weights_loaded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with told_as(f"cannot resume from {checkpoint}", _REMOVE):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with told_as(f"cannot resume from {checkpoint}", _REMOVE):
+            super()._load_rng_state(checkpoint)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(Path(self.args.output_dir) / STAGING)
 
@@ -176,16 +189,9 @@ class PmodTrainer(Trainer):
         """Write a checkpoint beside its place and rename it there: it is complete or absent."""
         work = Path(self.args.output_dir)
         name = f"checkpoint-{self.state.global_step}"
-        try:
+        what = f"step {self.state.global_step}: cannot write a checkpoint in {work}"
+        with writing(what, f"make room there{' and go on with --resume' if last_checkpoint(work) else ''}"):
             super()._save_checkpoint(model, trial)
-        except Exception as error:
-            reason = unwritable(error)
-            if reason is None:
-                raise
-            raise PmodError(
-                f"step {self.state.global_step}: cannot write a checkpoint in {work}: {reason}",
-                "free some space and go on with --resume" if last_checkpoint(work) else "free some space",
-            ) from error
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             (work / STAGING / name).replace(work / name)
@@ -211,7 +217,21 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a training folder, by step."""
-    return sorted(folder.glob("checkpoint-*"), key=checkpoint_step)
+    found = [
+        path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]{1,18}", path.name)
+    ]
+    return sorted(found, key=checkpoint_step)
+
+
+def check_complete(checkpoint: Path) -> None:
+    """Refuse a checkpoint of another step, or without a file that the Trainer would silently go on without."""
+    for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
+        if not (checkpoint / name).is_file():
+            raise PmodError(f"cannot resume from {checkpoint}: it has no {name}", _REMOVE)
+    if read_json(checkpoint / "trainer_state.json").get("global_step") != checkpoint_step(checkpoint):
+        raise PmodError(
+            f"cannot resume from {checkpoint}: its trainer_state.json is of another step", _REMOVE
+        )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -239,17 +259,21 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def unwritable(error: BaseException) -> str | None:
-    """Why a file could not be written, if that is what the error says; torch and safetensors have their own."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
-        return "the disk took only a part of it"
-    return (
-        first_line(error)
-        if any(word in str(error) for word in ("I/O error", "IoError", "No space left"))
-        else None
-    )
+@contextmanager
+def writing(message: str, hint: str) -> Iterator[None]:
+    """Make a `PmodError` of what says that a file cannot be written; torch and safetensors have errors of their own."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+        elif any(word in str(error) for word in ("PytorchStreamWriter", "inline_container")):
+            reason = "the disk took only a part of it"
+        elif any(word in str(error) for word in ("I/O error", "IoError", "No space left")):
+            reason = first_line(error)
+        else:
+            raise
+        raise PmodError(f"{message}: {reason}", hint) from error
 
 
 def _layer_classes(network: nn.Module) -> list[str]:

@@ -99,7 +99,7 @@ _READS: dict[str, tuple[str, ...]] = {
     "resume": (
         "stopped.training/run.json",
         "stopped.training/metrics.jsonl",
-        "stopped.training/checkpoint-1/trainer_state.json",
+        "stopped.training/checkpoint-2/trainer_state.json",
         "stopped.training/.pmod",
     ),
     "calibrate": ("train/train.json", "pmod/config.json"),
@@ -310,6 +310,21 @@ def _formats(good: Path) -> Iterator[Case]:
         for kind, content in files.weights((good / path).read_bytes()).items():
             yield _case(name, f"{path} {kind}", partial(files.write, path, content), codes=(0, 2))
 
+    for leaf in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        path = f"stopped.training/checkpoint-2/{leaf}"
+        for kind, content in {
+            "empty": b"",
+            "of zeros": bytes(5000),
+            "cut": (good / path).read_bytes()[:700],
+        }.items():
+            # The random numbers' state is not read after the last step.
+            codes = (0, 2) if leaf == "rng_state.pth" else (2,)
+            yield _case("resume", f"{path} {kind}", partial(files.write, path, content), codes=codes)
+        yield _case("resume", f"{path} is gone", partial(_unlink, path), codes=codes)
+    yield _case(
+        "resume", "a folder checkpoint-x", partial(_make, "stopped.training/checkpoint-x"), codes=(0,)
+    )
+    yield _case("resume", "an empty checkpoint-9", partial(_make, "stopped.training/checkpoint-9"))
     for value in ("../dense/model.safetensors", "/etc/passwd", "w.bin", "gone.safetensors", 3):
         for name in ("inspect", "convert back", "generate", "latency", "visualize", "finetune", "calibrate"):
             path = "pmod/model.safetensors.index.json"
@@ -346,6 +361,14 @@ def _formats(good: Path) -> Iterator[Case]:
         for name in ("generate", "finetune", "calibrate", "merge"):
             spoil = partial(files.set_value, "pmod/config.json", keys, size)
             yield _case(name, f"{keys[1]} {size}", spoil)
+
+
+def _unlink(path: str) -> None:
+    Path(path).unlink()
+
+
+def _make(path: str) -> None:
+    Path(path).mkdir()
 
 
 def _rename_shard(path: str, value: object) -> None:
@@ -560,6 +583,7 @@ def _surroundings() -> Iterator[Case]:
     for name in ("finetune", "calibrate", "eval", "demo"):
         words = (*EVAL, "--output", "out") if name == "eval" else COMMANDS[name]
         yield _case(name, "a full disk at once", words=words, prepare=partial(_largest_file, 50), output=())
+    yield _case("merge", "files of 5000 bytes alone", prepare=partial(_largest_file, 5000), output=())
     for name in ("convert", "convert back", "merge"):
         for repository in ("", "a/b/c", "\x1b[31m", "\udcff", "user/name"):
             words = (*COMMANDS[name], "--push-to-hub", repository)

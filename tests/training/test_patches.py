@@ -15,6 +15,8 @@ OVERRIDDEN = {
     "_get_train_sampler": ["self", "train_dataset"],
     "_get_grad_norm": ["self", "model", "grad_norm"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_load_rng_state": ["self", "checkpoint"],
     "_get_output_dir": ["self", "trial"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_run_epoch": None,  # passed on as it comes
