@@ -117,8 +117,6 @@ class _Run:
         self.work = self.output.with_name(self.output.name + ".training")
         self.checkpoint = last_checkpoint(self.work) if resume else None
         self.shards = preflight.sharding()
-        if self.checkpoint is not None and not self.shards:
-            check_complete(self.checkpoint)
         # LoRA adapters and shards are no ordinary checkpoints: the Trainer itself loads them into the wrapped model.
         self.loads_checkpoint = self.checkpoint is not None and recipe.train.lora is None and not self.shards
         preflight.check_model(model, recipe)
@@ -153,6 +151,8 @@ class _Run:
                             shutil.rmtree(path) if path.is_dir() else path.unlink()
                     digest, resuming = self.conversations.fingerprint, self.checkpoint is not None
                     preflight.check_identity(self.work, self.recipe, self.model, digest, resuming)
+                    if self.checkpoint is not None and not self.shards:
+                        check_complete(self.checkpoint)
             except OSError as error:
                 raise PmodError(
                     f"cannot write {self.work}: {error.strerror}", "choose another --output"
