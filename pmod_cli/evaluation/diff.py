@@ -180,9 +180,7 @@ def pictures_of(
     found = {}
     for name, doc_id in wanted:
         if name in loaded and 0 <= doc_id < len(loaded[name].eval_docs):
-            with contextlib.suppress(
-                Exception
-            ):  # data of other days, or broken: the answers are shown without
+            with contextlib.suppress(Exception):  # data of other days: the answers are shown without
                 visuals = loaded[name].doc_to_visual(loaded[name].eval_docs[doc_id]) or []
                 found[name, doc_id] = [as_rgb(each) for each in visuals if isinstance(each, Image.Image)]
     return found

@@ -67,9 +67,7 @@ def save_result(
             _draw(read_metrics(folder / METRICS), folder / "training.png")
         except OSError:
             raise
-        except (
-            Exception
-        ) as error:  # matplotlib is not there, or a resumed run's metrics are not what they were
+        except Exception as error:  # no matplotlib, or metrics that are not what they were
             _log.warning("no training.png: %s", first_line(error))
     if is_ours(work):
         remove_folder(work)
@@ -85,7 +83,7 @@ def _name_base(path: Path, name: str) -> None:
 
     card, tag = ModelCard.load(path), "base_model:adapter:"
     card.data.base_model = name
-    card.data.tags = [tag + name if each.startswith(tag) else each for each in card.data.tags]
+    card.data.tags = [tag + name if each.startswith(tag) else each for each in card.data.tags or ()]
     card.save(path)
 
 
