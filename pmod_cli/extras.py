@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -59,6 +61,12 @@ def _lock_files() -> None:
         prepare()
 
 
+def _settings_file() -> str | None:
+    """What mends an import of matplotlib where a file of the user's stands in its way."""
+    found = Path("matplotlibrc").exists()
+    return "correct or rename the working folder's matplotlibrc, which it reads" if found else None
+
+
 _LMMS_EVAL = ("lmms_eval", "lmms_eval.evaluator", "lmms_eval.models", "lmms_eval.tasks")
 # More than the package itself: a folder of its name that is empty can be imported, too.
 _DATASETS = ("datasets", "datasets.config", "datasets.exceptions")
@@ -74,7 +82,7 @@ OPTIONAL = {
         Package("fvcore", ("fvcore", "fvcore.nn"), "profile"),
         Package("peft", ("peft", "peft.peft_model"), "train"),
         Package("tensorboard", _TENSORBOARD, "train"),
-        Package("matplotlib", _MATPLOTLIB, "plot"),
+        Package("matplotlib", _MATPLOTLIB, "plot", mend=_settings_file),
         Package("liger-kernel", ("liger_kernel", "liger_kernel.transformers"), "kernels"),
         Package("num2words", ("num2words",), "smolvlm"),
         Package("av", ("av",), "video"),
@@ -129,20 +137,52 @@ def import_for_real(package: Package, extra: str | None = None) -> None:
         if not installed(package.root):
             raise MissingExtraError(package.name, extra) from None
         name = " ".join(filter(None, (package.name, version_of(package.name))))
-        raise BrokenPackageError(name, reason(error), import_remedy(package, extra, error)) from error
+        why = reason(error)
+        raise BrokenPackageError(name, why, import_remedy(package, extra, why, error)) from error
 
 
 @contextlib.contextmanager
 def starting(command: str) -> Iterator[None]:
     """Around the imports of a command: a broken requirement of pmod itself is a one-line error, too."""
+    _refuse_unfit_process()
     try:
         yield
     except PmodError:
         raise
     except (Exception, SystemExit) as error:
+        why = reason(error)
+        hint = _variables(why) or "pmod doctor says what is broken"
+        raise PmodError(f"pmod {command} cannot start: {why}", hint) from error
+
+
+def _refuse_unfit_process() -> None:
+    """Refuse what libraries would end the program over, or with words that say nothing."""
+    if sys.flags.optimize > 1:
         raise PmodError(
-            f"pmod {command} cannot start: {reason(error)}", "pmod doctor says what is broken"
-        ) from error
+            "transformers needs docstrings, which Python drops here", "unset PYTHONOPTIMIZE, no -OO"
+        )
+    os.umask(mask := os.umask(0o077))
+    if mask & 0o700:
+        raise PmodError(f"umask {mask:03o} takes from you what is written", "umask 022 is usual")
+    for name, value in os.environ.items():
+        if _ALLOCATOR.fullmatch(name) and not _ALLOCATOR_SETTINGS.fullmatch(value):  # torch would abort
+            raise PmodError(f"{name}={value} in the environment is not KEY:VALUE,...", "correct or unset it")
+
+
+_ALLOCATOR = re.compile("PYTORCH_((CUDA|HIP)_)?ALLOC_CONF")
+_ALLOCATOR_SETTINGS = re.compile(r"(\s*\w+\s*:\s*(\[[^]]*\]|[^][:,]+)(,|$))*")
+
+
+def _variables(why: str) -> str | None:
+    """What mends a failed import if a variable of the environment, or its value, stands in its `reason`."""
+    if not why.startswith(("ValueError", "FileExistsError", "NotADirectoryError", "FileNotFoundError")):
+        return None
+    found = [
+        name
+        for name, value in os.environ.items()
+        if ("_" in name and re.search(rf"\b{re.escape(name)}\b", why)) or (value and repr(value) in why)
+    ]
+    return f"in the environment, correct or unset {' or '.join(found)}" if found else None
 
 
 def reason(error: BaseException) -> str:
@@ -158,8 +198,12 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def import_remedy(package: Package, extra: str | None, error: BaseException | None = None) -> str:
-    """What mends a failed import, by what it raised. To install again does not, if something else is in the way."""
+def import_remedy(
+    package: Package, extra: str | None, why: str = "", error: BaseException | None = None
+) -> str:
+    """What mends a failed import, by its `reason`. To install again does not, if something else is in the way."""
+    if better := _variables(why):
+        return better
     if (other := _hiding(package)) is not None:
         return f"{other} is imported in its place: rename it"
     if package.mend is not None and (better := package.mend()):

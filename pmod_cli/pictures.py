@@ -24,7 +24,10 @@ MAX_ASPECT = 100
 
 LARGEST = 2**29
 """Bytes of a picture's file."""
+MOST_PIXELS = 110_000_000
+"""Of one picture; a camera of 108 megapixels has fewer, and each takes 8 bytes on its way into a processor."""
 
+_ROWS = 256  # worked on at once, where they take more on the way
 _UPRIGHT = 1
 _ORIENTATION = 0x0112
 _LYING = range(5, 9)
@@ -133,12 +136,13 @@ def as_rgb(image: Image.Image) -> Image.Image:
     What is transparent lies on white. An animation is its first frame. ``info["notes"]`` lists what was done.
 
     Raises:
-        PictureError: One side is more than `MAX_ASPECT` times the other, or Pillow knows no way to RGB.
+        PictureError: One side is more than `MAX_ASPECT` times the other, it has more than `MOST_PIXELS`, or Pillow
+            knows no way to RGB.
     """
     if "notes" in image.info and image.mode == "RGB":
         return image
     _refuse_extreme(*image.size)
-    notes: list[str] = []
+    given, notes = image, list[str]()
     kind, animated = image.format, getattr(image, "is_animated", False)
     if animated and kind != "MPO":  # a phone's MPO holds a second view or a preview
         notes.append("animation or several pages: the first is used")
@@ -150,7 +154,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
         notes.append(f"{image.mode} colours converted")
     try:
-        rgb = image.convert("RGB") if image.mode != "RGB" else image.copy()
+        rgb = image.convert("RGB") if image.mode != "RGB" else image.copy() if image is given else image
     except ValueError as error:
         raise PictureError("", first_line(error)) from error
     bands: Any = rgb.getextrema()
@@ -168,6 +172,8 @@ def notes_of(image: Image.Image) -> list[str]:
 def _refuse_extreme(width: int, height: int) -> None:
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise PictureError("", f"{width} x {height}: one side is more than {MAX_ASPECT} times the other")
+    if width * height > MOST_PIXELS:
+        raise PictureError("", f"{width} x {height} are more than {MOST_PIXELS:,} pixels; scale it down")
 
 
 def _orientation(image: Image.Image) -> int | None:
@@ -192,7 +198,7 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _to_8_bit(image: Image.Image, kind: str | None, notes: list[str]) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+    values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0)
     low, high = float(values.min()), float(values.max())
     sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and kind == "PNG")
     whites = (65535,) if sixteen_bit else (1, 255, 65535) if image.mode == "F" else (255, 65535)
@@ -201,19 +207,24 @@ def _to_8_bit(image: Image.Image, kind: str | None, notes: list[str]) -> Image.I
         f"{'16-bit' if sixteen_bit else 'float' if image.mode == 'F' else '32-bit'} greyscale scaled"
     )
     largest = float(white or high - low)
-    if white is None:
-        values = values - low
-    elif sixteen_bit and 0 < high < largest / 16:
+    if white and sixteen_bit and 0 < high < largest / 16:
         notes.append("suspicious: 16-bit greyscale that uses less than a sixteenth of its range")
-    return Image.fromarray(np.rint(values * (255 / (largest or 1))).astype(np.uint8))
+    least, grey = 0 if white else low, np.empty(values.shape, np.uint8)
+    for row, line in enumerate(values):  # not all at once, as each pixel takes 8 bytes meanwhile
+        grey[row] = np.rint((line.astype(np.float64) - least) * (255 / (largest or 1)))
+    return Image.fromarray(grey)
 
 
 def _on_white(image: Image.Image, notes: list[str]) -> Image.Image:
-    image = image.convert("RGBA")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
     if image.getchannel("A").getextrema()[0] == 255:
         return image.convert("RGB")
     notes.append("transparency laid on white")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    rgb = Image.new("RGB", image.size)
+    for top in range(0, image.height, _ROWS):
+        part = image.crop((0, top, image.width, min(top + _ROWS, image.height)))
+        rgb.paste(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), (0, top))
+    return rgb
 
 
 def _sayings(heard: list[Any]) -> list[str]:

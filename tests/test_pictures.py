@@ -77,6 +77,7 @@ def test_palette_cmyk_and_animation():
         (b"no picture", "not an image that Pillow can read"),
         (saved(two_halves())[:60], "truncated|broken|cut|not an image"),
         (saved(Image.new("RGB", (1, 1500))), "1 x 1500: one side is more than 100 times the other"),
+        (saved(Image.new("1", (13000, 13000))), "13000 x 13000 are more than 110,000,000 pixels"),
     ],
 )
 def test_what_cannot_be_used(content, reason):

@@ -39,7 +39,7 @@ def examine(limit: float = LIMIT) -> dict[str, Any]:
         check = found[f"package {root}"]
         broken = check["status"] == "broken"
         if broken and check["remedy"] is None:  # its process did not live to say
-            check["remedy"] = import_remedy(package, package.extra)
+            check["remedy"] = import_remedy(package, package.extra, str(check["error"] or ""))
         packages.append(
             {
                 "name": package.name,

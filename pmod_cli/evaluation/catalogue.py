@@ -18,6 +18,14 @@ from pmod_cli.output.reading import check_regular
 _BUILDERS = ("csv", "json", "parquet", "text", "pandas", "arrow", "imagefolder", "webdataset")
 """Data set paths that name a kind of file."""
 _MOST_REPEATS = 1000
+_KINDS: dict[str, tuple[type, str]] = {
+    **dict.fromkeys(("metric_list", "filter_list"), (list, "a list")),
+    **dict.fromkeys(("dataset_name", "training_split", "validation_split", "test_split"), (str, "text")),
+    **dict.fromkeys(
+        ("dataset_kwargs", "generation_kwargs", "lmms_eval_specific_kwargs"), (dict, "a mapping")
+    ),
+}
+"""What a task's values are, where they are given."""
 
 
 def import_lmms_eval() -> None:
@@ -69,7 +77,7 @@ class Tasks:
         try:
             return Manager(include_path=list(folders), include_defaults=False, model_name=self.task_name)
         except Exception as error:  # a YAML error, a missing include, a document that is no mapping ...
-            what = " ".join(str(error).split())
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise PmodError(f"a task file below {', '.join(folders)} cannot be read: {what}") from error
 
     def leaves(self, name: str) -> list[str]:
@@ -82,6 +90,8 @@ class Tasks:
         if entry["type"] in ("task", "python_task"):
             return [name]
         members = self.config(name)["task"] if entry["task"] == -1 else entry["task"]
+        if not members:
+            raise PmodError(f"{name} is a group without tasks", f"see {self.file(name)}")
         if not all(isinstance(member, str) for member in members):
             raise PmodError(f"{name} is a group that changes its tasks' settings", "name its tasks instead")
         return [leaf for member in members for leaf in self.leaves(member)]
@@ -139,8 +149,11 @@ class Tasks:
 
 def _check_shapes(config: dict[str, Any]) -> None:
     """Refuse values of another kind than what reads them takes them for."""
+    for key, (kind, what) in _KINDS.items():
+        if config.get(key) is not None and not isinstance(config[key], kind):
+            raise ValueError(f"{key} is {config[key]!r:.40}, not {what}")
     metrics, repeats = config.get("metric_list") or [], config.get("repeats", 1)
-    if not isinstance(metrics, list) or not all(isinstance(metric, dict) for metric in metrics):
+    if not all(isinstance(metric, dict) for metric in metrics):
         raise ValueError("metric_list is no list of mappings")
     if not isinstance(repeats, int) or not 1 <= repeats <= _MOST_REPEATS:
         raise ValueError(f"repeats is {repeats!r}, not a number from 1 to {_MOST_REPEATS}")

@@ -12,7 +12,7 @@ from pmod_cli.checkpoints.write import free_space
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.evaluation.judges import missing_key
 from pmod_cli.evaluation.metrics import METRICS
-from pmod_cli.output.errors import PmodError
+from pmod_cli.output.errors import PmodError, told_as
 
 FURTHER_DATA = {"gqa": ("lmms-lab-encoder/GQA", "testdev_balanced_images")}
 """Data set that a task's own code loads besides the one in its YAML (unless its ``process_docs`` is replaced)."""
@@ -227,10 +227,15 @@ def cached(path: str, name: str | None) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where lmms-eval lets ``datasets`` keep its copies: it has rules of its own, for remote file systems too."""
+    """Where lmms-eval lets ``datasets`` keep its copies: it has rules of its own, for remote file systems too.
+
+    Raises:
+        PmodError: It cannot be made, as for a user without a home.
+    """
     from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
 
-    return Path(_resolve_hf_datasets_cache_dir())
+    with told_as("the cache of data sets cannot be made", "have HF_HOME name a folder that you may write"):
+        return Path(_resolve_hf_datasets_cache_dir())
 
 
 def _missing_files(path: str, options: dict[str, Any]) -> str | None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from pmod_cli.cli import main
 from pmod_cli.demo import data
 from pmod_cli.demo.job import BASELINE
+from pmod_cli.extras import OPTIONAL, import_remedy, starting
+from pmod_cli.output.errors import PmodError
 
 EXTRAS = ("lmms_eval", "fvcore", "datasets", "matplotlib", "peft", "tensorboard")
 
@@ -184,3 +188,31 @@ def test_a_run_outlives_a_broken_matplotlib(training, take_away, tmp_path, monke
     assert code == 0
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert not (tmp_path / "out" / "training.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "raised", "hint"),
+    [
+        (
+            "TQDM_MININTERVAL",
+            "x",
+            ValueError("could not convert string to float: 'x'"),
+            "unset TQDM_MININTERVAL",
+        ),
+        ("TORCH_LOGS", "y", ValueError("Invalid log settings: y, see TORCH_LOGS=help"), "unset TORCH_LOGS"),
+        ("TORCH_LOGS", "y", ModuleNotFoundError("No module named 'y'"), "pmod doctor"),
+        ("PYTORCH_ALLOC_CONF", "x", None, "unset it"),
+        ("PYTORCH_ALLOC_CONF", "roundup_power2_divisions:[256:1,>:4],max_split_size_mb: 9", None, None),
+    ],
+)
+def test_variables_that_break_an_import_are_named(name, value, raised, hint, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(PmodError, match=hint) if hint else nullcontext(), starting("generate"):
+        if raised is not None:
+            raise raised
+
+
+def test_a_broken_file_of_matplotlibs_settings_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("matplotlibrc").write_bytes(b"font.size: 9  # \xe9")
+    assert "working folder's matplotlibrc" in import_remedy(OPTIONAL["matplotlib"], "plot")

@@ -593,6 +593,10 @@ def _surroundings() -> Iterator[Case]:
         yield _case("convert", f"onto {place}", dangling, words=("convert", "dense", place), output=())
     for name in ("convert", "finetune", "visualize", "report", "fix"):
         yield _case(name, "in a folder that is gone", _leave, says="the working folder is gone")
+    for name in ("convert", "generate", "eval", "report"):
+        yield _case(name, "umask 777", prepare=partial(os.umask, 0o777), says="umask 777")
+        variable = "PYTORCH_ALLOC_CONF"  # over which torch would abort
+        yield _case(name, f"{variable}=x", environment={variable: "x"}, says=variable)
     for name in COMMANDS:
         if name not in ("demo", "doctor", "serve"):
             yield _case(name, "among names with codes", _odd_names, codes=(0, 1))

@@ -64,10 +64,14 @@ TASKS: dict[str, bytes] = {
     "another name": b"task: other\n",
     "a name that leads out": b"task: ../shapes\ndataset_path: parquet\n",
     "markup": b"task: '[/q]'\n",
+    "a group of none": b"group: shapes\ntask: []\n",
+    "includes itself": b"include: shapes.yaml\ntask: shapes\n",
 }
 TASK_LINES: dict[str, tuple[str, str]] = {
     "metrics that are text": ("metric_list: x", ""),
     "repeats beyond reason": ("repeats: 1000000", ""),
+    "keywords that are a number": ("dataset_kwargs: 5", ""),
+    "a split that is a number": ("test_split: 5", ""),
     "code that ends the program": ("doc_to_text: !function u.f", "import sys\ndef f(doc): sys.exit(0)\n"),
     "code that gives no score": ("process_results: !function u.f", "def f(doc, results): return None\n"),
 }
@@ -107,6 +111,9 @@ def pictures() -> dict[str, bytes]:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64)).save(buffer, "PNG")
     whole = buffer.getvalue()
+    buffer = io.BytesIO()
+    Image.new("1", (13_000, 13_000)).save(buffer, "PNG")
+    bits = buffer.getvalue()
     kept = PngImagePlugin.PngInfo()
     kept.add_text("Software", "pmod visualize\x1b[31m")
     buffer = io.BytesIO()
@@ -118,6 +125,7 @@ def pictures() -> dict[str, bytes]:
         "head alone": whole[:8],
         "bomb": png(100_000, 100_000),
         "larger bomb": png(2**31 - 1, 2**31 - 1),
+        "of bits": bits,
         "no width": png(0, 10),
         "huge text": png(10, 10, _chunk(b"zTXt", b"Software\0\0" + text)),
         "many texts": png(10, 10, _chunk(b"tEXt", b"Software\0" + b"x" * 1000) * 5000),
