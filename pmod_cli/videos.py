@@ -124,8 +124,9 @@ def _opened(file: Path) -> Iterator[Any]:
     with file.open("rb") as stream:
         try:
             container = av.open(stream, options=options)
-        except (ValueError, av.InvalidDataError):
-            raise PmodError(f"cannot read video {file}: it is none in a format that is read here") from None
+        except (ValueError, av.FFmpegError):  # whose words are of sockets and devices
+            what = "it is none in a format that is read here, or broken"
+            raise PmodError(f"cannot read video {file}: {what}") from None
         with container:
             yield container
 

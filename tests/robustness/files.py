@@ -73,6 +73,10 @@ TASK_LINES: dict[str, tuple[str, str]] = {
     "keywords that are a number": ("dataset_kwargs: 5", ""),
     "a split that is a number": ("test_split: 5", ""),
     "code that ends the program": ("doc_to_text: !function u.f", "import sys\ndef f(doc): sys.exit(0)\n"),
+    "code whose score is endless": (
+        "process_results: !function u.f",
+        "def f(*a): return {'exact_match': 1e999}\n",
+    ),
     "code that gives no score": ("process_results: !function u.f", "def f(doc, results): return None\n"),
 }
 """By kind, a line for the good task, and code that it names."""
