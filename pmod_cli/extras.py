@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError
+from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError, variables_in
 from pmod_cli.output.versions import version_of
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def starting(command: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         why = reason(error)
-        hint = _variables(why) or "pmod doctor says what is broken"
+        hint = variables_in(why) or "pmod doctor says what is broken"
         raise PmodError(f"pmod {command} cannot start: {why}", hint) from error
 
 
@@ -173,18 +173,6 @@ _ALLOCATOR = re.compile("PYTORCH_((CUDA|HIP)_)?ALLOC_CONF")
 _ALLOCATOR_SETTINGS = re.compile(r"(\s*\w+\s*:\s*(\[[^]]*\]|[^][:,]+)(,|$))*")
 
 
-def _variables(why: str) -> str | None:
-    """What mends a failed import if a variable of the environment, or its value, stands in its `reason`."""
-    if not why.startswith(("ValueError", "FileExistsError", "NotADirectoryError", "FileNotFoundError")):
-        return None
-    found = [
-        name
-        for name, value in os.environ.items()
-        if ("_" in name and re.search(rf"\b{re.escape(name)}\b", why)) or (value and repr(value) in why)
-    ]
-    return f"in the environment, correct or unset {' or '.join(found)}" if found else None
-
-
 def reason(error: BaseException) -> str:
     """What an import raised, in one line; in a chain of errors, the first."""
     error = _first_cause(error)
@@ -202,7 +190,7 @@ def import_remedy(
     package: Package, extra: str | None, why: str = "", error: BaseException | None = None
 ) -> str:
     """What mends a failed import, by its `reason`. To install again does not, if something else is in the way."""
-    if better := _variables(why):
+    if better := variables_in(why):
         return better
     if (other := _hiding(package)) is not None:
         return f"{other} is imported in its place: rename it"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import numbers
-import sys
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,10 +85,7 @@ def run_task(lm: PmodLmms, tasks: Tasks, task: Any, *, limit: int | None, output
     metrics = {
         key: float(value)
         for key, value in sorted(results["results"][name].items())  # lmms-eval's order is another each time
-        if "," in key
-        and "_stderr" not in key
-        and isinstance(value, numbers.Real)
-        and abs(value) <= sys.float_info.max
+        if "," in key and "_stderr" not in key and isinstance(value, numbers.Real) and math.isfinite(value)
     }
     config = tasks.config(name)
     metric = metric_of(name, config, metrics, broken_metrics)

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from pmod_cli.output import signals
-from pmod_cli.output.errors import PmodError, is_out_of_memory
+from pmod_cli.output.errors import PmodError, is_out_of_memory, variables_in
 from pmod_cli.output.files import tag
 from pmod_cli.output.text import plain
 
@@ -143,7 +143,9 @@ def report_error(error: BaseException, debug: bool = False) -> int:
         return 2
     _flush_stdout()
     what = f"{type(error).__name__}: {plain(str(error))[:_LONGEST]}" if str(error) else type(error).__name__
-    _line(f"{what} (unforeseen; {'see above' if debug else keep_traceback(error)})")
+    # Libraries read variables when they are imported, typer among them.
+    hint = variables_in(what) or f"unforeseen; {'see above' if debug else keep_traceback(error)}"
+    _line(f"{what} ({hint})")
     return 2
 
 

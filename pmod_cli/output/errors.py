@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -69,3 +71,15 @@ def first_line(error: BaseException) -> str:
     """What an error says, in one line, with the next if it ends in a colon; the name of its kind if it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def variables_in(why: str) -> str | None:
+    """What mends an error, told as "Kind: words", if a variable of the environment, or its value, stands in it."""
+    if not why.startswith(("ValueError", "FileExistsError", "NotADirectoryError", "FileNotFoundError")):
+        return None
+    found = [
+        name
+        for name, value in os.environ.items()
+        if ("_" in name and re.search(rf"\b{re.escape(name)}\b", why)) or (value and repr(value) in why)
+    ]
+    return f"in the environment, correct or unset {' or '.join(found)}" if found else None
