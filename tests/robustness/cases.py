@@ -273,9 +273,11 @@ def _formats(good: Path) -> Iterator[Case]:
         spoil = partial(files.write, "tasks/shapes.yaml", content)
         yield _case("eval", f"task {kind}", spoil, codes=(0, 2))
     for kind, (line, code) in files.TASK_LINES.items():
-        written = ("out",) if "score" in kind else ()
+        written, codes = (("out",), (1, 2)) if "score" in kind else ((), (2,))
         spoil = partial(files.add_to_task, line, code)
-        yield _case("eval", f"task with {kind}", spoil, words=(*EVAL, "--output", "out"), output=written)
+        yield _case(
+            "eval", f"task with {kind}", spoil, words=(*EVAL, "--output", "out"), output=written, codes=codes
+        )
     for kind, content in files.TEMPLATES.items():
         for name in ("generate", "finetune", "visualize"):
             path = "pmod/chat_template.jinja"
