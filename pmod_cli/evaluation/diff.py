@@ -14,6 +14,7 @@ from PIL import Image
 
 from pmod_cli.evaluation.catalogue import Tasks
 from pmod_cli.evaluation.folder import PICTURES
+from pmod_cli.evaluation.requirements import check, offline_mode
 from pmod_cli.output.errors import PmodError, told_as
 from pmod_cli.output.files import check_links, open_folder, write_file
 from pmod_cli.output.paths import is_inside
@@ -168,19 +169,24 @@ def _all_answers(folder: Path) -> dict[str, Answers]:
 def pictures_of(
     wanted: Sequence[tuple[str, int]], include_path: str | Path | Sequence[str | Path] | None
 ) -> dict[tuple[str, int], list[Image.Image]]:
-    """Pictures of documents in RGB, by task and number, from the tasks' data; none where these are gone or changed."""
+    """Pictures of documents in RGB, by task and number, from the tasks' data; none where these are gone or changed.
+
+    Results name the tasks, and may be a stranger's: no network is asked for data that are not on this machine.
+    """
     if not wanted:
         return {}
     names = sorted({task for task, _ in wanted})
     catalogue = Tasks(names, include_path)
-    loaded = {}
-    for name in names:
-        with contextlib.suppress(PmodError):
-            loaded[name] = catalogue.load(name)
     found = {}
-    for name, doc_id in wanted:
-        if name in loaded and 0 <= doc_id < len(loaded[name].eval_docs):
-            with contextlib.suppress(Exception):  # data of other days: the answers are shown without
-                visuals = loaded[name].doc_to_visual(loaded[name].eval_docs[doc_id]) or []
-                found[name, doc_id] = [as_rgb(each) for each in visuals if isinstance(each, Image.Image)]
+    with offline_mode(True):
+        loaded = {}
+        for name in names:
+            with contextlib.suppress(PmodError):
+                check(catalogue, [name], offline=True, preparing=True)
+                loaded[name] = catalogue.load(name)
+        for name, doc_id in wanted:
+            if name in loaded and 0 <= doc_id < len(loaded[name].eval_docs):
+                with contextlib.suppress(Exception):  # data of other days: the answers are shown without
+                    visuals = loaded[name].doc_to_visual(loaded[name].eval_docs[doc_id]) or []
+                    found[name, doc_id] = [as_rgb(each) for each in visuals if isinstance(each, Image.Image)]
     return found

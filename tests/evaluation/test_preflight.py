@@ -13,6 +13,7 @@ from lmms_eval.api import task
 
 from pmod_cli.evaluation import requirements
 from pmod_cli.evaluation.catalogue import Tasks
+from pmod_cli.evaluation.diff import pictures_of
 from pmod_cli.evaluation.evaluate import evaluate, prepare
 from pmod_cli.evaluation.options import EvalSettings
 from pmod_cli.evaluation.requirements import PreflightError
@@ -236,6 +237,17 @@ def test_offline_never_asks_the_network(llava, prepared, no_network, monkeypatch
     assert not result.failed_samples
     assert not no_network
     assert not huggingface_hub.constants.HF_HUB_OFFLINE  # only for as long as it lasts
+
+
+def test_pictures_of_results_ask_no_network(prepared, no_network, monkeypatch):
+    """Results may be a stranger's, and name any task: only data that are there are shown."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
+    found = pictures_of([("pope_adv", 0), ("pope_adv", 99), ("ai2d", 0)], None)
+    assert found.keys() == {("pope_adv", 0)}
+    assert len(found["pope_adv", 0]) == 1
+    assert not no_network
 
 
 def test_prepare_counts_what_is_there(prepared, llava):
