@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
+from traceback import walk_tb
+from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 from pmod_cli.output.errors import BrokenPackageError, MissingExtraError, PmodError, variables_in
@@ -150,9 +152,18 @@ def starting(command: str) -> Iterator[None]:
     except PmodError:
         raise
     except (Exception, SystemExit) as error:
+        # A library imports some packages unasked: which one is at fault is told as where pmod asks for it.
+        passed = {part for frame, _ in walk_tb(_first_cause(error).__traceback__) for part in _parts(frame)}
+        for package in OPTIONAL.values():
+            if package.root in passed:
+                import_for_real(package)
         why = reason(error)
         hint = variables_in(why) or "pmod doctor says what is broken"
         raise PmodError(f"pmod {command} cannot start: {why}", hint) from error
+
+
+def _parts(frame: FrameType) -> tuple[str, ...]:
+    return Path(frame.f_code.co_filename).parts
 
 
 def _refuse_unfit_process() -> None:

@@ -244,6 +244,7 @@ def test_pictures_of_results_ask_no_network(prepared, no_network, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     found = pictures_of([("pope_adv", 0), ("pope_adv", 99), ("ai2d", 0)], None)
     assert found.keys() == {("pope_adv", 0)}
     assert len(found["pope_adv", 0]) == 1
