@@ -27,14 +27,14 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 
 from pmod_cli.data.batches import OrderedSampler
 from pmod_cli.modeling.names import is_router
@@ -224,11 +224,21 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def check_complete(checkpoint: Path) -> None:
-    """Refuse a checkpoint of another step, or without a file that the Trainer would silently go on without."""
+    """Refuse a checkpoint of another step, with an odd state, or without a file that the Trainer goes on without."""
     for name in ("trainer_state.json", "optimizer.pt", "scheduler.pt"):
         if not (checkpoint / name).is_file():
             raise PmodError(f"cannot resume from {checkpoint}: it has no {name}", _REMOVE)
-    if read_json(checkpoint / "trainer_state.json").get("global_step") != checkpoint_step(checkpoint):
+    state = read_json(checkpoint / "trainer_state.json")
+    for key, fresh in asdict(TrainerState()).items():
+        value = state.get(key, fresh)
+        kinds: Any = {int: (int, float), float: (int, float)}.get(type(fresh), type(fresh))
+        if key == "train_batch_size":  # None in a fresh state, as are others that pmod's runs have no use for
+            kinds = (int, type(None))
+        if not isinstance(value, kinds):
+            raise PmodError(
+                f"cannot resume from {checkpoint}: {key} in its trainer_state.json is {value!r:.40}", _REMOVE
+            )
+    if state.get("global_step") != checkpoint_step(checkpoint):
         raise PmodError(
             f"cannot resume from {checkpoint}: its trainer_state.json is of another step", _REMOVE
         )
