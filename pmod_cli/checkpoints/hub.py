@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, StoredTensor, WeightFile
+from pmod_cli.checkpoints.source import check_hub_id
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.marks import MARKER
 from pmod_cli.output.reading import read_json
@@ -92,12 +93,8 @@ def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:
 def check_push(repo: str) -> None:
     """Refuse a push that cannot be before anything is done: no name of a repository, no network wanted, no login."""
     from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise PmodError(f"--push-to-hub {repo[:100]}: {first_line(error)}", "user/name is meant") from None
+    check_hub_id(repo, "--push-to-hub ")
     if constants.HF_HUB_OFFLINE:
         raise PmodError("--push-to-hub needs the hub, and HF_HUB_OFFLINE is set", "unset it, or push later")
     if get_token() is None:
