@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, StoredTensor, WeightFile
-from pmod_cli.checkpoints.source import check_hub_id
 from pmod_cli.output.errors import PmodError, first_line
 from pmod_cli.output.marks import MARKER
 from pmod_cli.output.reading import read_json
@@ -88,6 +87,16 @@ def missing_headers(repo: str, folder: Path) -> tuple[WeightFile, ...]:
         )
         for name, metadata in sorted(found.files_metadata.items())
     )
+
+
+def check_hub_id(name: str, what: str = "") -> None:
+    """Refuse a name that no repository of the hub can have, as a `PmodError` about ``what``."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise PmodError(f"{what}{name[:100]}: {first_line(error)}", "user/name is meant") from None
 
 
 def check_push(repo: str) -> None:

@@ -12,7 +12,7 @@ from pmod_cli.checkpoints import hub
 from pmod_cli.checkpoints.shards import INDEX, SINGLE, WeightFile, read_header, read_pickle
 from pmod_cli.families import refuse_unfit
 from pmod_cli.families.defaults import check_config
-from pmod_cli.output.errors import PmodError, first_line
+from pmod_cli.output.errors import PmodError
 from pmod_cli.output.paths import is_file_name, user_path
 from pmod_cli.output.reading import check_inside, read_json
 
@@ -145,16 +145,6 @@ def is_hub_id(name: str | Path) -> bool:
     )
 
 
-def check_hub_id(name: str, what: str = "") -> None:
-    """Refuse a name that no repository of the hub can have, as a `PmodError` about ``what``."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError as error:
-        raise PmodError(f"{what}{name[:100]}: {first_line(error)}", "user/name is meant") from None
-
-
 def where_weights_are(folder: Path) -> str:
     """What to do about a folder that has none."""
     if (folder / "zero_to_fp32.py").is_file():
@@ -170,7 +160,7 @@ def check_exists(name: str | Path, what: str = "folder") -> None:
     if not path.is_dir() and not is_hub_id(name):
         raise PmodError(f"no {what} {name}", "give a folder or a hub id such as llava-hf/llava-1.5-7b-hf")
     if not path.is_dir():
-        check_hub_id(str(name))
+        hub.check_hub_id(str(name))
 
 
 def open_source(
